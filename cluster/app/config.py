@@ -1,0 +1,151 @@
+"""The config of a run: one section a stage, and a separate section for resources."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from cir.config import EvaluateConfig, TrainConfig, merge
+from cluster.config import ActorResources, Section, TaskResources, WorkerResources, override, read_yaml, validate
+from cluster.errors import UserError
+from cluster.session import RayConfig
+from mining.config import EmbedConfig, IngestConfig, MineConfig
+from vdg.config import AlignConfig, GenerateConfig, InstructConfig, VdgConfig
+
+PROJECT = Path(__file__).parents[2]
+PRESETS = Path(__file__).parent / "presets"
+
+
+class VdgSection(VdgConfig):
+    """The generator, and the image tower it sees through."""
+
+    tower: str = Field(description="name of a tower of embed.towers")
+
+
+class AlignSection(AlignConfig):
+    """Stage 1 of the generator."""
+
+    captions: str = Field(description="name of a file of ingest.captions")
+
+
+class InstructSection(InstructConfig):
+    """Stage 2 of the generator."""
+
+    triplets: str = Field(description="name of a file of ingest.triplets")
+
+
+class TrainSection(TrainConfig):
+    """The retrieval models, and the image tower they see through."""
+
+    tower: str = Field(description="name of a tower of embed.towers")
+
+
+class EvaluateSection(EvaluateConfig):
+    """The gallery and queries that every model is scored on."""
+
+    images: str = Field(description="as in ingest.galleries")
+    split: str | None = Field(None, description="as in ingest.galleries")
+    triplets: str = Field(description="queries: reference, target, captions, optional group")
+    attributes: str | None = Field(None, description="JSON of key to attributes: every image with the target's is right")
+
+
+class ReportConfig(Section):
+    """How much the report shows."""
+
+    examples: int = Field(8, gt=0, description="pseudo triplets and retrieval examples shown")
+    seed: int = Field(0, description="of the examples drawn")
+
+
+class TrackingConfig(Section):
+    """Where MLflow records runs. Never part of a digest."""
+
+    uri: str | None = Field(None, description="MLflow tracking URI; None: SQLite in the root")
+    experiment: str = "vdg"
+
+
+class Resources(Section):
+    """What each stage may use. Never part of a digest: another cluster, the same outputs."""
+
+    ray: RayConfig = RayConfig()
+    ingest: ActorResources = ActorResources()
+    embed: ActorResources = ActorResources()
+    mine: TaskResources = TaskResources()
+    align: WorkerResources = WorkerResources()
+    instruct: WorkerResources = WorkerResources()
+    generate: ActorResources = ActorResources()
+    train: WorkerResources = WorkerResources()
+    evaluate: TaskResources = TaskResources()
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="names the folder of the report and the MLflow run")
+    root: str = Field("outputs", description="folder or URI that holds every output")
+    seed: int = Field(0, ge=0, description="of mining, the generator and its deltas; retrieval has train.seeds")
+    ingest: IngestConfig
+    embed: EmbedConfig
+    mine: MineConfig
+    vdg: VdgSection
+    align: AlignSection | None = Field(None, description="None: the projection starts untrained")
+    instruct: InstructSection
+    generate: GenerateConfig = GenerateConfig()
+    train: TrainSection
+    evaluate: EvaluateSection
+    report: ReportConfig = ReportConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        for field, name, known in self._references():
+            if name not in known:
+                raise ValueError(f"{field}: {name!r} is not defined; known are {sorted(known)}")
+        for name in {"evaluate", "queries"} & {*self.ingest.galleries, *self.ingest.triplets, *self.ingest.captions}:
+            raise ValueError(f"ingest: the name '{name}' is taken by the evaluate section; choose another")
+        return self
+
+    def _references(self) -> list[tuple[str, str, Any]]:
+        """(field, name it gives, names it may give)."""
+        galleries, triplets, towers = self.ingest.galleries, self.ingest.triplets, self.embed.towers
+        sources = {**self.ingest.triplets, **self.ingest.captions}
+        found = [(f"ingest.{name}.gallery", source.gallery, galleries) for name, source in sources.items()]
+        found += [("mine.gallery", self.mine.gallery, galleries), ("mine.tower", self.mine.tower, towers)]
+        found += [("vdg.tower", self.vdg.tower, towers), ("train.tower", self.train.tower, towers)]
+        found += [("instruct.triplets", self.instruct.triplets, triplets)]
+        found += [("mine.triplets", self.mine.triplets, triplets)] if self.mine.triplets else []
+        found += [("align.captions", self.align.captions, self.ingest.captions)] if self.align else []
+        for variant in self.train.variants:
+            found.append((f"train.variants.{variant}.triplets", self.train.variant(variant).triplets, triplets))
+        return found
+
+
+def load(config: str, assignments: list[str]) -> RunConfig:
+    """A run config from a file or a preset's name, with `section.field=value` assignments put over it.
+
+    Raises UserError naming each wrong field.
+    """
+    return validate(RunConfig, override(content_of(config), assignments), config)
+
+
+def content_of(config: str) -> dict[str, Any]:
+    """The content of a config file or preset, put over the preset that it `extends`."""
+    preset = PRESETS / f"{config}.yaml"
+    is_preset = preset.exists() and not Path(config).is_file()
+    if not is_preset and not config.endswith((".yaml", ".yml")):
+        raise UserError(f"{config}: neither a YAML file nor a preset; `vdg presets` lists the presets")
+    content = read_yaml(preset if is_preset else Path(config))
+    base = content.pop("extends", None)
+    return _in_project(merge(content_of(base), content) if base else content)
+
+
+def _in_project(node: Any) -> Any:
+    """Presets name the bundled photos as `{project}/...`, so that they run from any folder."""
+    if isinstance(node, dict):
+        return {name: _in_project(value) for name, value in node.items()}
+    return node.replace("{project}", str(PROJECT)) if isinstance(node, str) else node
+
+
+def presets() -> dict[str, str]:
+    """Name and first comment line of every preset."""
+    return {path.stem: path.read_text().split("\n", 1)[0].lstrip("# ") for path in sorted(PRESETS.glob("*.yaml"))}

@@ -1,0 +1,131 @@
+"""Doing the stages of a run in order, in one driver: skip what is done, show progress, record in MLflow, report."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.exceptions import RayTaskError
+
+from cluster import session
+from cluster.app.config import RunConfig
+from cluster.app.pipeline import Pipeline
+from cluster.artifacts import Output, Stage, filesystem
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+from cluster.progress import StageProgress, console
+
+
+def run(pipeline: Pipeline, stages: list[Stage]) -> None:
+    """Do the stages that have no manifest yet, each as one Ray Data execution or one training run.
+
+    Raises UserError before any work when an input is missing or MLflow cannot be reached.
+    """
+    check_sources(stages)
+    config = pipeline.config
+    folder = run_folder(config)
+    log = log_file(config)
+    todo = [stage for stage in stages if pipeline.output(stage).manifest() is None]
+    from cluster.tracking import Tracker
+
+    tracker = Tracker(tracking_uri(config), config.tracking.experiment, config.name, config.model_dump(mode="json"))
+    folder.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    console.print(f"{config.name}: {len(todo)} of {len(stages)} stages to do; library logs go to {log}")
+    for stage in stages:
+        if stage not in todo:
+            tracker.skipped(stage)
+    status = "FAILED"
+    try:
+        if todo:
+            session.start(config.resources.ray, log)
+        for stage in todo:
+            _do(stage, config.root, tracker)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise UserError("stopped; the same command goes on from what is finished") from None
+    finally:
+        tracker.finish(status, _headline(pipeline) if status == "FINISHED" else {})
+
+
+def _do(stage: Stage, root: str, tracker: Any) -> None:
+    began = time.monotonic()
+    record = tracker.begin(stage, root)
+    try:
+        with StageProgress(stage.instance) as progress:
+            manifest = stage.run(root, _Both(progress, record))
+    except RayTaskError as error:
+        record.fail()
+        raise error.cause if isinstance(error.cause, UserError) else error from None
+    except BaseException:
+        record.fail()
+        raise
+    record.finish(stage, root, manifest)
+    rejected = sum(manifest["rejects"].values())
+    counts = (
+        f"{manifest['rows']:,} rows" if manifest["rows"] else "model" if stage.kind in ("align", "instruct", "train") else ""
+    )
+    rejects = f", {rejected} rejected {manifest['rejects']}" if rejected else ""
+    console.print(f"  {stage.instance}-{stage.digest}: {counts}{rejects} in {time.monotonic() - began:.0f} s")
+
+
+class _Both:
+    """Progress goes to the terminal and to MLflow."""
+
+    def __init__(self, *monitors: Monitor) -> None:
+        self.monitors = monitors
+
+    def start(self, total: int, unit: str, done: int = 0) -> None:
+        for monitor in self.monitors:
+            monitor.start(total, unit, done)
+
+    def advance(self, count: int) -> None:
+        for monitor in self.monitors:
+            monitor.advance(count)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        for monitor in self.monitors:
+            monitor.metrics(step, values)
+
+
+def check_sources(stages: list[Stage]) -> None:
+    """Raises UserError listing every outside file that the stages need and that is missing, by config field."""
+    missing = {field: path for stage in stages for field, path in stage.missing_sources().items()}
+    if missing:
+        lines = "\n".join(f"  {field}: {path} does not exist" for field, path in missing.items())
+        raise UserError(f"{len(missing)} input(s) are missing; correct the path or bring the files:\n{lines}")
+
+
+def run_folder(config: RunConfig) -> Output:
+    """Where a run's report and metrics live."""
+    return Output(f"{config.root.rstrip('/')}/runs/{config.name}")
+
+
+def log_file(config: RunConfig) -> Path:
+    """The local file that takes the libraries' log lines."""
+    local = "://" not in config.root
+    return Path(filesystem(config.root)[1] if local else ".") / "runs" / config.name / "log.txt"
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """The configured MLflow store, or a SQLite file in the root. Raises UserError when the root is no local folder."""
+    if config.tracking.uri is not None:
+        return config.tracking.uri
+    if "://" in config.root:
+        raise UserError(f"tracking.uri: give an MLflow server's URI; SQLite cannot live in {config.root}")
+    return f"sqlite:///{filesystem(config.root)[1]}/mlflow.db"
+
+
+def metrics_of(pipeline: Pipeline) -> dict[str, Any]:
+    """variant -> metric -> {"mean", "seeds"}, of a finished evaluation."""
+    content: dict[str, Any] = json.loads(pipeline.output(pipeline.evaluation).read_bytes("metrics.json"))
+    return content
+
+
+def _headline(pipeline: Pipeline) -> Mapping[str, float]:
+    if pipeline.output(pipeline.evaluation).manifest() is None:
+        return {}
+    table = metrics_of(pipeline)
+    return {f"{variant}/{name}": value["mean"] for variant, row in table.items() for name, value in row.items()}

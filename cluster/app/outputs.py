@@ -1,0 +1,51 @@
+"""The outputs below a root: listing, and removal of those that nothing refers to any more."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import yaml
+from pyarrow import fs as pafs
+
+from cluster.app.config import RunConfig
+from cluster.app.pipeline import KINDS, Pipeline
+from cluster.artifacts import MANIFEST, Output, filesystem
+from cluster.config import validate
+
+
+@dataclass(frozen=True)
+class Found:
+    """One output folder below a root; size in bytes."""
+
+    uri: str
+    size: int
+    finished: bool
+
+
+def outputs(root: str) -> Iterator[Found]:
+    """Every output folder below a root."""
+    system, base = filesystem(root)
+    for kind in KINDS:
+        for folder in system.get_file_info(pafs.FileSelector(f"{base}/{kind}", allow_not_found=True)):
+            files = system.get_file_info(pafs.FileSelector(folder.path, recursive=True))
+            uri = f"{root.rstrip('/')}/{kind}/{folder.base_name}"
+            yield Found(uri, sum(file.size or 0 for file in files), Output(uri).exists(MANIFEST))
+
+
+def unused(pipeline: Pipeline) -> list[Found]:
+    """Outputs that neither this config nor the config of a run below the same root refers to."""
+    system, base = filesystem(pipeline.root)
+    pipelines = [pipeline]
+    for folder in system.get_file_info(pafs.FileSelector(f"{base}/runs", allow_not_found=True)):
+        run = Output(f"{pipeline.root.rstrip('/')}/runs/{folder.base_name}")
+        if run.exists("config.yaml"):
+            content = yaml.safe_load(run.read_bytes("config.yaml"))
+            pipelines.append(Pipeline(validate(RunConfig, content, run.path("config.yaml"))))
+    used = {p.output(stage).uri for p in pipelines for stage in p.stages}
+    return [found for found in outputs(pipeline.root) if found.uri not in used]
+
+
+def remove(found: list[Found]) -> None:
+    """Delete output folders."""
+    for output in found:
+        system, path = filesystem(output.uri)
+        system.delete_dir(path)

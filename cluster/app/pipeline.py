@@ -1,0 +1,324 @@
+"""The graph of stage instances of a run, made from its config before anything starts."""
+
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import cached_property
+from typing import Any
+
+from cir.evaluate import EVALUATE_VERSION, evaluate
+from cir.train import TRAIN_VERSION, train_cir
+from cluster.app.config import RunConfig
+from cluster.artifacts import Output, Stage
+from cluster.errors import UserError
+from mining.config import GalleryConfig, TripletsConfig, ViewsConfig
+from mining.embed import EMBED_VERSION, embed_gallery
+from mining.features import Features, Online
+from mining.gallery import INGEST_VERSION, ingest_captions, ingest_gallery, ingest_triplets
+from mining.mine import MINE_VERSION, mine_pairs
+from vdg.generate import GENERATE_VERSION, generate
+from vdg.train import ALIGN_VERSION, INSTRUCT_VERSION, align, instruct
+
+KINDS = ("ingest", "embed", "mine", "align", "instruct", "generate", "train", "evaluate")
+
+
+class Pipeline:
+    """Every stage instance of a run. Each property is one kind of stage; a digest follows from the config alone."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.root = config, config.root
+        self._made: dict[str, Stage] = {}
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """All instances, parents before children."""
+        ordered: dict[str, Stage] = {}
+
+        def visit(stage: Stage) -> None:
+            for parent in stage.parents.values():
+                visit(parent)
+            ordered.setdefault(stage.instance, stage)
+
+        visit(self.evaluation)
+        return sorted(ordered.values(), key=lambda stage: KINDS.index(stage.kind))
+
+    def output(self, stage: Stage) -> Output:
+        """Where a stage's output lives."""
+        return stage.output(self.root)
+
+    def select(self, kind: str | None, only: str | None, until: str | None) -> list[Stage]:
+        """The instances asked for, and the ancestors they need. Raises UserError when nothing matches."""
+        if until is not None and until not in KINDS:
+            raise UserError(f"--until {until}: no such stage; stages are {', '.join(KINDS)}")
+        last = KINDS.index(until) if until else len(KINDS)
+        chosen = [
+            stage
+            for stage in self.stages
+            if kind in (None, stage.kind) and fnmatch(stage.instance, only or "*") and KINDS.index(stage.kind) <= last
+        ]
+        if not chosen:
+            raise UserError(f"no stage instance matches {only or kind}; `--dry-run` lists them")
+        needed = {ancestor.instance for stage in chosen for ancestor in _with_ancestors(stage)}
+        return [stage for stage in self.stages if stage.instance in needed]
+
+    def _make(self, stage: Stage) -> Stage:
+        return self._made.setdefault(stage.instance, stage)
+
+    # --- ingest and embed ---
+
+    def gallery(self, name: str) -> Stage:
+        """`ingest:<gallery>`; the gallery `evaluate` comes from the evaluate section."""
+        config, options = self.config, self.config.ingest
+        source = self._gallery_config(name)
+        field = "evaluate" if name == "evaluate" else f"ingest.galleries.{name}"
+        return self._make(
+            Stage(
+                f"ingest:{name}",
+                INGEST_VERSION,
+                {"gallery": name, "rows": options.shard_rows, "max_pixels": options.max_pixels, "copy": source.copy_images},
+                lambda output, monitor: ingest_gallery(output, name, source, options, config.resources.ingest, monitor),
+                sources=_given({f"{field}.images": source.images, f"{field}.split": source.split}),
+                max_reject_fraction=options.max_reject_fraction,
+            )
+        )
+
+    def _gallery_config(self, name: str) -> GalleryConfig:
+        evaluation = self.config.evaluate
+        if name == "evaluate":
+            return GalleryConfig(images=evaluation.images, split=evaluation.split)
+        return self.config.ingest.galleries[name]
+
+    def triplets(self, name: str) -> Stage:
+        """`ingest:<triplets>`; the triplets `queries` come from the evaluate section."""
+        queries = TripletsConfig(gallery="evaluate", file=self.config.evaluate.triplets)
+        source = queries if name == "queries" else self.config.ingest.triplets[name]
+        gallery = self.gallery(source.gallery)
+        field = "evaluate.triplets" if name == "queries" else f"ingest.triplets.{name}.file"
+        return self._make(
+            Stage(
+                f"ingest:{name}",
+                INGEST_VERSION,
+                {},
+                lambda output, monitor: ingest_triplets(output, self.output(gallery), source.file, monitor),
+                {"gallery": gallery},
+                {field: source.file},
+                self.config.ingest.max_reject_fraction,
+            )
+        )
+
+    def captions(self, name: str) -> Stage:
+        """`ingest:<captions>`."""
+        source = self.config.ingest.captions[name]
+        gallery = self.gallery(source.gallery)
+        return self._make(
+            Stage(
+                f"ingest:{name}",
+                INGEST_VERSION,
+                {"until": source.until},
+                lambda output, monitor: ingest_captions(output, self.output(gallery), source, monitor),
+                {"gallery": gallery},
+                {f"ingest.captions.{name}.file": source.file},
+                self.config.ingest.max_reject_fraction,
+            )
+        )
+
+    def embeddings(self, tower: str, gallery: str) -> Stage:
+        """`embed:<tower>.<gallery>`; images to search in are embedded plain, training images in every cached view."""
+        config, images = self.config, self.gallery(gallery)
+        views = ViewsConfig() if gallery == "evaluate" else config.embed.views
+        return self._make(
+            Stage(
+                f"embed:{tower}.{gallery}",
+                EMBED_VERSION,
+                {"tower": config.embed.towers[tower].model_dump(mode="json"), "views": views.model_dump(mode="json")},
+                lambda output, monitor: embed_gallery(
+                    output, self.output(images), tower, config.embed, views, config.resources.embed, monitor
+                ),
+                {"gallery": images},
+                max_reject_fraction=config.ingest.max_reject_fraction,
+            )
+        )
+
+    def _features(self, tower: str, *galleries: str) -> tuple[Features, dict[str, Stage]]:
+        """Features of the images of some galleries, and the stages they come from."""
+        config = self.config.embed
+        names = list(dict.fromkeys(galleries))
+        parents = {f"embeddings.{name}": self.embeddings(tower, name) for name in names}
+        first, *more = (self.output(stage) for stage in parents.values())
+        online = None
+        if config.views.online:
+            outputs = tuple(self.output(self.gallery(name)) for name in names)
+            online = Online(outputs, config.towers[tower], config.views)
+        return Features(first, online, tuple(more)), parents
+
+    # --- pairs, the generator, and its deltas ---
+
+    @property
+    def pairs(self) -> Stage:
+        """`mine:<gallery>`."""
+        mine, seed = self.config.mine, self.config.seed
+        embeddings = self.embeddings(mine.tower, mine.gallery)
+        labelled = self.triplets(mine.triplets) if mine.triplets else None
+        return self._make(
+            Stage(
+                f"mine:{mine.gallery}",
+                MINE_VERSION,
+                {**mine.model_dump(mode="json"), "seed": seed},
+                lambda output, monitor: mine_pairs(
+                    output,
+                    self.output(embeddings),
+                    self.output(labelled) if labelled else None,
+                    mine,
+                    seed,
+                    self.config.resources.mine,
+                    monitor,
+                ),
+                {"embeddings": embeddings, **({"triplets": labelled} if labelled else {})},
+            )
+        )
+
+    @property
+    def aligned(self) -> Stage | None:
+        """`align:vdg`, where the config has stage 1."""
+        config, section = self.config, self.config.align
+        if section is None:
+            return None
+        captions = self.captions(section.captions)
+        features, parents = self._features(config.vdg.tower, config.ingest.captions[section.captions].gallery)
+        return self._make(
+            Stage(
+                "align:vdg",
+                ALIGN_VERSION,
+                self._settings("vdg", "align"),
+                lambda output, monitor: align(
+                    output, features, self.output(captions), config.vdg, section, config.seed, config.resources.align, monitor
+                ),
+                {"captions": captions, **parents},
+            )
+        )
+
+    @property
+    def generator(self) -> Stage:
+        """`instruct:vdg`."""
+        config, section = self.config, self.config.instruct
+        triplets, aligned = self.triplets(section.triplets), self.aligned
+        features, parents = self._features(config.vdg.tower, config.ingest.triplets[section.triplets].gallery)
+        return self._make(
+            Stage(
+                "instruct:vdg",
+                INSTRUCT_VERSION,
+                self._settings("vdg", "instruct"),
+                lambda output, monitor: instruct(
+                    output,
+                    features,
+                    self.output(triplets),
+                    self.output(aligned) if aligned else None,
+                    config.vdg,
+                    section,
+                    config.seed,
+                    config.resources.instruct,
+                    monitor,
+                ),
+                {"triplets": triplets, **parents, **({"aligned": aligned} if aligned else {})},
+            )
+        )
+
+    def _settings(self, *sections: str) -> dict[str, Any]:
+        dumped = {name: getattr(self.config, name).model_dump(mode="json") for name in sections}
+        return {**dumped, "seed": self.config.seed, "online": self.config.embed.views.online}
+
+    @property
+    def pseudo_triplets(self) -> Stage:
+        """`generate:<gallery>`."""
+        config = self.config
+        pairs, model = self.pairs, self.generator
+        embeddings = self.embeddings(config.vdg.tower, config.mine.gallery)
+        return self._make(
+            Stage(
+                f"generate:{config.mine.gallery}",
+                GENERATE_VERSION,
+                {**config.generate.model_dump(mode="json"), "seed": config.seed},
+                lambda output, monitor: generate(
+                    output,
+                    self.output(embeddings),
+                    self.output(pairs),
+                    self.output(model),
+                    config.generate,
+                    config.seed,
+                    config.resources.generate,
+                    monitor,
+                ),
+                {"pairs": pairs, "vdg": model, "embeddings": embeddings},
+                max_reject_fraction=config.ingest.max_reject_fraction,
+            )
+        )
+
+    # --- retrieval ---
+
+    def model(self, name: str, seed: int) -> Stage:
+        """`train:<variant>.s<seed>`."""
+        config, variant = self.config, self.config.train.variant(name)
+        triplets = self.triplets(variant.triplets)
+        pseudo = self.pseudo_triplets if variant.pseudo else None
+        galleries = [config.ingest.triplets[variant.triplets].gallery, *([config.mine.gallery] if pseudo else [])]
+        features, parents = self._features(config.train.tower, *galleries)
+        return self._make(
+            Stage(
+                f"train:{name}.s{seed}",
+                TRAIN_VERSION,
+                {**variant.model_dump(mode="json"), "seed": seed, "online": config.embed.views.online},
+                lambda output, monitor: train_cir(
+                    output,
+                    features,
+                    self.output(triplets),
+                    self.output(pseudo) if pseudo else None,
+                    variant,
+                    seed,
+                    config.resources.train,
+                    monitor,
+                ),
+                {"triplets": triplets, **parents, **({"pseudo_triplets": pseudo} if pseudo else {})},
+            )
+        )
+
+    @property
+    def models(self) -> dict[str, Stage]:
+        """Every variant with every seed, as `<variant>.s<seed>`."""
+        train = self.config.train
+        return {f"{name}.s{seed}": self.model(name, seed) for name in train.variants for seed in train.seeds}
+
+    @property
+    def evaluation(self) -> Stage:
+        """`evaluate:all`."""
+        config, section = self.config, self.config.evaluate
+        queries, gallery, models = self.triplets("queries"), self.gallery("evaluate"), self.models
+        embeddings = self.embeddings(config.train.tower, "evaluate")
+        return self._make(
+            Stage(
+                "evaluate:all",
+                EVALUATE_VERSION,
+                section.model_dump(mode="json", exclude={"images", "split", "triplets", "attributes"}),
+                lambda output, monitor: evaluate(
+                    output,
+                    self.output(embeddings),
+                    self.output(queries),
+                    self.output(gallery),
+                    section.attributes,
+                    {name: self.output(model) for name, model in models.items()},
+                    section,
+                    config.resources.evaluate,
+                    monitor,
+                ),
+                {"queries": queries, "gallery": gallery, "embeddings": embeddings, **models},
+                _given({"evaluate.attributes": section.attributes}),
+            )
+        )
+
+
+def _given(sources: dict[str, str | None]) -> dict[str, str]:
+    return {field: path for field, path in sources.items() if path is not None}
+
+
+def _with_ancestors(stage: Stage) -> Iterator[Stage]:
+    yield stage
+    for parent in stage.parents.values():
+        yield from _with_ancestors(parent)

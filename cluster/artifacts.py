@@ -1,0 +1,244 @@
+"""Content-addressed stage outputs: digests, part files written by rename, and manifests.
+
+An output lives at `<root>/<stage>/<instance>-<digest>/`. Its `manifest.json` is written last and marks success.
+"""
+
+import hashlib
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+
+MANIFEST = "manifest.json"
+REJECTS = pa.schema([("key", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow filesystem of a URI or local path, and the path inside it."""
+    if "://" in uri:
+        return pafs.FileSystem.from_uri(uri)
+    return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+
+
+@dataclass(frozen=True)
+class Output:
+    """The folder of one stage instance, on any pyarrow filesystem. Travels to Ray workers."""
+
+    uri: str
+
+    def path(self, name: str) -> str:
+        """Path of a file of this output inside its filesystem."""
+        return f"{filesystem(self.uri)[1]}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder of this name is there."""
+        return filesystem(self.uri)[0].get_file_info(self.path(name)).type != pafs.FileType.NotFound
+
+    def names(self, folder: str = "") -> list[str]:
+        """Sorted names of the files in a folder of this output; those still being written are left out."""
+        system, base = filesystem(self.uri)
+        selector = pafs.FileSelector(f"{base}/{folder}".rstrip("/"), allow_not_found=True)
+        infos = system.get_file_info(selector)
+        return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and not i.base_name.startswith("."))
+
+    def read_bytes(self, name: str) -> bytes:
+        """Content of one file."""
+        with filesystem(self.uri)[0].open_input_file(self.path(name)) as stream:
+            return stream.read()
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write one file under a temporary name, then rename it: it is there whole or not at all."""
+        system, base = filesystem(self.uri)
+        folder, _, leaf = f"{base}/{name}".rpartition("/")
+        temporary = f"{folder}/.{leaf}.{uuid.uuid4().hex}"
+        system.create_dir(folder, recursive=True)
+        with system.open_output_stream(temporary) as stream:
+            stream.write(content)
+        system.move(temporary, f"{folder}/{leaf}")
+
+    def read_json(self, name: str) -> Any:
+        """Content of one JSON file."""
+        return json.loads(self.read_bytes(name))
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write one JSON file, indented."""
+        self.write_bytes(name, json.dumps(content, indent=1).encode())
+
+    def write_table(self, name: str, table: pa.Table, schema: pa.Schema) -> None:
+        """Write a table as one Parquet file. Raises TypeError when it does not have `schema`."""
+        check_schema(table.schema, schema, name)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=4096)
+        self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def read_table(self, name: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+        """Read one Parquet file. Raises TypeError when it does not have `schema`."""
+        system, _ = filesystem(self.uri)
+        with system.open_input_file(self.path(name)) as stream:
+            file = pq.ParquetFile(stream)
+            check_schema(file.schema_arrow, schema, self.path(name))
+            return file.read(columns=columns)
+
+    def parts(self) -> list[str]:
+        """Sorted names of the finished part files of the main table."""
+        return [name for name in self.names() if name.startswith("part-")]
+
+    def read_parts(self, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+        """The whole main table; only for tables that fit the reader's memory."""
+        tables = [self.read_table(name, schema, columns) for name in self.parts()]
+        return pa.concat_tables(tables) if tables else schema.empty_table().select(columns or schema.names)
+
+    def part_rows(self) -> dict[str, int]:
+        """Number of rows of each part, from the Parquet footers."""
+        system, _ = filesystem(self.uri)
+
+        def rows(name: str) -> int:
+            with system.open_input_file(self.path(name)) as stream:
+                return pq.ParquetFile(stream).metadata.num_rows
+
+        with ThreadPoolExecutor(16) as pool:
+            names = self.parts()
+            return dict(zip(names, pool.map(rows, names), strict=True))
+
+    def write_rejects(self, name: str, rejects: list[dict[str, str]]) -> None:
+        """Keep rejected rows (key, stage, reason, detail) beside the part they are missing from."""
+        if rejects:
+            self.write_table(f"rejects/{name}", pa.Table.from_pylist(rejects, REJECTS), REJECTS)
+
+    def rejects(self) -> pa.Table:
+        """All rejected rows of this output."""
+        names = [f"rejects/{name}" for name in self.names("rejects")]
+        return pa.concat_tables([REJECTS.empty_table(), *(self.read_table(name, REJECTS) for name in names)])
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, or None while the stage has not finished."""
+        return self.read_json(MANIFEST) if self.exists(MANIFEST) else None
+
+
+def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
+    """Raises TypeError naming the table when its columns are not those of the contract."""
+    if not found.remove_metadata().equals(expected.remove_metadata()):
+        raise TypeError(f"{where}: found columns {found.remove_metadata()}, expected {expected}")
+
+
+Work = Callable[[Output, Monitor], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One named instance of a stage, known before anything runs.
+
+    `settings` is everything in the config that decides the content; `sources` maps the config field that names an
+    outside file or folder to its path; `version` counts changes of the stage's code that change its output.
+    """
+
+    instance: str
+    version: int
+    settings: Mapping[str, Any]
+    work: Work
+    parents: Mapping[str, "Stage"] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    max_reject_fraction: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """The stage this is an instance of: `embed` of `embed:photo.shop`."""
+        return self.instance.partition(":")[0]
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """Name, size and modification time of every outside file, by config field."""
+        return {name: fingerprint(path) for name, path in self.sources.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """12 hex digits over everything that decides the content, the parents' digests included."""
+        content = {
+            "stage": self.kind,
+            "version": self.version,
+            "settings": self.settings,
+            "parents": {role: parent.digest for role, parent in self.parents.items()},
+            "sources": self.fingerprints,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    def output(self, root: str) -> Output:
+        """Where this instance's output lives."""
+        name = self.instance.partition(":")[2]
+        return Output(f"{root.rstrip('/')}/{self.kind}/{name}-{self.digest}")
+
+    def missing_sources(self) -> dict[str, str]:
+        """The config fields whose outside file or folder does not exist, with its path."""
+        return {name: path for name, path in self.sources.items() if self.fingerprints[name] is None}
+
+    def run(self, root: str, monitor: Monitor) -> dict[str, Any]:
+        """Do the work unless a manifest shows it done. Returns the manifest.
+
+        Raises UserError when more rows were rejected than allowed; what was done stays for a later run.
+        """
+        output = self.output(root)
+        if (done := output.manifest()) is not None:
+            return done
+        started = time.monotonic()
+        self.work(output, monitor)
+        manifest = self._describe(output, time.monotonic() - started)
+        self._check_rejects(manifest, output)
+        output.write_json(MANIFEST, manifest)
+        return manifest
+
+    def _describe(self, output: Output, seconds: float) -> dict[str, Any]:
+        rows = output.part_rows()
+        return {
+            "instance": self.instance,
+            "digest": self.digest,
+            "version": self.version,
+            "settings": self.settings,
+            "parents": {role: {"instance": p.instance, "digest": p.digest} for role, p in self.parents.items()},
+            "sources": {name: _digest_of(found) for name, found in self.fingerprints.items()},
+            "rows": sum(rows.values()),
+            "rejects": dict(Counter(output.rejects()["reason"].to_pylist())),
+            "seconds": round(seconds, 1),
+            "parts": {
+                name: {"rows": n, "sha256": hashlib.sha256(output.read_bytes(name)).hexdigest()} for name, n in rows.items()
+            },
+        }
+
+    def _check_rejects(self, manifest: dict[str, Any], output: Output) -> None:
+        rejected = sum(manifest["rejects"].values())
+        total = rejected + manifest["rows"]
+        if rejected > self.max_reject_fraction * total:
+            example = output.rejects().slice(0, 1).to_pylist()[0]
+            raise UserError(
+                f"{self.instance}: {rejected} of {total} rows were rejected ({manifest['rejects']}), more than "
+                f"max_reject_fraction={self.max_reject_fraction} allows; the first: {example['key']}: {example['reason']} "
+                f"({example['detail']}). All are in {output.path('rejects')}"
+            )
+
+
+def fingerprint(uri: str) -> list[tuple[str, int, int]] | None:
+    """(name, size, modification time in ns) of a file or of each file below a folder; None when it is missing."""
+    system, path = filesystem(uri)
+    info = system.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        return None
+    if info.type == pafs.FileType.File:
+        return [(info.base_name, info.size, info.mtime_ns or 0)]
+    infos = system.get_file_info(pafs.FileSelector(path, recursive=True))
+    return sorted((i.path[len(path) :].lstrip("/"), i.size, i.mtime_ns or 0) for i in infos if i.is_file)
+
+
+def _digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

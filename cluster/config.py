@@ -1,0 +1,89 @@
+"""Config files: YAML sections checked by pydantic, with overrides from the command line."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of a config. Unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskResources(Section):
+    """What one process of a stage may use. Resources are never part of a digest."""
+
+    cpus: float = Field(1.0, gt=0, description="CPUs a process; also its number of threads, rounded up")
+    gpus: float = Field(0.0, ge=0, description="GPUs a process")
+    memory_gb: float | None = Field(None, gt=0, description="memory a process, for Ray's placement")
+    accelerator_type: str | None = Field(None, description="as Ray names it: A100, H100, L4")
+
+    def ray_options(self) -> dict[str, Any]:
+        """As Ray's tasks, actors and `map_batches` take them."""
+        memory = int(self.memory_gb * 2**30) if self.memory_gb else None
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": memory, "accelerator_type": self.accelerator_type}
+
+
+class ActorResources(TaskResources):
+    """What a Ray Data stage may use: a pool of model actors, and CPU tasks that feed it."""
+
+    actors: int = Field(1, ge=1, description="model actors")
+    decode_cpus: float = Field(1.0, gt=0, description="CPUs a decode task")
+    decode_tasks: int = Field(1, ge=1, description="decode tasks at a time, over the whole cluster")
+
+
+class WorkerResources(TaskResources):
+    """What a training run may use. `workers: 0` trains in the driver's process."""
+
+    workers: int = Field(1, ge=0, description="data-parallel training processes")
+    max_failures: int = Field(2, ge=0, description="times Ray Train restarts a failed worker group")
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping. Raises UserError naming the file when it cannot be read or is no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give an existing file or a preset's name") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: found {type(content).__name__}, expected sections such as 'ingest:' and 'train:'")
+    return content
+
+
+def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Apply `section.field=value` assignments (values in YAML) to a copy of a config's content."""
+    result = yaml.safe_load(yaml.safe_dump(content))
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        if not separator or not name:
+            raise UserError(f"--set {assignment}: expected section.field=value")
+        *sections, field = name.split(".")
+        node = result
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set {assignment}: '{section}' is a value, not a section")
+        node[field] = yaml.safe_load(value)
+    return result
+
+
+def validate(model: type[SectionT], content: dict[str, Any], where: str) -> SectionT:
+    """Check a config's content. Raises UserError with one line for each wrong field: its name, what was found, why."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (found {str(e['input'])[:80]!r})" for e in error.errors()
+        ]
+        raise UserError(f"{where}: {len(lines)} wrong field(s)\n" + "\n".join(lines)) from error

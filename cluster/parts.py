@@ -1,0 +1,31 @@
+"""The unit of resume in a Ray Data stage: one input shard gives one output part."""
+
+from collections.abc import Callable, Mapping
+
+import ray.data
+
+from cluster.artifacts import Output
+from cluster.monitor import Monitor
+
+WAVE_PARTS = 256  # parts of one Ray Data execution: some minutes of work on a cluster
+
+
+def run_parts(
+    output: Output,
+    parts: Mapping[str, int],
+    dataset: Callable[[list[str]], ray.data.Dataset],
+    monitor: Monitor,
+    unit: str,
+) -> None:
+    """Make the parts that are missing from `output`, wave by wave, each wave one Ray Data execution.
+
+    `parts` maps a part's file name to its number of rows; `dataset` turns names into a Dataset that writes them and
+    gives one row {"part", "rows"} for each part written. A part is renamed into place when it is whole, so a killed
+    stage goes on from the parts that exist.
+    """
+    finished = set(output.parts())
+    monitor.start(sum(parts.values()), unit, sum(rows for name, rows in parts.items() if name in finished))
+    missing = [name for name in parts if name not in finished]
+    for first in range(0, len(missing), WAVE_PARTS):
+        for row in dataset(missing[first : first + WAVE_PARTS]).iter_rows():
+            monitor.advance(row["rows"])

@@ -1,0 +1,69 @@
+"""Progress of a driver's stages on the terminal: a bar with rate and expected end, or plain lines in a log."""
+
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False)
+LINE_EVERY = 15.0  # seconds between lines where there is no terminal
+
+
+class StageProgress:
+    """The monitor of one running stage. A context manager."""
+
+    def __init__(self, instance: str) -> None:
+        self.instance = instance
+        self.total, self.done, self.unit = 0, 0, ""
+        self._began = self._printed = time.monotonic()
+        self._here = 0  # units done by this process
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:32}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task(instance, total=None, rate="")
+
+    def __enter__(self) -> "StageProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def start(self, total: int, unit: str, done: int = 0) -> None:
+        """The stage has `total` units, of which an earlier run finished `done`."""
+        self.total, self.unit, self.done = total, unit, done
+        self._began = time.monotonic()
+        self._bar.update(self._task, total=total, completed=done)
+
+    def advance(self, count: int) -> None:
+        """`count` more units are finished."""
+        self.done += count
+        self._here += count
+        rate = self._here / max(time.monotonic() - self._began, 1e-6)
+        self._bar.update(self._task, completed=self.done, rate=f"{rate:.1f} {self.unit}s/s")
+        if not console.is_terminal and time.monotonic() - self._printed > LINE_EVERY:
+            self._printed = time.monotonic()
+            left = (self.total - self.done) / max(rate, 1e-6)
+            console.print(f"  {self.instance}: {self.done:,} of {self.total:,} {self.unit}s, {rate:.1f}/s, {left:.0f} s left")
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """The bar shows the loss."""
+        if "loss" in values:
+            self._bar.update(self._task, description=f"{self.instance} loss {values['loss']:.3f}")

@@ -1,0 +1,126 @@
+"""MLflow records of runs: written by the driver alone, a view of the manifests that can be made again from them."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from cluster.artifacts import Stage
+from cluster.errors import UserError
+
+TABLES = {"ingest": "dataset", "embed": "embeddings", "mine": "pairs", "generate": "pseudo_triplets"}
+
+
+class Tracker:
+    """One parent run for a driver's run, one child run for each stage it does.
+
+    Raises UserError when the store cannot be reached, before any work.
+    """
+
+    def __init__(self, uri: str, experiment: str, name: str, config: Mapping[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.client = MlflowClient(uri)
+            found = self.client.get_experiment_by_name(experiment)
+            self.experiment = found.experiment_id if found else self.client.create_experiment(experiment)
+        except MlflowException as error:
+            raise UserError(
+                f"tracking.uri: MLflow at {uri} cannot be reached ({error}); start it or give another URI"
+            ) from error
+        self.parent = self._open(name, {"git.commit": git_commit()})
+        self.client.log_dict(self.parent, dict(config), "config.json")
+
+    def _open(self, name: str, tags: dict[str, str]) -> str:
+        return self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+
+    def skipped(self, stage: Stage) -> None:
+        """A stage that an earlier run finished: the parent names its digest."""
+        self.client.set_tag(self.parent, f"skipped.{stage.instance}", stage.digest)
+
+    def begin(self, stage: Stage, root: str) -> "StageRun":
+        """Open a stage's child run: its settings as params, its parents' tables as datasets, everything by digest."""
+        tags = {
+            "mlflow.parentRunId": self.parent,
+            "stage": stage.kind,
+            "digest": stage.digest,
+            "output": stage.output(root).uri,
+        }
+        tags |= {f"parent.{role}": f"{parent.instance}-{parent.digest}" for role, parent in stage.parents.items()}
+        run_id = self._open(stage.instance, tags)
+        params = [Param(name, str(value)[:500]) for name, value in _flat({**stage.settings, "version": stage.version})]
+        for first in range(0, len(params), 100):
+            self.client.log_batch(run_id, params=params[first : first + 100])
+        inputs = [_dataset(parent, role, root) for role, parent in stage.parents.items() if parent.kind in TABLES]
+        self.client.log_inputs(run_id, datasets=inputs)
+        return StageRun(self.client, run_id)
+
+    def finish(self, status: str, metrics: Mapping[str, float]) -> None:
+        """Close the parent run."""
+        self.client.log_batch(self.parent, metrics=_metrics(metrics, 0))
+        self.client.set_terminated(self.parent, status)
+
+
+class StageRun:
+    """The child run of one stage; a monitor that records training metrics."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self.client, self.run_id = client, run_id
+
+    def start(self, total: int, unit: str, done: int = 0) -> None:
+        """How much there was to do."""
+        self.client.log_batch(self.run_id, tags=[RunTag("total", f"{total} {unit}s"), RunTag("resumed_from", str(done))])
+
+    def advance(self, count: int) -> None:
+        """Progress is not recorded."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Live training metrics."""
+        self.client.log_batch(self.run_id, metrics=_metrics(values, step))
+
+    def finish(self, stage: Stage, root: str, manifest: Mapping[str, Any]) -> None:
+        """Record the counts of the manifest and the output as a dataset, then close the run."""
+        counts = {"rows": manifest["rows"], "rejects": sum(manifest["rejects"].values()), "seconds": manifest["seconds"]}
+        self.client.log_batch(self.run_id, metrics=_metrics(counts, 0))
+        if stage.kind in TABLES:
+            self.client.log_inputs(self.run_id, datasets=[_dataset(stage, "output", root)])
+        self.client.set_terminated(self.run_id, "FINISHED")
+
+    def fail(self) -> None:
+        """Close the run as failed; what was done stays for the next one."""
+        self.client.set_terminated(self.run_id, "FAILED")
+
+
+def _dataset(stage: Stage, role: str, root: str) -> DatasetInput:
+    source = json.dumps({"uri": stage.output(root).uri})
+    name = f"{TABLES[stage.kind]}/{stage.instance.partition(':')[2]}"
+    dataset = Dataset(name=name, digest=stage.digest, source_type="local", source=source)
+    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", role)])
+
+
+def _metrics(values: Mapping[str, float], step: int) -> list[Metric]:
+    now = int(time.time() * 1000)
+    return [Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in node.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [(f"{prefix}{name}", value)]
+    return rows
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, or 'unknown' outside a git checkout."""
+    folder = Path(__file__).parent
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"

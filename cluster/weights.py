@@ -1,0 +1,65 @@
+"""Where pretrained weights come from: a hub at a pinned revision, a local folder, or an installed package."""
+
+import hashlib
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from cluster.config import Section
+from cluster.errors import UserError
+
+
+class Weights(Section):
+    """One source of weights. Exactly one of `hub`, `folder` and `package` is given."""
+
+    hub: str | None = Field(None, description="name on the Hugging Face hub")
+    revision: str | None = Field(None, description="commit of the hub repository; pin it")
+    folder: str | None = Field(None, description="local folder, the same on every node")
+    package: str | None = Field(None, description="importable name of an installed Python package")
+    file: str | None = Field(None, description="file inside the package or folder")
+    sha256: str | None = Field(None, description="checked before the file is loaded")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(source is not None for source in (self.hub, self.folder, self.package)) != 1:
+            raise ValueError("give exactly one of hub, folder and package")
+        return self
+
+    def location(self) -> str:
+        """Hub name, or the checked local path of the folder or file.
+
+        Raises UserError when a package or file is missing or has other content than `sha256`.
+        """
+        if self.hub is not None:
+            return self.hub
+        path = _package_folder(self.package) if self.package else Path(self.folder or "")
+        if self.file:
+            path = path / self.file
+        if not path.exists():
+            raise UserError(f"weights: {path} does not exist; check 'folder', 'package' and 'file'")
+        if self.sha256 and sha256_of(path) != self.sha256:
+            raise UserError(f"weights: {path} has sha256 {sha256_of(path)}, expected {self.sha256}")
+        return str(path)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights' content, for a digest: never a local path where a hash is known."""
+        if self.sha256:
+            return {"sha256": self.sha256}
+        return self.model_dump(exclude_none=True)
+
+
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"weights: Python package '{package}' is not installed; `make install` brings the offline weights")
+    return Path(spec.origin).parent
+
+
+@cache
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

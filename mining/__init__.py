@@ -1,0 +1,1 @@
+"""From a gallery of images to embeddings and related pairs. Knows images, not language."""

@@ -1,0 +1,119 @@
+"""Config of the mining stages: ingest, embed, mine."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluster.config import Section
+from cluster.weights import Weights
+
+
+class GalleryConfig(Section):
+    """Where a gallery's images come from."""
+
+    images: str = Field(description="folder of images, or tar or Parquet files, or a folder of those; any filesystem URI")
+    split: str | None = Field(None, description="JSON list of the names to take, or mapping of name to path; None: all")
+    copy_images: bool = Field(True, description="copy the bytes into the gallery, or index them where they are")
+
+
+class TripletsConfig(Section):
+    """A file of labelled triplets over one gallery."""
+
+    gallery: str = Field(description="name of the gallery that holds the images")
+    file: str = Field(description="JSON list or Parquet: reference, target, captions (or caption), optional group")
+
+
+class CaptionsConfig(Section):
+    """A file of image-caption pairs over one gallery."""
+
+    gallery: str = Field(description="name of the gallery that holds the images")
+    file: str = Field(description="JSON list or Parquet: image, caption")
+    until: str | None = Field(None, description="keep the text before this separator, such as ':'")
+
+
+class IngestConfig(Section):
+    """What enters the run from outside."""
+
+    galleries: dict[str, GalleryConfig]
+    triplets: dict[str, TripletsConfig]
+    captions: dict[str, CaptionsConfig] = {}
+    shard_rows: int = Field(512, gt=0, description="images of one part: the unit of resume of ingest and embed")
+    max_pixels: int = Field(89_478_485, gt=0, description="larger images are rejected as decompression bombs")
+    max_reject_fraction: float = Field(0.01, ge=0, le=1, description="share of rejected rows above which a stage fails")
+
+
+class TowerConfig(Section):
+    """A frozen image tower."""
+
+    library: Literal["timm", "open_clip", "transformers"]
+    model: str = Field(description="the library's name of the model; for transformers unused when weights name it")
+    weights: Weights | None = Field(None, description="None: random, for tests only")
+    by_order: bool = Field(False, description="the file's tensors match the model's in order, not by name")
+    output: Literal["pooled", "tokens"] = Field("pooled", description="one vector an image, or one a patch")
+    image_size: int = Field(224, gt=0)
+    resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    precision: Literal["fp32", "bf16", "auto"] = Field("fp32", description="auto: bf16 where the processor is fast at it")
+
+
+class ViewsConfig(Section):
+    """Augmented views of training images: cached ones, or the tower runs online on fresh ones."""
+
+    count: int = Field(1, ge=1, description="cached views an image, the plain one included")
+    online: bool = Field(False, description="cache the plain view alone and run the tower while training")
+    crop: tuple[float, float] = Field((0.5, 1.0), description="share of the area")
+    aspect: tuple[float, float] = Field((0.8, 1.25), description="width by height")
+    flip: float = Field(0.3, ge=0, le=1, description="probability of a mirrored view")
+    jitter: float = Field(0.1, ge=0, description="strength of brightness, contrast and saturation changes")
+
+    @model_validator(mode="after")
+    def _cached_or_online(self) -> Self:
+        if self.online and self.count > 1:
+            raise ValueError("online views are not cached: set count to 1")
+        return self
+
+
+class EmbedConfig(Section):
+    """Which towers there are, and the views of training galleries."""
+
+    towers: dict[str, TowerConfig]
+    views: ViewsConfig = ViewsConfig()
+    batch_size: int = Field(64, gt=0, description="images a forward pass")
+
+
+class WalkConfig(Section):
+    """The paper's subgroups (section 3.2; as CIRR's)."""
+
+    top: int = Field(20, gt=0, description="neighbours of an anchor")
+    max_similarity: float = Field(0.94, description="neighbours above are near duplicates")
+    spacing: float = Field(0.002, ge=0, description="least distance in similarity to the image added before")
+    group_size: int = Field(6, ge=6, le=6, description="images of a group, the anchor included")
+    max_overlap: int = Field(2, ge=0, description="images that two kept groups may share")
+
+
+class MatchedConfig(Section):
+    """Pairs whose similarities are distributed as those of the labelled pairs."""
+
+    pairs: int = Field(3000, gt=0, description="expected number of pairs")
+    neighbours: int = Field(20, ge=0, description="nearest images offered to each anchor")
+    sample: int = Field(1024, gt=0, description="images of one seeded sample of the gallery, offered to every anchor")
+    bins: int = Field(40, gt=1, description="bins of the histogram of similarity over [-1, 1]")
+
+
+class MineConfig(Section):
+    """How related pairs are found."""
+
+    gallery: str
+    tower: str
+    method: Literal["walk", "matched"] = "walk"
+    walk: WalkConfig = WalkConfig()
+    matched: MatchedConfig = MatchedConfig()
+    triplets: str | None = Field(None, description="labelled triplets whose similarities 'matched' imitates")
+    part_rows: int = Field(1024, gt=0, description="pairs of one part: the unit of resume of generate")
+
+    @model_validator(mode="after")
+    def _matched_needs_labels(self) -> Self:
+        if self.method == "matched" and self.triplets is None:
+            raise ValueError("method 'matched' needs 'triplets': the labelled pairs to imitate")
+        return self

@@ -1,0 +1,177 @@
+"""Embed: every image of a gallery, plain and in augmented views, through one frozen tower, once.
+
+CPU tasks decode to uint8, a pool of actors runs the tower, CPU tasks write: one part a (gallery part, view).
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from cluster.artifacts import Output
+from cluster.config import ActorResources
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+from cluster.parts import run_parts
+from mining import tables
+from mining.config import EmbedConfig, TowerConfig, ViewsConfig
+from mining.gallery import iter_images
+from mining.images import BadImage, render
+
+EMBED_VERSION = 1
+INFO = "info.json"
+MEAN = "mean.safetensors"
+
+
+def embed_gallery(
+    output: Output,
+    gallery: Output,
+    tower: str,
+    config: EmbedConfig,
+    views: ViewsConfig,
+    resources: ActorResources,
+    monitor: Monitor,
+) -> None:
+    """Write the embeddings of `views.count` views of every image, `info.json` and the plain view's mean.
+
+    Raises UserError when weights are missing, before an actor starts.
+    """
+    settings = config.towers[tower]
+    if settings.weights is not None:
+        settings.weights.location()
+    rows = gallery.part_rows()
+    parts = {_view_part(part, view): n for part, n in rows.items() for view in range(views.count)}
+    decode = partial(_decode_part, gallery=gallery, output=output, tower=settings, views=views)
+
+    def dataset(names: list[str]) -> ray.data.Dataset:
+        return (
+            ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names))
+            .map_batches(
+                decode,
+                batch_size=1,
+                num_cpus=resources.decode_cpus,
+                compute=ray.data.TaskPoolStrategy(size=resources.decode_tasks),
+            )
+            .map_batches(
+                Embedder,
+                fn_constructor_args=(settings, config.batch_size, output, resources.cpus),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=resources.actors),
+                **resources.ray_options(),
+            )
+        )
+
+    run_parts(output, parts, dataset, monitor, "image")
+    _summarise(output, views)
+
+
+def _view_part(part: str, view: int) -> str:
+    return part.replace(".parquet", f".v{view}.parquet")
+
+
+def view_of(part: str) -> int:
+    """The view that a part of the embeddings holds."""
+    return int(part.removesuffix(".parquet").rsplit(".v", 1)[1])
+
+
+def _decode_part(
+    row: dict[str, Any], gallery: Output, output: Output, tower: TowerConfig, views: ViewsConfig
+) -> dict[str, Any]:
+    """One row: the pixels uint8 [n, size, size, 3] of one view of one gallery part, so that no batch mixes parts."""
+    name = str(row["part"][0])
+    stem, view = name.removesuffix(".parquet").rsplit(".v", 1)
+    ids, pixels, rejects = [], [], []
+    for image_id, content in iter_images(gallery, f"{stem}.parquet"):
+        try:
+            pixels.append(render(content, tower, views, (image_id, int(view))))
+            ids.append(image_id)
+        except (BadImage, OSError) as error:
+            rejects.append({"key": str(image_id), "stage": "embed", "reason": "unreadable", "detail": str(error)[:200]})
+    output.write_rejects(name, rejects)
+    if not pixels:
+        raise UserError(f"{gallery.path(stem)}: no image can be read any more; restore the source and ingest again")
+    return {"part": np.array([name]), "image_id": np.array([ids]), "pixels": np.stack(pixels)[None]}
+
+
+class Embedder:
+    """An actor that holds the tower and turns one decoded part into one written part."""
+
+    def __init__(self, config: TowerConfig, batch_size: int, output: Output, cpus: float) -> None:
+        from cluster.devices import limit_threads
+        from mining.towers import ImageTower
+
+        limit_threads(cpus)
+        self.tower, self.batch_size, self.output = ImageTower(config), batch_size, output
+
+    def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Embed and write one row of `_decode_part`."""
+        name = str(row["part"][0])
+        values = self._embed(row["pixels"][0])
+        self.output.write_table(name, _to_table(row["image_id"][0], view_of(name), values), _schema(values))
+        return {"part": [name], "rows": [len(values)]}
+
+    def _embed(self, pixels: np.ndarray) -> np.ndarray:
+        import torch
+
+        batches = [torch.from_numpy(pixels[i : i + self.batch_size].copy()) for i in range(0, len(pixels), self.batch_size)]
+        return torch.cat([self.tower(batch).half().cpu() for batch in batches]).numpy()
+
+
+def _schema(values: np.ndarray) -> pa.Schema:
+    return tables.embeddings(values.shape[1], values.shape[2])
+
+
+def _to_table(ids: np.ndarray, view: int, values: np.ndarray) -> pa.Table:
+    """Embeddings table of values float16 [n, tokens, dim]."""
+    rows, tokens, dim = values.shape
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), tokens * dim)
+    columns = [pa.array(ids), pa.array(np.full(rows, view, np.int16)), pa.array(np.full(rows, tokens, np.int16)), lists]
+    return pa.table(columns, schema=_schema(values))
+
+
+def read_part(output: Output, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(image ids [n], values float16 [n, tokens, dim]) of one part of the embeddings."""
+    info = output.read_json(INFO) if output.exists(INFO) else None
+    if info is None:
+        raise FileNotFoundError(f"{output.uri} has no {INFO}: the embeddings are not finished")
+    table = output.read_table(name, tables.embeddings(info["tokens"], info["dim"]), ["image_id", "values"])
+    return _to_arrays(table, info["tokens"], info["dim"])
+
+
+def _to_arrays(table: pa.Table, tokens: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    values = pc.list_flatten(table["values"]).to_numpy()
+    return table["image_id"].to_numpy(), values.reshape(-1, tokens, dim)
+
+
+def _summarise(output: Output, views: ViewsConfig) -> None:
+    """Write `info.json` and the mean over images and tokens of the plain view, part by part."""
+    from safetensors.numpy import save
+
+    tokens, dim = _shape(output)
+    output.write_json(INFO, {"tokens": tokens, "dim": dim, "views": views.count})
+    total, count = np.zeros(dim), 0
+    for name in plain_parts(output):
+        values = read_part(output, name)[1].astype(np.float64)
+        total += values.sum((0, 1))
+        count += values.shape[0] * values.shape[1]
+    output.write_bytes(MEAN, save({"mean": (total / count).astype(np.float32)}))
+
+
+def _shape(output: Output) -> tuple[int, int]:
+    import pyarrow.parquet as pq
+
+    from cluster.artifacts import filesystem
+
+    system, _ = filesystem(output.uri)
+    with system.open_input_file(output.path(output.parts()[0])) as stream:
+        file = pq.ParquetFile(stream)
+        tokens = file.read_row_group(0, columns=["tokens"])["tokens"][0].as_py()
+        return tokens, file.schema_arrow.field("values").type.list_size // tokens
+
+
+def plain_parts(output: Output) -> list[str]:
+    """Names of the parts of the plain view."""
+    return [name for name in output.parts() if ".v0." in name]

@@ -1,0 +1,64 @@
+"""The Arrow schema of every table that passes between stages, and the ids of their rows."""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+
+GALLERY = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("key", pa.string()),  # name in its source
+        ("image", pa.binary()),  # encoded bytes; null when indexed in place
+        ("uri", pa.string()),  # file that holds the bytes when indexed in place
+        ("offset", pa.int64()),  # byte offset in `uri`; for a Parquet file the row
+        ("length", pa.int64()),  # bytes
+        ("sha256", pa.string()),  # of the encoded bytes
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+PAIRS = pa.schema(
+    [
+        ("pair_id", pa.int64()),
+        ("group_id", pa.int64()),  # null for matched pairs, as are the ranks
+        ("reference_id", pa.int64()),
+        ("target_id", pa.int64()),
+        ("reference_rank", pa.int16()),
+        ("target_rank", pa.int16()),
+        ("similarity", pa.float32()),  # cosine
+    ]
+)
+TRIPLETS = pa.schema(
+    [
+        ("triplet_id", pa.int64()),
+        ("pair_id", pa.int64()),  # null for human triplets
+        ("group_id", pa.int64()),  # null where images are not grouped
+        ("reference_id", pa.int64()),
+        ("target_id", pa.int64()),
+        ("deltas", pa.list_(pa.string())),  # one is drawn each time
+        ("source", pa.string()),  # "human" or the digest of the run that wrote it
+    ]
+)
+SCORES = pa.schema([("triplet_id", pa.int64()), ("scorer", pa.string()), ("value", pa.float32())])
+CAPTIONS = pa.schema([("image_id", pa.int64()), ("caption", pa.string())])
+
+
+def embeddings(tokens: int, dim: int) -> pa.Schema:
+    """Schema of cached tower outputs: `tokens` vectors of width `dim` for each image and augmented view (0 is plain)."""
+    values = pa.list_(pa.float16(), tokens * dim)
+    return pa.schema([("image_id", pa.int64()), ("view", pa.int16()), ("tokens", pa.int16()), ("values", values)])
+
+
+def stable_id(*parts: object) -> int:
+    """A non-negative int64 that depends on `parts` alone: the same on every machine and in every run."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def check_unique(ids: Iterable[int], what: str) -> None:
+    """Raises ValueError when two rows have one id: a hash collision (about 1 in 10^7 for a million rows)."""
+    array = np.fromiter(ids, np.int64)
+    if len(np.unique(array)) != len(array):
+        raise ValueError(f"{what}: two rows have the same id; rename one of them")

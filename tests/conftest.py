@@ -1,0 +1,61 @@
+"""One Ray session for the suite, and a few real photos."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from cluster import session
+
+PHOTOS = Path(__file__).parent / "data" / "grocery"
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A local Ray with four logical CPUs, whatever the machine has."""
+    import ray
+
+    session.start(session.RayConfig(num_cpus=4), tmp_path_factory.mktemp("logs") / "log.txt")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[tuple[str, bytes]]:
+    """(key, JPEG bytes) of the first 64 training photos."""
+    table = pq.read_table(PHOTOS / "train" / "part-00000.parquet").slice(0, 64)
+    return list(zip(table["key"].to_pylist(), table["image"].to_pylist(), strict=True))
+
+
+@pytest.fixture
+def photo_folder(tmp_path: Path, photos: list[tuple[str, bytes]]) -> Path:
+    """A folder of 24 real photos as JPEG files."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for key, content in photos[:24]:
+        (folder / f"{key}.jpg").write_bytes(content)
+    return folder
+
+
+class Recorder:
+    """A monitor that keeps what a stage reports."""
+
+    def __init__(self) -> None:
+        self.total, self.resumed, self.advanced = 0, 0, 0
+        self.reports: list[tuple[int, dict[str, float]]] = []
+
+    def start(self, total: int, unit: str, done: int = 0) -> None:
+        self.total, self.resumed = total, done
+
+    def advance(self, count: int) -> None:
+        self.advanced += count
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self.reports.append((step, values))
+
+
+@pytest.fixture
+def monitor() -> Recorder:
+    """A fresh recording monitor."""
+    return Recorder()
