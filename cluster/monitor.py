@@ -14,3 +14,16 @@ class Monitor(Protocol):
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Training metrics at an optimiser step."""
+
+
+class Silent:
+    """A monitor that drops everything."""
+
+    def start(self, total: int, unit: str, done: int = 0) -> None:
+        """Dropped."""
+
+    def advance(self, count: int) -> None:
+        """Dropped."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Dropped."""

@@ -1,0 +1,28 @@
+"""The report of a finished run: one self-contained HTML page."""
+
+from pathlib import Path
+
+import jinja2
+
+from cluster.app.pipeline import Pipeline
+from cluster.app.report import words
+from cluster.app.report.data import collect
+from cluster.app.report.plots import PALETTE, draw
+from cluster.artifacts import Output
+
+TEMPLATE = "report.html.j2"
+
+
+def write_report(pipeline: Pipeline, folder: Output) -> None:
+    """Write `report.html` into a run's folder; every stage of the run is finished."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {name: getattr(words, name) for name in ("count", "signed", "interval", "duration")}
+    report = collect(pipeline)
+    page = environment.get_template(TEMPLATE).render(report=report, charts=draw(report), palette=PALETTE)
+    folder.write_bytes("report.html", page.encode())

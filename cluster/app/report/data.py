@@ -1,0 +1,221 @@
+"""What the report shows, collected from a run's outputs: tables column-wise and in samples, images by id."""
+
+import base64
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from cluster.app.config import PRESETS, RunConfig, load
+from cluster.app.pipeline import Pipeline
+from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
+from cluster.app.report.results import Results, collect_results, headline
+from cluster.artifacts import MANIFEST, Output, Stage, filesystem
+from mining.gallery import read_images
+from mining.images import decode
+
+THUMBNAIL = 144  # pixels of the longer side
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One series of a training stage, the mean over its models."""
+
+    name: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Training losses, and validation metrics where triplets were held out: metric -> a curve a variant."""
+
+    align: Curve | None
+    instruct: Curve | None
+    retrieval: list[Curve]
+    validation: dict[str, list[Curve]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a stage instance's manifest says."""
+
+    instance: str
+    digest: str
+    rows: int
+    rejects: dict[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page. `images` maps an image id to a JPEG data URI."""
+
+    name: str
+    date: datetime
+    results: Results
+    mined: Mined | None
+    generated: Generated | None
+    retrieval: Retrieval | None
+    curves: Curves
+    records: list[Record]
+    command: str
+    config: str
+    images: dict[int, str]
+
+    @property
+    def headline(self) -> str:
+        """The result in one sentence."""
+        return headline(self.results)
+
+    @property
+    def seconds(self) -> float:
+        """Time of all stages together."""
+        return sum(record.seconds for record in self.records)
+
+
+class _Run:
+    """A pipeline whose stages are finished."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline, self.config = pipeline, pipeline.config
+        self.stages = {stage.instance: stage for stage in pipeline.stages}
+        self.manifests: dict[str, dict[str, Any]] = {
+            instance: pipeline.output(stage).read_json(MANIFEST) for instance, stage in self.stages.items()
+        }
+
+    def find(self, kind: str) -> Stage | None:
+        """The only instance of a kind, or None where the run has none."""
+        return next((stage for stage in self.stages.values() if stage.kind == kind), None)
+
+    def output(self, instance: str) -> Output:
+        """The output of an instance."""
+        return self.pipeline.output(self.stages[instance])
+
+
+def collect(pipeline: Pipeline) -> Report:
+    """Everything that the page shows. Reads the images shown and no others."""
+    run = _Run(pipeline)
+    results = _results(run)
+    mined, generated, retrieval = _mined(run), _generated(run, results), _retrieval(run, results)
+    shown = [image for section in (mined, generated, retrieval) if section for image in section.image_ids()]
+    return Report(
+        name=run.config.name,
+        date=_finished(pipeline.output(pipeline.evaluation)),
+        results=results,
+        mined=mined,
+        generated=generated,
+        retrieval=retrieval,
+        curves=_curves(run),
+        records=[Record(**{name: m[name] for name in Record.__dataclass_fields__}) for m in run.manifests.values()],
+        command=_command(run.config),
+        config=_shareable(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)),
+        images=_thumbnails(run, shown),
+    )
+
+
+def _results(run: _Run) -> Results:
+    evaluation = run.output("evaluate:all")
+    rows = {instance: manifest["rows"] for instance, manifest in run.manifests.items()}
+    return collect_results(run.config, evaluation.read_json("metrics.json"), evaluation.read_json("gain.json"), rows)
+
+
+def _rng(run: _Run, section: int) -> np.random.Generator:
+    return np.random.default_rng([run.config.report.seed, section])
+
+
+def _mined(run: _Run) -> Mined | None:
+    if (stage := run.find("mine")) is None:
+        return None
+    total = run.manifests[stage.instance]["rows"]
+    return collect_mined(run.pipeline.output(stage), total, run.config.report.examples, _rng(run, 0))
+
+
+def _generated(run: _Run, results: Results) -> Generated | None:
+    if (stage := run.find("generate")) is None:
+        return None
+    top_fraction = run.config.train.variant(results.best.name).selection.top_fraction if results.best else None
+    return collect_generated(
+        run.pipeline.output(stage),
+        run.output(f"ingest:{run.config.instruct.triplets}"),
+        run.manifests[stage.instance],
+        top_fraction,
+        run.config.report.examples,
+        _rng(run, 1),
+    )
+
+
+def _retrieval(run: _Run, results: Results) -> Retrieval | None:
+    """With the first seed's models."""
+    before, after = results.baseline, results.best
+    if before is None or after is None:
+        return None
+    seed, count = run.config.train.seeds[0], run.config.report.examples
+    models = before.name, after.name
+    return collect_retrieval(run.output("evaluate:all"), run.output("ingest:queries"), models, seed, count, _rng(run, 2))
+
+
+def _thumbnails(run: _Run, image_ids: list[int]) -> dict[int, str]:
+    """JPEG data URIs of some images of the mined gallery and of the evaluated one."""
+    names = {f"ingest:{run.config.mine.gallery}", "ingest:evaluate"} & set(run.stages)
+    found = read_images([run.output(name) for name in sorted(names)], image_ids) if image_ids else {}
+    return {image: _thumbnail(content) for image, content in found.items()}
+
+
+def _thumbnail(content: bytes) -> str:
+    image = decode(content)
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    stream = BytesIO()
+    image.save(stream, "JPEG", quality=78, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _curves(run: _Run) -> Curves:
+    logs = {i: _log(run.pipeline.output(s)) for i, s in run.stages.items() if s.kind in ("align", "instruct", "train")}
+    variants = {v: [logs[f"train:{v}.s{seed}"] for seed in run.config.train.seeds] for v in run.config.train.variants}
+    names = dict.fromkeys(n for log in logs.values() for point in log.values() for n in point if n.startswith("val_"))
+    alone = {kind: _curve(kind, [logs[s.instance]], "loss") for kind in ("align", "instruct") if (s := run.find(kind))}
+    validation = {name: [_curve(v, found, name) for v, found in variants.items()] for name in names}
+    return Curves(
+        align=alone.get("align"),
+        instruct=alone.get("instruct"),
+        retrieval=[_curve(variant, found, "loss") for variant, found in variants.items()],
+        validation={name: [curve for curve in curves if len(curve.steps)] for name, curves in validation.items()},
+    )
+
+
+def _log(output: Output) -> dict[int, dict[str, float]]:
+    """Step -> metrics; of steps done again after a kill the later ones."""
+    lines = output.read_bytes(METRICS).decode().splitlines()
+    return {point["step"]: point for point in map(json.loads, lines)}
+
+
+def _curve(name: str, logs: list[dict[int, dict[str, float]]], metric: str) -> Curve:
+    """Mean over the models at the steps that all of them report."""
+    steps = sorted(set.intersection(*({step for step, point in log.items() if metric in point} for log in logs)))
+    return Curve(name, np.array(steps), np.array([np.mean([log[step][metric] for log in logs]) for step in steps]))
+
+
+def _finished(evaluation: Output) -> datetime:
+    """When the run's last stage was finished, in UTC."""
+    system, _ = filesystem(evaluation.uri)
+    return system.get_file_info(evaluation.path(MANIFEST)).mtime or datetime.now(UTC)
+
+
+def _command(config: RunConfig) -> str:
+    """What repeats the run: the preset's name where it is the preset as it stands, else the config kept with the report."""
+    if (PRESETS / f"{config.name}.yaml").exists() and load(config.name, []) == config:
+        return config.name
+    return f"{config.root.rstrip('/')}/runs/{config.name}/config.yaml"
+
+
+def _shareable(text: str) -> str:
+    """A config without the passwords of its URIs."""
+    return re.sub(r"://[^/@\s]+@", "://", text)

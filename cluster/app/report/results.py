@@ -1,0 +1,162 @@
+"""What was gained: the metric table with its variants in their roles, and the result in one sentence."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cir.config import VariantConfig
+from cluster.app.config import RunConfig
+from cluster.app.report import words
+
+Role = Literal["baseline", "semi", "labelled", "shuffled", "control", "reference"]
+BANDS: list[tuple[str, tuple[Role, ...]]] = [
+    ("", ("baseline", "labelled", "semi")),
+    ("Controls", ("shuffled", "control")),
+    ("Other labels, for orientation", ("reference",)),
+]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metric over the seeds, in percent."""
+
+    mean: float
+    seeds: list[float]
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over the seeds; None with a single one."""
+        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Points gained over the baseline, with their 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> Literal["up", "down", "unclear"]:
+        """The direction, or unclear while the interval covers 0."""
+        return "up" if self.low > 0 else "down" if self.high < 0 else "unclear"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant; its gain is None where there is no baseline, and for the baseline."""
+
+    name: str
+    role: Role
+    note: str
+    values: dict[str, Value]
+    gain: Gain | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """The metric table. `metric` is the recall that gains are measured in; the counts are of triplets."""
+
+    metric: str
+    rows: list[Row]
+    labelled: int
+    generated: int | None
+    queries: int
+    by_attributes: bool
+
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric of the evaluation."""
+        return list(self.rows[0].values)
+
+    @property
+    def recalls(self) -> list[str]:
+        """The metrics of the main table."""
+        return [name for name in self.metrics if name.startswith(("R@", "Rs@"))]
+
+    @property
+    def seeds(self) -> int:
+        """Models trained of each variant."""
+        return len(self.rows[0].values[self.metric].seeds)
+
+    @property
+    def baseline(self) -> Row | None:
+        """The variant that gains are measured against."""
+        return next((row for row in self.rows if row.role == "baseline"), None)
+
+    @property
+    def best(self) -> Row | None:
+        """The best semi-supervised variant, controls left out."""
+        rows = [row for row in self.rows if row.role == "semi"]
+        return max(rows, key=self.score, default=None)
+
+    @property
+    def bands(self) -> list[tuple[str, list[Row]]]:
+        """The rows in bands: the comparison itself, controls, models with other labels."""
+        found = [(title, [row for role in roles for row in self.rows if row.role == role]) for title, roles in BANDS]
+        return [(title, rows) for title, rows in found if rows]
+
+    def score(self, row: Row) -> float:
+        """A row's mean in the metric of the gains."""
+        return row.values[self.metric].mean
+
+
+def collect_results(config: RunConfig, metrics: dict[str, Any], gains: dict[str, Any], rows: Mapping[str, int]) -> Results:
+    """The metric table from `metrics.json`, `gain.json` and the number of rows of each ingest and generate instance."""
+    baseline = config.evaluate.baseline
+    labels = config.train.variant(baseline).triplets if baseline in config.train.variants else config.train.triplets
+    return Results(
+        metric=f"R@{config.evaluate.recalls[0]}",
+        rows=[_row(name, table, gains.get(name), config, labels, rows) for name, table in metrics.items()],
+        labelled=rows[f"ingest:{labels}"],
+        generated=next((n for instance, n in rows.items() if instance.startswith("generate:")), None),
+        queries=rows["ingest:queries"],
+        by_attributes=config.evaluate.attributes is not None,
+    )
+
+
+def _row(
+    name: str, table: dict[str, Any], gain: dict[str, Any] | None, config: RunConfig, labels: str, rows: Mapping[str, int]
+) -> Row:
+    variant = config.train.variant(name)
+    return Row(
+        name=name,
+        role=_role(name, variant, config.evaluate.baseline, labels),
+        note=words.recipe(variant, rows[f"ingest:{variant.triplets}"], variant.triplets != labels),
+        values={metric: Value(value["mean"], value["seeds"]) for metric, value in table.items()},
+        gain=Gain(gain["mean"], gain["low"], gain["high"]) if gain else None,
+    )
+
+
+def _role(name: str, variant: VariantConfig, baseline: str, labels: str) -> Role:
+    if name == baseline:
+        return "baseline"
+    if variant.shuffle_deltas:
+        return "shuffled"
+    if variant.zero is not None:
+        return "control"
+    if variant.triplets != labels:
+        return "reference"
+    return "semi" if variant.pseudo else "labelled"
+
+
+def headline(results: Results) -> str:
+    """The result in one sentence; a loss, or a gain whose interval covers 0, is called what it is."""
+    best, baseline, metric = results.best, results.baseline, results.metric
+    if best is None:
+        shown = baseline or results.rows[0]
+        return (
+            f"The {shown.name} model reaches {metric} {results.score(shown):.1f} with {results.labelled:,} labelled triplets; "
+            "no generated ones were used"
+        )
+    after, generated = results.score(best), f"{results.labelled:,} labelled triplets and {results.generated or 0:,} generated ones"
+    if baseline is None or best.gain is None:
+        return f"The {best.name} model reaches {metric} {after:.1f} with {generated}; there is no supervised model to compare"
+    gain, change = best.gain, f"{metric} from {results.score(baseline):.1f} to {after:.1f}"
+    span = f"{words.signed(gain.mean)}, 95 % interval {words.interval(gain.low, gain.high)}"
+    if gain.verdict == "unclear":
+        return f"No clear gain: pseudo triplets move {change} ({span}, which covers 0) with {generated}"
+    verb = "raise" if gain.verdict == "up" else "lower"
+    return f"Pseudo triplets {verb} {change} ({span}) with {generated}"

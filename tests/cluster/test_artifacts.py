@@ -1,0 +1,107 @@
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.artifacts import MANIFEST, Output, Stage, fingerprint
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+
+SCHEMA = pa.schema([("n", pa.int64())])
+
+
+def numbers(output: Output, monitor: Monitor) -> None:
+    output.write_table("part-00000.parquet", pa.table({"n": [1, 2, 3]}), SCHEMA)
+
+
+def stage(**changes: object) -> Stage:
+    fields: dict = {"instance": "mine:a", "version": 1, "settings": {"k": 1}, "work": numbers} | changes
+    return Stage(**fields)
+
+
+def test_digest_follows_from_settings_version_parents_and_sources(tmp_path: Path) -> None:
+    source = tmp_path / "in.json"
+    source.write_text("[]")
+    base = stage(sources={"f": str(source)})
+    assert base.digest == stage(sources={"f": str(source)}).digest
+    variants = [
+        stage(sources={"f": str(source)}, settings={"k": 2}),
+        stage(sources={"f": str(source)}, version=2),
+        stage(sources={"f": str(source)}, parents={"p": stage()}),
+    ]
+    source.write_text("[1]")
+    variants.append(stage(sources={"f": str(source)}))
+    assert len({base.digest, *(variant.digest for variant in variants)}) == 5
+
+
+def test_digest_does_not_depend_on_where_a_source_lies(tmp_path: Path) -> None:
+    digests = set()
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "x.jpg").write_bytes(b"x")
+        os.utime(folder / "x.jpg", (1, 1))
+        digests.add(stage(sources={"images": str(folder)}).digest)
+    assert len(digests) == 1
+
+
+def test_a_finished_stage_is_not_done_again(tmp_path: Path, monitor: Monitor) -> None:
+    first = stage().run(str(tmp_path), monitor)
+
+    def fail(output: Output, monitor: Monitor) -> None:
+        raise AssertionError("done twice")
+
+    assert stage(work=fail).run(str(tmp_path), monitor) == first
+    assert first["rows"] == 3
+    assert set(first["parts"]) == {"part-00000.parquet"}
+
+
+def test_an_interrupted_stage_has_no_manifest(tmp_path: Path, monitor: Monitor) -> None:
+    def interrupted(output: Output, monitor: Monitor) -> None:
+        numbers(output, monitor)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage(work=interrupted).run(str(tmp_path), monitor)
+    output = stage().output(str(tmp_path))
+    assert output.manifest() is None
+    assert output.parts() == ["part-00000.parquet"]
+
+
+def test_rejects_are_counted_and_too_many_fail(tmp_path: Path, monitor: Monitor) -> None:
+    def rejecting(output: Output, monitor: Monitor) -> None:
+        numbers(output, monitor)
+        output.write_rejects("part-00000.parquet", [{"key": "bad", "stage": "mine", "reason": "empty", "detail": "0 bytes"}])
+
+    with pytest.raises(UserError, match=r"1 of 4 rows were rejected.*bad: empty"):
+        stage(work=rejecting, max_reject_fraction=0.2).run(str(tmp_path), monitor)
+    manifest = stage(work=rejecting, max_reject_fraction=0.25).run(str(tmp_path), monitor)
+    assert manifest["rejects"] == {"empty": 1}
+
+
+def test_files_being_written_are_not_listed(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    (tmp_path / ".part-00000.parquet.abc").write_bytes(b"half")
+    assert output.parts() == []
+    output.write_bytes("sub/x", b"whole")
+    assert output.names("sub") == ["x"]
+
+
+def test_wrong_schema_is_refused(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    with pytest.raises(TypeError, match="expected"):
+        output.write_table("part-00000.parquet", pa.table({"m": [1.0]}), SCHEMA)
+
+
+def test_outputs_work_on_a_filesystem_uri(tmp_path: Path, monitor: Monitor) -> None:
+    root = f"file://{tmp_path}/root"
+    stage().run(root, monitor)
+    assert stage().output(root).exists(MANIFEST)
+    assert stage().output(root).read_parts(SCHEMA)["n"].to_pylist() == [1, 2, 3]
+
+
+def test_fingerprint_of_a_missing_source(tmp_path: Path) -> None:
+    assert fingerprint(str(tmp_path / "none")) is None
+    missing = stage(sources={"ingest.images": str(tmp_path / "none")})
+    assert missing.missing_sources() == {"ingest.images": str(tmp_path / "none")}

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from cluster.config import Section, override, read_yaml, validate
+from cluster.errors import UserError
+
+
+class Inner(Section):
+    batch_size: int = Field(gt=0)
+
+
+class Outer(Section):
+    name: str
+    train: Inner
+
+
+def test_override_sets_nested_fields_and_leaves_the_rest() -> None:
+    content = {"name": "a", "train": {"batch_size": 4}}
+    assert override(content, ["train.batch_size=8", "x.y=[1, 2]"]) == {
+        "name": "a",
+        "train": {"batch_size": 8},
+        "x": {"y": [1, 2]},
+    }
+    assert content["train"] == {"batch_size": 4}
+
+
+@pytest.mark.parametrize("assignment", ["train.batch_size", "=3", "name.x=1"])
+def test_wrong_assignments_are_named(assignment: str) -> None:
+    with pytest.raises(UserError, match="--set"):
+        override({"name": "a"}, [assignment])
+
+
+def test_unknown_key_and_negative_batch_size_are_named() -> None:
+    with pytest.raises(UserError) as error:
+        validate(Outer, {"name": "a", "train": {"batch_size": -2, "bathc": 1}}, "run.yaml")
+    message = str(error.value)
+    assert "run.yaml: 2 wrong field(s)" in message
+    assert "train.batch_size" in message
+    assert "'-2'" in message
+    assert "train.bathc" in message
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="found list"):
+        read_yaml(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        read_yaml(tmp_path / "broken.yaml")

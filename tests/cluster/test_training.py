@@ -1,0 +1,139 @@
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load
+
+from cluster.artifacts import Output
+from cluster.config import WorkerResources
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+from cluster.training import METRICS, WEIGHTS, TrainingConfig, learning_rate_factor, sample_rows, train
+
+LOCAL = WorkerResources(workers=0)
+
+
+class Regression(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(4, 1)
+        self.frozen = torch.nn.Linear(4, 1).requires_grad_(False)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {"loss": ((self.line(batch["x"]) - batch["x"].sum(1, keepdim=True)) ** 2).mean()}
+
+
+@dataclass
+class RegressionTask:
+    """y = sum of x. Fails once at `fail_at`, as a killed worker would."""
+
+    best_metric: str | None = None
+    fail_at: int | None = None
+    marker: str = ""
+    best_step: int | None = None
+
+    @property
+    def size(self) -> int:
+        return 40
+
+    def build(self) -> Regression:
+        return Regression()
+
+    def batch(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+        x = np.stack([np.random.default_rng(row).normal(size=4) for row in rows]) + 0.01 * rng.normal(size=(len(rows), 4))
+        return {"x": torch.from_numpy(x).float()}
+
+    def validate(self, module: Regression) -> dict[str, float]:
+        self._calls = getattr(self, "_calls", 0) + 1
+        if self.fail_at == self._calls and not Path(self.marker).exists():
+            Path(self.marker).touch()
+            raise RuntimeError("killed")
+        error = float((module.line.weight - 1).abs().sum())
+        return {"val": -error if self.best_step is None else float(self._calls == self.best_step)}
+
+
+def config(**changes: Any) -> TrainingConfig:
+    return TrainingConfig(**{"steps": 30, "batch_size": 8, "learning_rate": 0.05, "checkpoint_every": 10} | changes)
+
+
+def losses(output: Output) -> dict[int, float]:
+    lines = [json.loads(line) for line in output.read_bytes(METRICS).decode().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def test_sample_rows_visits_every_row_once_an_epoch() -> None:
+    steps = [sample_rows(40, 8, step, seed=3) for step in range(10)]
+    assert sorted(np.concatenate(steps[:5])) == list(range(40))
+    assert not np.array_equal(steps[0], steps[5])
+    assert np.array_equal(steps[3], sample_rows(40, 8, 3, seed=3))
+    assert len(sample_rows(5, 8, 0, seed=0)) == 8
+
+
+def test_learning_rate_schedules() -> None:
+    cosine = config(steps=100, warmup_steps=10)
+    assert learning_rate_factor(cosine, 0) == pytest.approx(0.1)
+    assert learning_rate_factor(cosine, 10) == pytest.approx(1.0)
+    assert learning_rate_factor(cosine, 55) == pytest.approx(0.5)
+    halved = config(steps=100, schedule="tenth_after_half")
+    assert [learning_rate_factor(halved, step) for step in (49, 50)] == [1.0, 0.1]
+
+
+def test_batch_must_divide() -> None:
+    with pytest.raises(UserError, match="no multiple"):
+        config(batch_size=6).accumulation(4)
+    assert config(batch_size=64, micro_batch=8).accumulation(2) == (8, 4)
+
+
+def test_trains_and_saves_only_trained_parameters(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    output = Output(str(tmp_path / "out"))
+    metrics = train(output, RegressionTask(), config(steps=200), 0, LOCAL, monitor)
+    weights = load(output.read_bytes(WEIGHTS))
+    assert set(weights) == {"line.weight", "line.bias"}
+    assert metrics["step"] == 200
+    assert torch.allclose(weights["line.weight"], torch.ones(1, 4), atol=0.1)
+    assert max(monitor.reports)[0] == 200
+
+
+def test_keeps_the_best_checkpoint(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    output = Output(str(tmp_path / "out"))
+    metrics = train(output, RegressionTask(best_metric="val", best_step=2), config(), 0, LOCAL, monitor)
+    assert metrics["step"] == 20
+
+
+def test_accumulation_gives_the_same_update(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    @dataclass
+    class Plain(RegressionTask):
+        def batch(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+            return {"x": torch.from_numpy(np.eye(4)[rows % 4]).float()}
+
+    weights = []
+    for name, micro in (("whole", None), ("accumulated", 2)):
+        output = Output(str(tmp_path / name))
+        train(output, Plain(), config(micro_batch=micro), 0, LOCAL, monitor)
+        weights.append(load(output.read_bytes(WEIGHTS))["line.weight"])
+    assert torch.allclose(*weights, atol=1e-5)
+
+
+def test_changed_world_size_is_refused_before_training(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    output = Output(str(tmp_path / "out"))
+    output.write_json("training.json", {"workers": 4})
+    with pytest.raises(UserError, match=r"began with 4 worker.*on_changed_world=weights"):
+        train(output, RegressionTask(), config(), 0, LOCAL, monitor)
+
+
+@pytest.mark.workers
+def test_a_failed_worker_goes_on_from_its_checkpoint(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
+    whole, broken = Output(str(tmp_path / "whole")), Output(str(tmp_path / "broken"))
+    train(whole, RegressionTask(), config(), 0, LOCAL, monitor)
+    failing = RegressionTask(fail_at=2, marker=str(tmp_path / "failed"))
+    train(broken, failing, config(), 0, WorkerResources(workers=1, max_failures=1), monitor)
+    assert (tmp_path / "failed").exists()
+    assert losses(broken) == pytest.approx(losses(whole))
+    assert torch.equal(load(broken.read_bytes(WEIGHTS))["line.weight"], load(whole.read_bytes(WEIGHTS))["line.weight"])

@@ -1,0 +1,106 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.artifacts import Output
+from cluster.config import ActorResources
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+from mining import tables
+from mining.config import CaptionsConfig, GalleryConfig, IngestConfig
+from mining.gallery import ingest_captions, ingest_gallery, ingest_triplets, keys, read_images
+
+RESOURCES = ActorResources(decode_tasks=2)
+OPTIONS = IngestConfig(galleries={}, triplets={}, shard_rows=10)
+
+
+def ingest(folder: Path, output: Output, monitor: Monitor, copy_images: bool = True) -> Output:
+    ingest_gallery(output, "shop", GalleryConfig(images=str(folder), copy_images=copy_images), OPTIONS, RESOURCES, monitor)
+    return output
+
+
+def test_bad_files_are_rejected_counted_and_nothing_else_is_lost(
+    ray_session: None, photo_folder: Path, tmp_path: Path, monitor: Monitor
+) -> None:
+    content = sorted(photo_folder.iterdir())[0].read_bytes()
+    (photo_folder / "empty.jpg").touch()
+    (photo_folder / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (photo_folder / "text.jpg").write_text("no image")
+    output = ingest(photo_folder, Output(str(tmp_path / "out")), monitor)
+    reasons = dict(zip(output.rejects()["key"].to_pylist(), output.rejects()["reason"].to_pylist(), strict=True))
+    assert reasons == {"empty": "empty_file", "cut": "truncated", "text": "not_an_image"}
+    assert sum(output.part_rows().values()) == 24
+    assert len(output.parts()) == 3
+    assert monitor.total == monitor.advanced == 27
+
+
+def test_copied_and_indexed_galleries_have_the_same_images(
+    ray_session: None, photo_folder: Path, tmp_path: Path, monitor: Monitor
+) -> None:
+    copied = ingest(photo_folder, Output(str(tmp_path / "copied")), monitor)
+    indexed = ingest(photo_folder, Output(str(tmp_path / "indexed")), monitor, copy_images=False)
+    assert keys(copied) == keys(indexed)
+    ids = list(keys(copied).values())
+    assert read_images([copied], ids) == read_images([indexed], ids)
+    assert indexed.read_parts(tables.GALLERY, ["image"])["image"].null_count == 24
+    with pytest.raises(KeyError, match="none of the galleries"):
+        read_images([copied], [1])
+
+
+def test_ingest_goes_on_from_the_parts_that_exist(
+    ray_session: None, photo_folder: Path, tmp_path: Path, monitor: Monitor
+) -> None:
+    output = ingest(photo_folder, Output(str(tmp_path / "out")), monitor)
+    before = {name: output.read_bytes(name) for name in output.parts()}
+    (tmp_path / "out" / "part-00001.parquet").unlink()
+    monitor.advanced = 0
+    ingest(photo_folder, output, monitor)
+    assert {name: output.read_bytes(name) for name in output.parts()} == before
+    assert (monitor.resumed, monitor.advanced) == (14, 10)
+
+
+@pytest.fixture
+def gallery(ray_session: None, photo_folder: Path, tmp_path: Path, monitor: Monitor) -> Output:
+    return ingest(photo_folder, Output(str(tmp_path / "gallery")), monitor)
+
+
+def test_triplets_of_every_form(gallery: Output, tmp_path: Path, monitor: Monitor) -> None:
+    a, b = sorted(keys(gallery))[:2]
+    rows = [
+        {"pairid": 1, "reference": a, "target": b, "captions": ["make it red", " "]},
+        {"pairid": 2, "reference": a, "target_hard": b, "caption": "in a bag", "img_set": {"id": 36}},
+        {"candidate": b, "target": a, "captions": ["is green", "is round"]},
+        {"pairid": 4, "reference": a, "target": "ghost", "captions": ["x"]},
+        {"pairid": 5, "reference": a, "target": b, "captions": [""]},
+    ]
+    file = tmp_path / "triplets.json"
+    file.write_text(json.dumps(rows))
+    output = Output(str(tmp_path / "triplets"))
+    ingest_triplets(output, gallery, str(file), monitor)
+    table = output.read_parts(tables.TRIPLETS).to_pylist()
+    assert [row["deltas"] for row in table] == [["make it red"], ["in a bag"], ["is green", "is round"]]
+    assert [row["group_id"] is None for row in table] == [True, False, True]
+    assert {row["source"] for row in table} == {"human"}
+    rejects = output.rejects().to_pylist()
+    assert [(row["key"], row["reason"]) for row in rejects] == [("4", "unknown_image"), ("5", "empty_delta")]
+
+
+def test_unreadable_triplet_files(gallery: Output, tmp_path: Path, monitor: Monitor) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json: cannot be read"):
+        ingest_triplets(Output(str(tmp_path / "t")), gallery, str(file), monitor)
+    file.write_text('{"a": 1}')
+    with pytest.raises(UserError, match="expected a list of rows"):
+        ingest_triplets(Output(str(tmp_path / "t")), gallery, str(file), monitor)
+
+
+def test_captions_are_cut_at_the_separator(gallery: Output, tmp_path: Path, monitor: Monitor) -> None:
+    a = min(keys(gallery))
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps([{"image": a, "caption": "red apple: sweet"}, {"image": a, "caption": ": x"}]))
+    output = Output(str(tmp_path / "captions"))
+    ingest_captions(output, gallery, CaptionsConfig(gallery="shop", file=str(file), until=":"), monitor)
+    assert output.read_parts(tables.CAPTIONS)["caption"].to_pylist() == ["red apple"]
+    assert output.rejects()["reason"].to_pylist() == ["empty_caption"]
