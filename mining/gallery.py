@@ -173,13 +173,18 @@ def keys(gallery: Output) -> dict[str, int]:
 
 def iter_images(gallery: Output, part: str, image_ids: np.ndarray | None = None) -> Iterator[tuple[int, bytes]]:
     """(image_id, encoded bytes) of one part's images, in order; of all or of those asked for."""
-    table = gallery.read_table(part, tables.GALLERY)
-    if image_ids is not None:
-        table = table.filter(pc.is_in(table["image_id"], pa.array(image_ids)))
+    table = gallery.read_table(part, tables.GALLERY) if image_ids is None else _rows_of(gallery, part, image_ids)
     reader = BytesReader()
     for batch in table.to_batches(max_chunksize=256):
         for row in batch.to_pylist():
             yield row["image_id"], row["image"] or reader.read(row["uri"], row["offset"], row["length"])
+
+
+def _rows_of(gallery: Output, part: str, image_ids: np.ndarray) -> pa.Table:
+    """Some images' rows of a part; the bytes of a part that has none of them are not read."""
+    wanted = pc.is_in(gallery.read_table(part, tables.GALLERY, ["image_id"])["image_id"], pa.array(image_ids, pa.int64()))
+    found = gallery.read_table(part, tables.GALLERY) if pc.any(wanted).as_py() else None
+    return tables.GALLERY.empty_table() if found is None else found.filter(wanted)
 
 
 def read_images(galleries: Iterable[Output], image_ids: Iterable[int]) -> dict[int, bytes]:

@@ -96,7 +96,7 @@ def _load_open_clip(config: TowerConfig) -> nn.Module:
         return open_clip.create_model(config.model)
     if config.weights.hub:
         return open_clip.create_model(f"hf-hub:{config.weights.hub}")
-    return open_clip.create_model(config.model, pretrained=config.weights.location(), load_weights_only=True)
+    return open_clip.create_model(config.model, pretrained=config.weights.location(), weights_only=True)
 
 
 def _load_transformers(config: TowerConfig) -> nn.Module:

@@ -74,7 +74,7 @@ class Resources(Section):
     instruct: WorkerResources = WorkerResources()
     generate: ActorResources = ActorResources()
     train: WorkerResources = WorkerResources()
-    evaluate: TaskResources = TaskResources()
+    evaluate: ActorResources = ActorResources()
 
 
 class RunConfig(Section):

@@ -1,0 +1,131 @@
+"""Config of the composed-retrieval stages: train and evaluate."""
+
+import re
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluster.config import Section, validate
+from cluster.training import TrainingConfig
+from cluster.weights import Weights
+
+
+class TextTower(Section):
+    """The encoder of deltas: its output enters the fusion."""
+
+    library: Literal["open_clip", "transformers"]
+    model: str | None = Field(None, description="open_clip's name of the architecture; unused where weights name a hub")
+    pretrained: str | None = Field(None, description="open_clip's tag of pretrained weights, such as 'openai'")
+    weights: Weights | None = Field(None, description="a transformers folder or hub name, or an open_clip checkpoint")
+    trained: bool = Field(False, description="train the encoder with the fusion, or keep it frozen")
+    max_length: int = Field(32, gt=0, description="tokens of a delta; longer ones are cut")
+
+    @model_validator(mode="after")
+    def _source(self) -> Self:
+        if self.library == "transformers" and self.weights is None:
+            raise ValueError("a transformers text tower needs 'weights' (a hub name or a folder)")
+        if self.library == "open_clip" and self.model is None and not (self.weights and self.weights.hub):
+            raise ValueError("an open_clip text tower needs 'model' (such as ViT-L-14) or 'weights.hub'")
+        if self.pretrained and self.weights:
+            raise ValueError("give 'pretrained' (a tag) or 'weights', not both")
+        return self
+
+
+class PseudoSelection(Section):
+    """Which pseudo triplets are used: first by score, then an amount of what is left, drawn in whole groups."""
+
+    min_score: float | None = Field(None, description="least mean token log-probability of a generated delta")
+    top_fraction: float | None = Field(None, gt=0, le=1, description="share to keep, the highest log-probabilities first")
+    groups: int | None = Field(None, gt=0, description="number of whole groups (paper: 3345 for CIRR)")
+    ratio: float | None = Field(None, gt=0, description="pseudo images / labelled images (paper: best at 1)")
+    seed: int = Field(0, description="of the drawn groups, and of the permutation of `shuffle_deltas`")
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if self.groups is not None and self.ratio is not None:
+            raise ValueError("give 'groups' or 'ratio', not both")
+        return self
+
+    @property
+    def by_score(self) -> bool:
+        """Whether scores are needed."""
+        return self.min_score is not None or self.top_fraction is not None
+
+
+class Validation(Section):
+    """Labelled triplets held out of training: those of fold `fold`, by a stable hash of their id."""
+
+    folds: int = Field(0, ge=0, description="0 holds nothing out")
+    fold: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> Self:
+        if self.folds == 1 or self.fold >= max(self.folds, 1):
+            raise ValueError(f"fold {self.fold} of {self.folds}: set folds to 0 or at least 2, and fold below folds")
+        return self
+
+
+class VariantConfig(Section):
+    """What one trained model is, but for its seed."""
+
+    triplets: str = Field("train", description="name of the labelled triplets")
+    pseudo: bool = Field(False, description="semi-supervised: add pseudo triplets to each batch (PAPER 3.3, Eq. 2)")
+    pseudo_only: bool = Field(False, description="train on the pseudo triplets alone (setting e)")
+    selection: PseudoSelection = PseudoSelection()
+    shuffle_deltas: bool = Field(False, description="control: permute the deltas of the pseudo triplets")
+    zero: Literal["image", "text"] | None = Field(None, description="control: this input is zero in training and evaluation")
+    text: TextTower
+    fusion: Literal["combiner", "residual"] = Field("combiner", description="the paper's, or one for unequal widths")
+    hidden: int | None = Field(None, gt=0, description="None: twice the width (combiner), 1024 (residual)")
+    dropout: float | None = Field(None, ge=0, lt=1, description="None: 0.0 (combiner), 0.3 (residual)")
+    center: bool = Field(False, description="subtract the training gallery's mean from image features and normalise them")
+    augment_target: bool = Field(True, description="targets are drawn views as references are, or always the plain image")
+    temperature: Literal["fixed", "learned"] = Field("fixed", description="0.01, or learned from e^-2.9")
+    training: TrainingConfig
+    validation: Validation = Validation()
+
+    @model_validator(mode="after")
+    def _pseudo_is_used(self) -> Self:
+        for name in ("pseudo_only", "shuffle_deltas"):
+            if getattr(self, name) and not self.pseudo:
+                raise ValueError(f"'{name}' needs 'pseudo: true'")
+        return self
+
+
+class TrainConfig(VariantConfig):
+    """A base recipe and the variants of it that are trained, each with every seed."""
+
+    variants: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> fields that differ from the base recipe")
+    seeds: list[int] = Field([0], min_length=1)
+
+    @model_validator(mode="after")
+    def _variants_are_valid(self) -> Self:
+        for name in self.variants:
+            if not re.fullmatch(r"\w[\w-]*", name):
+                raise ValueError(f"variant {name!r}: use letters, digits, '_' and '-'")
+            self.variant(name)
+        return self
+
+    def variant(self, name: str) -> VariantConfig:
+        """The base recipe with a variant's fields put over it. Raises UserError naming the variant's wrong fields."""
+        base = self.model_dump(include=set(VariantConfig.model_fields))
+        return validate(VariantConfig, merge(base, self.variants[name]), f"train.variants.{name}")
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` put over it, section by section."""
+    result = dict(base)
+    for name, value in changes.items():
+        old = result.get(name)
+        result[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+class EvaluateConfig(Section):
+    """How trained models are scored."""
+
+    recalls: list[int] = Field([1, 5, 10], min_length=1, description="K of Recall@K")
+    subset_recalls: list[int] = Field([1, 2, 3], description="K of the recall inside a query's group, where there are groups")
+    batch_size: int = Field(256, gt=0, description="queries a forward pass")
+    baseline: str = Field("supervised", description="variant that the others' gains are measured against")
+    resamples: int = Field(10_000, gt=0, description="of the paired bootstrap")

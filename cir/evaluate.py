@@ -1,0 +1,293 @@
+"""The evaluate stage: every trained model on one gallery and query file. The driver stays free of torch."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from cir import metrics
+from cir.config import EvaluateConfig, VariantConfig
+from cir.data import Rows, images_of
+from cir.train import MODEL
+from cluster.artifacts import Output
+from cluster.config import ActorResources
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+from mining import tables
+from mining.embed import INFO, plain_parts, read_part
+from mining.features import Features, centred, read_mean
+from mining.gallery import keys
+
+if TYPE_CHECKING:
+    from cir.models.composed import ComposedRetrieval
+
+EVALUATE_VERSION = 1
+RANKINGS = pa.schema(
+    [
+        ("triplet_id", pa.int64()),
+        ("image_ids", pa.list_(pa.int64())),  # best first, at least ten, the reference removed; -1 past the gallery's end
+        ("correct", pa.list_(pa.bool_())),  # of each of image_ids: the target itself, or the same attributes
+        ("target_rank", pa.int32()),  # 1 is best
+        ("subset_rank", pa.int32()),  # of the target inside the query's group; null without a group
+        ("reference_first", pa.bool_()),  # the reference would have ranked first
+    ]
+)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What each model is scored on; travels to the Ray tasks."""
+
+    output: Output
+    embeddings: Output
+    queries: Output
+    classes: dict[int, int] | None
+    config: EvaluateConfig
+
+
+def evaluate(
+    output: Output,
+    embeddings: Output,
+    queries: Output,
+    gallery: Output,
+    attributes: str | None,
+    models: dict[str, Output],
+    config: EvaluateConfig,
+    resources: ActorResources,
+    monitor: Monitor,
+) -> None:
+    """Rank the gallery for every query with each model ("<variant>.s<seed>"), and write metrics, gains and rankings.
+
+    A ranking that exists is kept. R@K counts an image as right when its attributes equal the target's, where
+    `attributes` (JSON: key -> dict) are given; else the target alone. Raises UserError when an input does not fit.
+    """
+    table = _check_queries(queries, embeddings)
+    _check_models(models, embeddings)
+    classes = _attribute_classes(attributes, gallery, table) if attributes else None
+    inputs = _Inputs(output, embeddings, queries, classes, config)
+    missing = {name: model for name, model in models.items() if not output.exists(_ranking(name))}
+    monitor.start(len(models) * len(table), "query", (len(models) - len(missing)) * len(table))
+    for _ in _ranked(inputs, missing, resources):
+        monitor.advance(len(table))
+    hits = {
+        name: _metrics_of(output.read_table(_ranking(name), RANKINGS), config, exact=classes is not None) for name in models
+    }
+    output.write_json("metrics.json", _by_variant(hits))
+    output.write_json("gain.json", _gains(hits, config))
+
+
+def _ranking(name: str) -> str:
+    return f"rankings/{name}.parquet"
+
+
+def _check_queries(queries: Output, embeddings: Output) -> pa.Table:
+    table = queries.read_parts(tables.TRIPLETS)
+    if not len(table):
+        raise UserError(f"evaluate.triplets: {queries.uri} has no triplets")
+    info = embeddings.read_json(INFO)
+    schema = tables.embeddings(info["tokens"], info["dim"])
+    parts = [embeddings.read_table(name, schema, ["image_id"]) for name in plain_parts(embeddings)]
+    known = pa.concat_tables(parts)["image_id"].to_numpy()
+    unknown = np.setdiff1d(images_of(table), known)
+    if len(unknown):
+        raise UserError(
+            f"evaluate.triplets: {len(unknown)} images of the queries are not in the gallery's embeddings ({embeddings.uri}), "
+            f"such as {unknown[0]}; use the gallery that the triplets were made for"
+        )
+    return table
+
+
+def _check_models(models: dict[str, Output], embeddings: Output) -> None:
+    info = embeddings.read_json(INFO)
+    for name, model in models.items():
+        dim = model.read_json(MODEL)["dim"]
+        if (info["tokens"], info["dim"]) != (1, dim):
+            raise UserError(
+                f"evaluate: {name} was trained on one vector of width {dim} an image, the gallery's embeddings have "
+                f"{info['tokens']} of width {info['dim']}; embed the gallery with the tower of the model"
+            )
+
+
+def _attribute_classes(file: str, gallery: Output, queries: pa.Table) -> dict[int, int]:
+    """A number for each image's attributes. Raises UserError when the file is unreadable or a target has none."""
+    try:
+        with open(file) as stream:
+            content = json.load(stream)
+    except (OSError, ValueError) as error:
+        raise UserError(f"evaluate.attributes: {file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"evaluate.attributes: {file} holds a {type(content).__name__}, expected an object: key -> attributes")
+    ids = keys(gallery)
+    texts = {ids[key]: json.dumps(value, sort_keys=True) for key, value in content.items() if key in ids}
+    without = set(queries["target_id"].to_pylist()) - set(texts)
+    if without:
+        name = next(key for key, image in ids.items() if image in without)
+        raise UserError(f"evaluate.attributes: {file} has no attributes of {len(without)} target images, such as {name!r}")
+    numbers = {text: i for i, text in enumerate(sorted(set(texts.values())))}
+    return {image: numbers[text] for image, text in texts.items()}
+
+
+def _ranked(inputs: _Inputs, models: dict[str, Output], resources: ActorResources) -> Iterator[None]:
+    """Score models in Ray tasks, `resources.actors` at a time; yields as each is finished."""
+    task = ray.remote(_rank_model).options(
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        memory=resources.memory_gb and int(resources.memory_gb * 2**30),
+        accelerator_type=resources.accelerator_type,
+    )
+    waiting = list(models.items())
+    running: list[ray.ObjectRef] = []
+    while waiting or running:
+        while waiting and len(running) < resources.actors:
+            running.append(task.remote(*waiting.pop(0), inputs, resources.cpus))
+        (finished, *_), running = ray.wait(running)
+        ray.get(finished)
+        yield
+
+
+def load_cir(output: Output) -> "ComposedRetrieval":
+    """A trained model on the CPU, ready to compose queries. Its features are centred with the output's own mean."""
+    from safetensors.torch import load
+
+    from cir.models.composed import ComposedRetrieval
+    from cir.models.text import load_text_encoder
+    from cluster.training import WEIGHTS, load_trained
+
+    content = output.read_json(MODEL)
+    config = VariantConfig.model_validate(content["config"])
+    module = ComposedRetrieval(config, content["dim"], load_text_encoder(config.text))
+    load_trained(module, load(output.read_bytes(WEIGHTS)))
+    return module.eval()
+
+
+def _rank_model(name: str, model: Output, inputs: _Inputs, cpus: float) -> None:
+    """A Ray task: compose all queries and rank the gallery part by part."""
+    from cluster.devices import limit_threads
+
+    limit_threads(cpus)
+    module, mean = load_cir(model), read_mean(model)
+    table = inputs.queries.read_parts(tables.TRIPLETS)
+    rows = Rows.of(table)
+
+    def prepared(values: np.ndarray) -> np.ndarray:
+        values = values[:, 0].astype(np.float32)
+        return centred(values, mean) if module.config.center else values
+
+    source = Features(inputs.embeddings).open(images_of(table))
+
+    def features_of(ids: np.ndarray) -> np.ndarray:
+        return prepared(source.take(ids, np.zeros(len(ids), np.int64)))
+
+    queries = _compose(module, features_of(rows.reference_ids), rows.first(), inputs.config.batch_size)
+    parts = (read_part(inputs.embeddings, part) for part in plain_parts(inputs.embeddings))
+    blocks = ((ids, prepared(values)) for ids, values in parts)
+    top = max(10, *inputs.config.recalls)
+    ranked = metrics.rank(queries, blocks, rows.reference_ids, rows.target_ids, features_of(rows.target_ids), top)
+    if inputs.classes is None:
+        correct = ranked.image_ids == rows.target_ids[:, None]
+    else:
+        correct = metrics.correct_by_attributes(ranked.image_ids, rows.target_ids, inputs.classes)
+    columns = {
+        "triplet_id": table["triplet_id"],
+        "image_ids": list(ranked.image_ids),
+        "correct": list(correct),
+        "target_rank": ranked.target_rank,
+        "subset_rank": _subset_ranks(queries, table, features_of),
+        "reference_first": ranked.reference_first,
+    }
+    inputs.output.write_table(_ranking(name), pa.table(columns, schema=RANKINGS), RANKINGS)
+
+
+def _compose(module: "ComposedRetrieval", references: np.ndarray, texts: list[str], batch_size: int) -> np.ndarray:
+    """Queries float32 [n, dim]."""
+    import torch
+
+    from cluster.devices import device
+
+    module.to(device())
+    assert module.text is not None
+    queries = []
+    with torch.inference_mode():
+        for i in range(0, len(texts), batch_size):
+            tokens = module.text.tokenize(texts[i : i + batch_size]).to(device())
+            reference = torch.from_numpy(references[i : i + batch_size]).to(device())
+            queries.append(module.compose(reference, tokens).cpu().numpy())
+    return np.concatenate(queries)
+
+
+def _subset_ranks(queries: np.ndarray, table: pa.Table, features_of: Any) -> list[int | None]:
+    """Rank of the target inside its group: the images that the group's triplets name. None without a group."""
+    groups = table["group_id"].to_pylist()
+    references, targets = table["reference_id"].to_numpy(), table["target_id"].to_numpy()
+    named: dict[int, set[int]] = defaultdict(set)
+    for group, reference, target in zip(groups, references.tolist(), targets.tolist(), strict=True):
+        if group is not None:
+            named[group] |= {reference, target}
+    grouped = np.array([i for i, group in enumerate(groups) if group is not None], np.int64)
+    if not len(grouped):
+        return [None] * len(groups)
+    members = [np.array(sorted(named[groups[i]]), np.int64) for i in grouped]
+    ranks = metrics.subset_ranks(
+        queries[grouped], members, features_of(np.concatenate(members)), references[grouped], targets[grouped]
+    )
+    found = dict(zip(grouped.tolist(), ranks.tolist(), strict=True))
+    return [found.get(i) for i in range(len(groups))]
+
+
+def _metrics_of(ranking: pa.Table, config: EvaluateConfig, exact: bool) -> dict[str, np.ndarray]:
+    """Metric -> hits in 0..1 of each query [queries]."""
+    correct = np.stack(ranking["correct"].to_numpy())
+    ranks = ranking["target_rank"].to_numpy()
+    hits: dict[str, np.ndarray] = {f"R@{k}": np.asarray(correct[:, :k].any(axis=1)) for k in config.recalls}
+    if exact:
+        hits |= {f"exact R@{k}": ranks <= k for k in config.recalls}
+    subset = ranking["subset_rank"].drop_null().to_numpy()
+    if len(subset):
+        hits |= {f"Rs@{k}": subset <= k for k in config.subset_recalls}
+    hits["reference first"] = ranking["reference_first"].to_numpy()
+    return {name: values.astype(np.float64) for name, values in hits.items()}
+
+
+def _seeds(hits: dict[str, dict[str, np.ndarray]]) -> dict[str, list[dict[str, np.ndarray]]]:
+    """The models of each variant, in order of seed."""
+    variants: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
+    for name in sorted(hits, key=lambda name: int(name.rpartition(".s")[2])):
+        variants[name.rpartition(".s")[0]].append(hits[name])
+    return {name.rpartition(".s")[0]: variants[name.rpartition(".s")[0]] for name in hits}
+
+
+def _by_variant(hits: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """variant -> metric -> {"mean", "seeds"}, in percent."""
+    return {
+        variant: {
+            metric: {"mean": float(np.mean(means)), "seeds": means}
+            for metric in models[0]
+            if (means := [100.0 * float(model[metric].mean()) for model in models])
+        }
+        for variant, models in _seeds(hits).items()
+    }
+
+
+def _gains(hits: dict[str, dict[str, np.ndarray]], config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """variant -> its gain over the baseline in the first recall, hits averaged over seeds; empty without a baseline."""
+    metric = f"R@{config.recalls[0]}"
+    means = {variant: _mean([model[metric] for model in models]) for variant, models in _seeds(hits).items()}
+    if (baseline := means.pop(config.baseline, None)) is None:
+        return {}
+    return {
+        variant: {
+            "baseline": config.baseline,
+            "metric": metric,
+            **asdict(metrics.paired_bootstrap(values, baseline, config.resamples)),
+        }
+        for variant, values in means.items()
+    }
+
+
+def _mean(hits: list[np.ndarray]) -> np.ndarray:
+    return np.stack(hits).mean(axis=0)

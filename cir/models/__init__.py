@@ -1,0 +1,1 @@
+"""The model of composed retrieval: text encoders, fusions, and both together."""

@@ -1,0 +1,122 @@
+"""Text encoders of open_clip and transformers behind one call: tokens to vectors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from cir.config import TextTower
+
+ENCODE_BATCH = 256
+
+
+class TextEncoder(nn.Module):
+    """A text encoder: tokens int64 [B, length] to features float [B, width], not normalised."""
+
+    width: int
+
+    def tokenize(self, texts: list[str]) -> torch.Tensor:
+        """Tokens int64 [len(texts), length], cut at the tower's max_length."""
+        raise NotImplementedError
+
+
+class OpenClipText(TextEncoder):
+    """The text side of any open_clip model."""
+
+    def __init__(self, tower: TextTower) -> None:
+        import open_clip
+
+        super().__init__()
+        name, checkpoint = _open_clip_source(tower)
+        self.tower = open_clip.create_model(name, pretrained=checkpoint, force_custom_text=True, weights_only=True).text
+        self.width = self.tower.output_dim
+        context = getattr(self.tower, "context_length", tower.max_length)
+        if tower.max_length < context:
+            _shorten(self.tower, tower.max_length)
+        self.tokenizer = open_clip.get_tokenizer(name, context_length=min(tower.max_length, context))
+
+    def tokenize(self, texts: list[str]) -> torch.Tensor:
+        """All texts padded to the context's length, as the tower's pooling expects."""
+        return self.tokenizer(texts)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Features [B, width], as the library's `encode_text` gives them."""
+        return self.tower(tokens)
+
+
+def _open_clip_source(tower: TextTower) -> tuple[str, str | None]:
+    """(model name, pretrained tag or checkpoint file) for open_clip."""
+    if tower.weights is None:
+        return tower.model or "", tower.pretrained
+    if tower.weights.hub:
+        return f"hf-hub:{tower.weights.hub}", None
+    return tower.model or "", tower.weights.location()
+
+
+def _shorten(tower: Any, length: int) -> None:
+    """Drop the positions after `length`: they are never read, and attention over them costs time."""
+    tower.positional_embedding = nn.Parameter(tower.positional_embedding[:length].detach().clone())
+    if tower.attn_mask is not None:
+        tower.attn_mask = tower.attn_mask[:length, :length].clone()
+    tower.num_pos = tower.context_length = length
+
+
+class TransformersText(TextEncoder):
+    """A transformers encoder, its last hidden states averaged over the text's tokens."""
+
+    def __init__(self, tower: TextTower) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        super().__init__()
+        assert tower.weights is not None
+        source: dict[str, Any] = {"revision": tower.weights.revision, "trust_remote_code": False}
+        self.tokenizer = AutoTokenizer.from_pretrained(tower.weights.location(), **source)
+        self.tower = AutoModel.from_pretrained(tower.weights.location(), dtype=torch.float32, **source)
+        if getattr(self.tower, "pooler", None) is not None:
+            self.tower.pooler = None  # unused by the mean: it would be trained on nothing
+        self.width = self.tower.config.hidden_size
+        self.max_length = tower.max_length
+
+    def tokenize(self, texts: list[str]) -> torch.Tensor:
+        """Texts padded to the longest of them."""
+        options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": self.max_length}
+        return self.tokenizer(texts, return_tensors="pt", **options)["input_ids"]
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Features [B, width]: the mean over a text's own tokens."""
+        mask = tokens != self.tokenizer.pad_token_id
+        states = self.tower(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1)
+
+
+def load_text_encoder(tower: TextTower) -> TextEncoder:
+    """The encoder on the CPU, its parameters trainable when the tower is trained."""
+    encoder = OpenClipText(tower) if tower.library == "open_clip" else TransformersText(tower)
+    return encoder.requires_grad_(tower.trained)
+
+
+def text_width(tower: TextTower) -> int | None:
+    """Width of a tower's features, without loading it; None where only loading tells."""
+    if tower.library == "open_clip":
+        import open_clip
+
+        config = open_clip.get_model_config(tower.model or "")
+        return config["embed_dim"] if config else None
+    from transformers import AutoConfig
+
+    assert tower.weights is not None
+    return AutoConfig.from_pretrained(tower.weights.location(), revision=tower.weights.revision).hidden_size
+
+
+@torch.no_grad()
+def encode_texts(encoder: TextEncoder, texts: Sequence[str], device: str) -> torch.Tensor:
+    """Features float32 [len(texts), width] of many texts, on the CPU. Similar lengths go together to save padding."""
+    encoder.to(device).eval()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    result = torch.empty(len(texts), encoder.width)
+    for start in range(0, len(order), ENCODE_BATCH):
+        chosen = order[start : start + ENCODE_BATCH]
+        result[chosen] = encoder(encoder.tokenize([texts[i] for i in chosen]).to(device)).float().cpu()
+    return result

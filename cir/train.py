@@ -1,0 +1,86 @@
+"""The train stage: one variant with one seed."""
+
+from cir.config import VariantConfig
+from cir.data import CirTask
+from cluster.artifacts import Output
+from cluster.config import WorkerResources
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+from cluster.training import train
+from mining.embed import INFO
+from mining.features import Features, copy_mean
+
+TRAIN_VERSION = 1
+MODEL = "cir.json"
+RESULT = "result.json"
+
+
+def train_cir(
+    output: Output,
+    features: Features,
+    triplets: Output,
+    pseudo: Output | None,
+    config: VariantConfig,
+    seed: int,
+    resources: WorkerResources,
+    monitor: Monitor,
+) -> None:
+    """Train a composed-retrieval model: its config, the centring mean, the best weights and their metrics.
+
+    Raises UserError before anything is loaded when a variant's inputs do not fit it.
+    """
+    used = pseudo if config.pseudo else None
+    info = features.embeddings.read_json(INFO)
+    _check_inputs(triplets, used, config, info["tokens"])
+    _check_text_tower(config, info["dim"])
+    _check_rows(CirTask(features, triplets, used, config), triplets)
+    output.write_json(
+        MODEL, {"version": TRAIN_VERSION, "seed": seed, "dim": info["dim"], "config": config.model_dump(mode="json")}
+    )
+    copy_mean(features.embeddings, output)
+    task = CirTask(features, triplets, used, config)  # a fresh one: the checks filled the other's caches, which would travel
+    output.write_json(RESULT, train(output, task, config.training, seed, resources, monitor))
+
+
+def _check_inputs(triplets: Output, pseudo: Output | None, config: VariantConfig, tokens: int) -> None:
+    if tokens != 1:
+        raise UserError(
+            f"train: needs one feature vector an image, the embeddings have {tokens}; use a tower with output: pooled"
+        )
+    if not sum(triplets.part_rows().values()):
+        raise UserError(f"train.triplets: '{config.triplets}' ({triplets.uri}) has no triplets")
+    if config.pseudo and pseudo is None:
+        raise UserError(
+            "train.pseudo: the variant uses pseudo triplets, but none were generated; add generate, or set pseudo: false"
+        )
+
+
+def _check_text_tower(config: VariantConfig, dim: int) -> None:
+    tower = config.text
+    if tower.weights is not None:
+        tower.weights.location()
+    elif ":" not in (tower.model or ""):
+        _check_known(tower.model or "")
+    if config.fusion == "combiner":
+        from cir.models.composed import check_widths
+        from cir.models.text import text_width
+
+        width = text_width(tower)
+        if width is not None:
+            check_widths(dim, width)
+
+
+def _check_known(model: str) -> None:
+    import open_clip
+
+    if open_clip.get_model_config(model) is None:
+        raise UserError(f"train.text.model: open_clip knows no {model!r}; `open_clip.list_models()` gives its names")
+
+
+def _check_rows(task: CirTask, triplets: Output) -> None:
+    """Reads the tables once more on the driver, so that a mistake costs no worker start."""
+    validation = task.config.validation
+    if not task.size:
+        raise UserError(
+            f"train.validation: fold {validation.fold} of {validation.folds} holds out every triplet of {triplets.uri}"
+        )

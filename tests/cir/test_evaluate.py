@@ -1,0 +1,131 @@
+"""Evaluation of trained models, end to end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cir.config import EvaluateConfig
+from cir.evaluate import RANKINGS, evaluate
+from cir.train import train_cir
+from cluster.artifacts import Output
+from cluster.config import ActorResources, WorkerResources
+from cluster.errors import UserError
+from cluster.monitor import Silent
+from tests.cir import world
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: dict[str, Any], ray_session: None) -> dict[str, Any]:
+    """Arguments of `evaluate` with two trained variants, one of them with two seeds."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    features = world.features(folder / "embeddings")
+    triplets = world.triplets(folder / "labelled", world.triplet_rows(60, 0))
+    pseudo = world.triplets(folder / "pseudo", world.triplet_rows(100, 1))
+    variants = {
+        "supervised": world.variant(tiny_bert, training=steps(5)),
+        "semi": world.variant(tiny_bert, pseudo=True, training=steps(80)),
+    }
+    models = {}
+    for variant, seed in (("supervised", 0), ("semi", 0), ("semi", 1)):
+        models[f"{variant}.s{seed}"] = model = Output(str(folder / f"{variant}{seed}"))
+        train_cir(model, features, triplets, pseudo, variants[variant], seed, WorkerResources(workers=0), Silent())
+    (folder / "attributes.json").write_text(json.dumps(world.attributes()))
+    return {
+        "embeddings": features.embeddings,
+        "queries": world.triplets(folder / "queries", world.triplet_rows(50, 2)),
+        "gallery": world.gallery(folder / "gallery"),
+        "attributes": str(folder / "attributes.json"),
+        "models": models,
+    }
+
+
+def steps(count: int) -> dict[str, Any]:
+    return {"steps": count, "batch_size": 32, "learning_rate": 3e-3}
+
+
+def score(folder: Path, arguments: dict[str, Any], **fields: Any) -> Output:
+    output = Output(str(folder / "evaluation"))
+    config = EvaluateConfig.model_validate({"resamples": 500, **fields})
+    evaluate(output, **arguments, config=config, resources=ActorResources(actors=2), monitor=Silent())
+    return output
+
+
+def test_metrics_gains_and_rankings(run: dict[str, Any], tmp_path: Path) -> None:
+    output = score(tmp_path, run)
+    metrics, gain = output.read_json("metrics.json"), output.read_json("gain.json")
+    assert list(metrics) == ["supervised", "semi"]
+    assert {"R@1", "R@5", "R@10", "exact R@1", "reference first"} <= set(metrics["semi"])
+    semi = metrics["semi"]["R@1"]
+    assert len(semi["seeds"]) == 2
+    assert semi["mean"] == pytest.approx(np.mean(semi["seeds"]))
+    assert gain["semi"]["mean"] == pytest.approx(semi["mean"] - metrics["supervised"]["R@1"]["mean"])
+    assert gain["semi"]["low"] <= gain["semi"]["mean"] <= gain["semi"]["high"]
+    assert (gain["semi"]["baseline"], gain["semi"]["metric"]) == ("supervised", "R@1")
+    assert semi["mean"] > metrics["supervised"]["R@1"]["mean"] + 10  # 80 steps against 5
+
+
+def test_rankings_agree_with_the_metrics(run: dict[str, Any], tmp_path: Path) -> None:
+    output = score(tmp_path, run)
+    ranking = output.read_table("rankings/semi.s1.parquet", RANKINGS).to_pylist()
+    queries = world.triplet_rows(50, 2)
+    looks = {int(world.IDS[i]): world.look(i) for i in range(world.COUNT)}
+    for row, query in zip(ranking, queries, strict=True):
+        assert row["triplet_id"] == query["triplet_id"]
+        assert len(row["image_ids"]) == 10
+        assert query["reference_id"] not in row["image_ids"]
+        assert row["correct"] == [looks[i] == looks[query["target_id"]] for i in row["image_ids"]]
+        if row["target_rank"] <= 10:
+            assert row["image_ids"][row["target_rank"] - 1] == query["target_id"]
+    right = [any(row["correct"][:5]) for row in ranking]
+    metrics = output.read_json("metrics.json")["semi"]
+    assert metrics["R@5"]["seeds"][1] == pytest.approx(100 * np.mean(right))
+    assert metrics["exact R@5"]["seeds"][1] == pytest.approx(100 * np.mean([row["target_rank"] <= 5 for row in ranking]))
+
+
+def test_without_attributes_the_target_alone_is_right(run: dict[str, Any], tmp_path: Path) -> None:
+    by_attributes = score(tmp_path / "a", run).read_json("metrics.json")["semi"]
+    exact = score(tmp_path / "b", {**run, "attributes": None}).read_json("metrics.json")["semi"]
+    assert exact["R@1"] == by_attributes["exact R@1"]
+    assert exact["R@1"]["mean"] < by_attributes["R@1"]["mean"]
+    assert "exact R@1" not in exact
+
+
+def test_groups_give_a_subset_recall(run: dict[str, Any], tmp_path: Path) -> None:
+    queries = world.triplets(tmp_path / "queries", world.triplet_rows(50, 2, grouped=5))
+    output = score(tmp_path, {**run, "queries": queries})
+    semi = output.read_json("metrics.json")["semi"]
+    assert semi["Rs@1"]["mean"] <= semi["Rs@3"]["mean"] <= 100
+    assert semi["Rs@1"]["mean"] >= semi["exact R@1"]["mean"]
+
+
+def test_a_cut_off_evaluation_keeps_its_rankings(run: dict[str, Any], tmp_path: Path) -> None:
+    output = score(tmp_path, run)
+    kept = Path(output.path("rankings/semi.s0.parquet"))
+    Path(output.path("rankings/semi.s1.parquet")).unlink()
+    before, metrics = kept.stat().st_mtime_ns, output.read_json("metrics.json")
+    score(tmp_path, run)
+    assert kept.stat().st_mtime_ns == before
+    assert output.read_json("metrics.json") == metrics
+
+
+def test_wrong_inputs_are_named(run: dict[str, Any], tmp_path: Path) -> None:
+    partial, broken = tmp_path / "partial.json", tmp_path / "broken.json"
+    partial.write_text(json.dumps({"image0": {}}))
+    broken.write_text("{")
+    unknown = world.triplet_rows(2, 2)
+    unknown[1]["target_id"] = 77
+    other = world.embeddings(tmp_path / "other", dim=8)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"queries": world.triplets(tmp_path / "none", [])}, "evaluate.triplets: .* has no triplets"),
+        ({"queries": world.triplets(tmp_path / "unknown", unknown)}, "1 images of the queries are not in .*, such as 77"),
+        ({"attributes": str(tmp_path / "missing.json")}, "missing.json cannot be read"),
+        ({"attributes": str(broken)}, "broken.json cannot be read as JSON"),
+        ({"attributes": str(partial)}, "has no attributes of .* target images, such as 'image"),
+        ({"embeddings": other}, "was trained on one vector of width 16 .* have 1 of width 8"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(UserError, match=message):
+            score(tmp_path, {**run, **changes})

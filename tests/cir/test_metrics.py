@@ -1,0 +1,83 @@
+"""Metrics by hand, and block-wise ranking against brute force."""
+
+import numpy as np
+import pytest
+
+from cir import metrics
+
+
+def brute_force(
+    queries: np.ndarray, ids: np.ndarray, gallery: np.ndarray, references: np.ndarray, targets: np.ndarray
+) -> list[list[int]]:
+    """All ids for each query, best first, the reference removed."""
+    unit = gallery / np.linalg.norm(gallery, axis=1, keepdims=True)
+    orders = [ids[np.argsort(-(unit @ q), kind="stable")].tolist() for q in queries]
+    return [[i for i in order if i != r] for order, r in zip(orders, references.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("block", [1, 7, 40])
+def test_blocks_give_the_ranking_of_brute_force(block: int) -> None:
+    rng = np.random.default_rng(0)
+    gallery, ids = rng.normal(size=(40, 8)).astype(np.float32), rng.permutation(1000)[:40]
+    queries = rng.normal(size=(25, 8)).astype(np.float32)
+    places = rng.integers(40, size=25)
+    references, targets = ids[places], ids[(places + 1 + rng.integers(39, size=25)) % 40]
+    vectors = {i: v for i, v in zip(ids.tolist(), gallery, strict=True)}
+    blocks = [(ids[i : i + block], gallery[i : i + block]) for i in range(0, 40, block)]
+    found = metrics.rank(queries, blocks, references, targets, np.stack([vectors[t] for t in targets.tolist()]), top=10)
+    expected = brute_force(queries, ids, gallery, references, targets)
+    assert found.image_ids.tolist() == [order[:10] for order in expected]
+    assert found.target_rank.tolist() == [order.index(t) + 1 for order, t in zip(expected, targets.tolist(), strict=True)]
+
+
+def test_the_reference_is_removed_and_told_when_it_would_have_been_first() -> None:
+    gallery, ids = np.eye(3, dtype=np.float32), np.array([10, 11, 12])
+    queries = np.array([[1.0, 0.5, 0.0], [0.1, 1.0, 0.5]], np.float32)
+    found = metrics.rank(queries, [(ids, gallery)], np.array([10, 10]), np.array([11, 12]), gallery[[1, 2]], top=2)
+    assert found.image_ids.tolist() == [[11, 12], [11, 12]]
+    assert found.target_rank.tolist() == [1, 2]
+    assert found.reference_first.tolist() == [True, False]
+
+
+def test_a_ranking_longer_than_the_gallery_is_filled_up() -> None:
+    gallery = np.eye(2, dtype=np.float32)
+    blocks = [(np.array([4, 5]), gallery)]
+    found = metrics.rank(np.ones((1, 2), np.float32), blocks, np.array([4]), np.array([5]), gallery[[1]], top=4)
+    assert found.image_ids.tolist() == [[5, metrics.NO_IMAGE, metrics.NO_IMAGE, metrics.NO_IMAGE]]
+
+
+def test_recall_and_reciprocal_rank() -> None:
+    ranks = np.array([1, 2, 4, 20])
+    assert [metrics.recall(ranks, k) for k in (1, 5, 50)] == [25.0, 75.0, 100.0]
+    assert metrics.mean_reciprocal_rank(ranks) == pytest.approx(100 * (1 + 0.5 + 0.25 + 0.05) / 4)
+
+
+def test_several_answers_are_right_when_their_attributes_equal_the_targets() -> None:
+    classes = {1: 0, 2: 0, 3: 1}
+    found = metrics.correct_by_attributes(np.array([[2, 3, 9], [1, 3, -1]]), np.array([1, 3]), classes)
+    assert found.tolist() == [[True, False, False], [False, True, False]]
+
+
+def test_subset_ranks_leave_the_reference_out() -> None:
+    queries = np.array([[1.0, 0.0], [0.0, 1.0]])
+    members = [np.array([1, 2, 3]), np.array([4, 5])]
+    features = np.array([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0], [1.0, 0.2]])
+    ranks = metrics.subset_ranks(queries, members, features, np.array([1, 4]), np.array([3, 5]))
+    assert ranks.tolist() == [2, 1]
+
+
+def test_bootstrap_gives_the_mean_gain_and_the_normal_interval() -> None:
+    rng = np.random.default_rng(0)
+    baseline = (rng.random(1500) < 0.5).astype(float)
+    better = np.maximum(baseline, rng.random(1500) < 0.1)
+    gain = metrics.paired_bootstrap(better, baseline)
+    spread = 196 * (better - baseline).std() / np.sqrt(1500)
+    assert gain.mean == pytest.approx(100 * (better - baseline).mean())
+    assert gain.low == pytest.approx(gain.mean - spread, abs=0.1)
+    assert gain.high == pytest.approx(gain.mean + spread, abs=0.1)
+    assert gain == metrics.paired_bootstrap(better, baseline)
+
+
+def test_equal_models_gain_nothing() -> None:
+    hits = np.array([0.0, 1.0, 1.0])
+    assert metrics.paired_bootstrap(hits, hits, resamples=10) == metrics.Gain(0.0, 0.0, 0.0)
