@@ -81,7 +81,11 @@ def _groups(table: pa.Table, count: int, rng: np.random.Generator) -> list[list[
         rows = table.filter(pc.equal(table["group_id"], group)).to_pylist()
         images = {row[f"{role}_rank"]: row[f"{role}_id"] for row in rows for role in ("reference", "target")}
         if len(images) == GROUP_SIZE:
-            to_anchor = {max(r["reference_rank"], r["target_rank"]): r["similarity"] for r in rows if 0 in (r["reference_rank"], r["target_rank"])}
+            to_anchor = {
+                max(r["reference_rank"], r["target_rank"]): r["similarity"]
+                for r in rows
+                if 0 in (r["reference_rank"], r["target_rank"])
+            }
             strips.append([Member(images[rank], to_anchor.get(rank)) for rank in sorted(images)])
         if len(strips) == count:
             break
@@ -230,7 +234,9 @@ def collect_retrieval(
     shares: dict[Outcome, int] = {"gained": (count + 1) // 2, "lost": (count + 3) // 4, "both": count // 4}
     drawn = [(outcome, row) for outcome, n in shares.items() for row in draw(rng, np.flatnonzero(rows[outcome]), n)]
     places = pa.array([row for _, row in drawn], pa.int64())
-    rankings = [evaluation.read_table(name, RANKINGS, ["triplet_id", "image_ids", "correct"]).take(places).to_pylist() for name in names]
+    rankings = [
+        evaluation.read_table(name, RANKINGS, ["triplet_id", "image_ids", "correct"]).take(places).to_pylist() for name in names
+    ]
     asked = _asked(queries, [ranking["triplet_id"] for ranking in rankings[0]])
     cases = [
         Case(outcome, *asked[first["triplet_id"]], _hits(first), _hits(second))

@@ -2,6 +2,7 @@
 
 import re
 from io import StringIO
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -38,7 +39,7 @@ ROLE_COLOURS: dict[Role, str] = {
 }
 CONTROL_COLOURS = ("#a8a194", "#c9c3b8", "#8c8577", "#dad5cb")
 WIDTH = 320  # of a chart, in the units of its text: about the CSS pixels it gets, so that text keeps its size
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10.5,
     "text.color": COLOURS["ink"],
@@ -95,7 +96,9 @@ def _svg(figure: Figure, name: str, label: str) -> Markup:
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", text).replace("xlink:href", "href")
-    text = re.sub(r' id="(figure|axes|patch|line2d|text|matplotlib|xtick|ytick|legend|PolyCollection|FillBetween\w*)[\w.]*"', "", text)
+    text = re.sub(
+        r' id="(figure|axes|patch|line2d|text|matplotlib|xtick|ytick|legend|PolyCollection|FillBetween\w*)[\w.]*"', "", text
+    )
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)
     for variable, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{variable})")
@@ -117,8 +120,15 @@ def _bars(results: Results) -> Figure:
         seeds = row.values[results.metric].seeds
         if len(seeds) > 1:
             axes.scatter(seeds, [place] * len(seeds), s=13, color=COLOURS["ink"], edgecolors=COLOURS["card"], lw=0.7, zorder=3)
-        weight = "bold" if row is results.best else "normal"
-        axes.annotate(f"{means[place]:.1f}", (max(seeds), place), (7, 0), textcoords="offset points", va="center", weight=weight)
+        axes.annotate(
+            f"{means[place]:.1f}",
+            (max(seeds), place),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            weight="bold" if row is results.best else "normal",
+            bbox={"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 1.5},
+        )
     if results.baseline is not None:
         axes.axvline(results.score(results.baseline), color=COLOURS["baseline"], lw=0.9, ls=(0, (3, 3)), zorder=2)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], color=COLOURS["ink"])
@@ -132,13 +142,18 @@ def _bars(results: Results) -> Figure:
 def _similarity(densities: dict[str, list[float]]) -> Figure:
     figure, axes = _axes(190)
     edges = np.array(densities["edges"])
-    series = [("gallery", "control", "random pairs"), ("labelled", "baseline", "labelled pairs"), ("mined", "semi", "mined pairs")]
+    series = [
+        ("gallery", "control", "random pairs"),
+        ("labelled", "baseline", "labelled pairs"),
+        ("mined", "semi", "mined pairs"),
+    ]
     shown = [(name, colour, label) for name, colour, label in series if name in densities]
     for name, colour, label in shown:
-        fill = {"alpha": 0.35, "lw": 0} if name == "gallery" else {"fill": False, "edgecolor": COLOURS[colour], "lw": 1.8}
-        axes.stairs(densities[name], edges, label=label, **({"color": COLOURS[colour], "fill": True} | fill))
-    filled = np.flatnonzero(np.sum([densities[name] for name, _, _ in shown], axis=0) > 0.01)
-    axes.set_xlim(edges[max(filled[0] - 1, 0)], edges[min(filled[-1] + 2, len(edges) - 1)])
+        filled = name == "gallery"
+        alpha, line = (0.35, 0.0) if filled else (1.0, 1.8)
+        axes.stairs(densities[name], edges, label=label, fill=filled, color=COLOURS[colour], alpha=alpha, lw=line)
+    spread = np.flatnonzero(np.sum([densities[name] for name, _, _ in shown], axis=0) > 0.01)
+    axes.set_xlim(edges[max(spread[0] - 1, 0)], edges[min(spread[-1] + 2, len(edges) - 1)])
     axes.set_yticks([])
     axes.set_xlabel("cosine of the centred features")
     axes.legend()

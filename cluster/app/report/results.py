@@ -151,7 +151,10 @@ def headline(results: Results) -> str:
             f"The {shown.name} model reaches {metric} {results.score(shown):.1f} with {results.labelled:,} labelled triplets; "
             "no generated ones were used"
         )
-    after, generated = results.score(best), f"{results.labelled:,} labelled triplets and {results.generated or 0:,} generated ones"
+    after, generated = (
+        results.score(best),
+        f"{results.labelled:,} labelled triplets and {results.generated or 0:,} generated ones",
+    )
     if baseline is None or best.gain is None:
         return f"The {best.name} model reaches {metric} {after:.1f} with {generated}; there is no supervised model to compare"
     gain, change = best.gain, f"{metric} from {results.score(baseline):.1f} to {after:.1f}"

@@ -50,5 +50,7 @@ def recipe(variant: VariantConfig, labelled: int, other_labels: bool) -> str:
     if variant.pseudo:
         return f"{count(labelled)} labelled triplets and {selection(variant.selection)}"
     if other_labels:
-        return f"{count(labelled)} labelled triplets of ‘{variant.triplets}’ instead: not a rival, it shows the room that is left"
+        return (
+            f"{count(labelled)} labelled triplets of ‘{variant.triplets}’ instead: not a rival, it shows the room that is left"
+        )
     return f"{count(labelled)} labelled triplets alone"

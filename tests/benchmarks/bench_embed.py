@@ -1,0 +1,99 @@
+"""The embed stage in its steady state against a bare loop of the same decode and tower in as many processes."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from cluster import session
+from cluster.app.config import load
+from cluster.artifacts import Output
+from cluster.config import ActorResources
+from cluster.devices import limit_threads
+from cluster.monitor import Silent
+from mining.config import EmbedConfig, GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
+from mining.embed import embed_gallery
+from mining.gallery import ingest_gallery
+from mining.images import render
+
+PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train"
+PROCESSES, SHARD, VIEWS = 2, 128, 1
+RESOURCES = ActorResources(actors=PROCESSES, cpus=0.75, decode_cpus=0.25, decode_tasks=2)
+
+
+class Clock(Silent):
+    """When each part was finished, and its rows."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[float, int]] = []
+
+    def advance(self, count: int) -> None:
+        """A part of `count` images is finished."""
+        self.parts.append((time.perf_counter(), count))
+
+    def rate(self) -> float:
+        """Images a second from the first finished part to the last but the pool's last ones, which run alone."""
+        steady = self.parts[PROCESSES : 1 - PROCESSES or None]
+        return sum(count for _, count in steady[1:]) / (steady[-1][0] - steady[0][0])
+
+
+def stage_rate(tower: TowerConfig, folder: str) -> float:
+    """Images a second of the stage."""
+    session.start(session.RayConfig(num_cpus=2), Path(folder) / "log.txt")
+    gallery, clock = Output(f"{folder}/gallery"), Clock()
+    options = IngestConfig(galleries={}, triplets={}, shard_rows=SHARD)
+    ingest_gallery(gallery, "bench", GalleryConfig(images=str(PHOTOS)), options, RESOURCES, Silent())
+    config = EmbedConfig(towers={"photo": tower})
+    embed_gallery(Output(f"{folder}/embed"), gallery, "photo", config, ViewsConfig(count=VIEWS), RESOURCES, clock)
+    return clock.rate()
+
+
+def bare_loop(tower: TowerConfig, images: list[bytes], ready: Barrier, seconds: "multiprocessing.Queue[float]") -> None:
+    """Decode and embed batch after batch in one process."""
+    import numpy as np
+    import torch
+
+    from mining.towers import ImageTower
+
+    limit_threads(RESOURCES.cpus)
+    model = ImageTower(tower)
+    ready.wait()
+    began = time.perf_counter()
+    for start in range(0, len(images), 64):
+        pixels = [render(content, tower, ViewsConfig(), (0, 0)) for content in images[start : start + 64]]
+        model(torch.from_numpy(np.stack(pixels)))
+    seconds.put(time.perf_counter() - began)
+
+
+def bare_rate(tower: TowerConfig, images: list[bytes]) -> float:
+    """Images a second of bare processes."""
+    os.environ.update(session.WORKER_ENVIRONMENT)
+    context = multiprocessing.get_context("spawn")
+    ready, seconds = context.Barrier(PROCESSES), context.Queue()
+    shares = [images[rank::PROCESSES] for rank in range(PROCESSES)]
+    workers = [context.Process(target=bare_loop, args=(tower, share, ready, seconds)) for share in shares]
+    for worker in workers:
+        worker.start()
+    slowest = max(seconds.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    return len(images) / slowest
+
+
+def main() -> None:
+    """Print the ratio of the two rates."""
+    tower = load("grocery", []).embed.towers["photo"]
+    images = pq.read_table(PHOTOS, columns=["image"])["image"].to_pylist()
+    with tempfile.TemporaryDirectory() as folder:
+        before = bare_rate(tower, images[:1024])
+        ours = stage_rate(tower, folder)
+        bare = (before + bare_rate(tower, images[:1024])) / 2
+    print(f"embed: stage {ours:.1f} images/s / bare loop {bare:.1f} images/s = {ours / bare:.2f} (goal >= 0.95)")
+
+
+if __name__ == "__main__":
+    main()

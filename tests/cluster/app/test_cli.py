@@ -1,0 +1,159 @@
+"""The command, on configs that stop before any model is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cluster.app import config as configs
+from cluster.app.cli import app, main
+from cluster.errors import UserError
+
+RUNNER = CliRunner()
+
+
+def invoke(*arguments: str) -> str:
+    """Run the command; errors are raised."""
+    result = RUNNER.invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stderr
+
+
+def fail(*arguments: str) -> str:
+    """The message of a user's mistake."""
+    with pytest.raises(UserError) as error:
+        RUNNER.invoke(app, list(arguments), catch_exceptions=False)
+    return str(error.value)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """The grocery preset with its outputs in a fresh folder."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"extends": "grocery", "root": str(tmp_path / "root")}))
+    return str(path)
+
+
+def test_dry_run_shows_every_instance_and_touches_nothing(config: str, tmp_path: Path) -> None:
+    shown = invoke("run", config, "--dry-run")
+    for instance in ("ingest:photos", "embed:photo.photos", "mine:photos", "instruct:vdg", "train:semi.s2", "evaluate:all"):
+        assert instance in shown
+    assert "to do" in shown
+    assert not (tmp_path / "root").exists()
+
+
+def test_dry_run_marks_missing_inputs(config: str) -> None:
+    shown = invoke("run", config, "--dry-run", "--set", "evaluate.images=nowhere")
+    assert "missing evaluate.images: nowhere" in shown
+    assert "found   evaluate.triplets" in shown
+
+
+def test_until_and_only_select_instances_with_what_they_need(config: str) -> None:
+    assert "align:vdg" not in invoke("run", config, "--dry-run", "--until", "mine")
+    shown = invoke("train", config, "--dry-run", "--only", "train:supervised.s0")
+    assert "train:supervised.s0" in shown
+    assert "generate" not in shown
+    assert "no such stage" in fail("run", config, "--until", "traim")
+    assert "no stage instance matches" in fail("train", config, "--only", "train:none.*")
+
+
+def test_missing_image_folder_stops_before_any_work(config: str, tmp_path: Path) -> None:
+    message = fail("run", config, "--set", "ingest.galleries.photos.images=nowhere")
+    assert "ingest.galleries.photos.images: nowhere does not exist" in message
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("train.training.batchsize=3", "train.training.batchsize"),
+        ("embed.batch_size=-1", "embed.batch_size"),
+        ("mine.gallery=nowhere", "mine.gallery: 'nowhere' is not defined"),
+        ("train.variants.semi.zero=both", "train.variants.semi"),
+        ("align.captions=none", "align.captions: 'none' is not defined"),
+    ],
+)
+def test_wrong_configs_name_the_field(config: str, assignment: str, expected: str) -> None:
+    assert expected in fail("run", config, "--set", assignment)
+
+
+def test_unknown_preset() -> None:
+    assert "neither a YAML file nor a preset" in fail("run", "grocerry")
+
+
+def test_unreachable_mlflow_stops_before_any_work(config: str, tmp_path: Path) -> None:
+    message = fail("run", config, "--set", "tracking.uri=http://127.0.0.1:9")
+    assert "tracking.uri: MLflow at http://127.0.0.1:9 cannot be reached" in message
+    assert not (tmp_path / "root").exists()
+
+
+def test_mistakes_are_one_message_on_standard_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["vdg", "run", "nothing"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith("error: nothing:")
+    assert "Traceback" not in captured.err
+
+
+def test_every_preset_is_listed_and_valid() -> None:
+    shown = invoke("presets")
+    for name in configs.presets():
+        assert name in shown
+        configs.load(name, [])
+
+
+def test_digests_do_not_depend_on_resources(config: str) -> None:
+    from cluster.app.pipeline import Pipeline
+
+    digests = [
+        {stage.instance: stage.digest for stage in Pipeline(configs.load(config, assignments)).stages}
+        for assignments in ([], ["resources.train.workers=4", "resources.embed.gpus=1", "tracking.experiment=x"])
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_evaluating_on_another_gallery_leaves_the_models_alone(config: str, photo_folder: Path) -> None:
+    from cluster.app.pipeline import Pipeline
+
+    before, after = (
+        {stage.instance: stage.digest for stage in Pipeline(configs.load(config, assignments)).stages}
+        for assignments in ([], [f"evaluate.images={photo_folder}"])
+    )
+    changed = {instance for instance in before if before[instance] != after[instance]}
+    assert changed == {"ingest:evaluate", "ingest:queries", "embed:photo.evaluate", "evaluate:all"}
+
+
+def test_init_writes_a_config_that_was_checked_against_the_data(photo_folder: Path, tmp_path: Path) -> None:
+    names = sorted(path.stem for path in photo_folder.iterdir())
+    rows = [{"reference": names[i % 24], "target": names[(i + 1) % 24], "captions": ["x"]} for i in range(60)]
+    triplets = tmp_path / "triplets.json"
+    triplets.write_text(json.dumps(rows))
+    invoke("init", str(tmp_path / "own"), "--images", str(photo_folder), "--triplets", str(triplets))
+    path = tmp_path / "own" / "vdg.yaml"
+    loaded = configs.load(str(path), [])
+    assert sorted(loaded.train.variants) == ["semi", "supervised"]
+    assert loaded.ingest.triplets["labelled"].file == str(triplets)
+    arguments = ("--images", str(photo_folder), "--triplets", str(triplets))
+    assert "already exists" in fail("init", str(tmp_path / "own"), *arguments)
+    triplets.write_text(json.dumps([{"reference": "a", "target": "b", "captions": ["x"]}]))
+    assert "no row names two known images" in fail("init", str(tmp_path / "other"), *arguments)
+
+
+def test_ls_and_clean_know_what_is_used(config: str, tmp_path: Path) -> None:
+    from cluster.app.pipeline import Pipeline
+
+    pipeline = Pipeline(configs.load(config, []))
+    used = pipeline.output(pipeline.pairs)
+    used.write_bytes("part-00000.parquet", b"x")
+    stale = tmp_path / "root" / "mine" / "photos-000000000000"
+    stale.mkdir()
+    (stale / "part-00000.parquet").write_bytes(b"x" * 2**20)
+    assert "1.0 MB" in invoke("ls", config)
+    assert "1.0 MB" in invoke("clean", config, "--yes")
+    assert not stale.exists()
+    assert used.exists("part-00000.parquet")
+    assert "nothing to remove" in invoke("clean", config)
