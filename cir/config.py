@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Section, validate
 from cluster.training import TrainingConfig
@@ -77,6 +77,7 @@ class VariantConfig(Section):
     text: TextTower
     fusion: Literal["combiner", "residual"] = Field("combiner", description="the paper's, or one for unequal widths")
     hidden: int | None = Field(None, gt=0, description="None: twice the width (combiner), 1024 (residual)")
+    image_hidden: int | None = Field(None, ge=0, description="residual: hidden units that see the reference; None: `hidden`")
     dropout: float | None = Field(None, ge=0, lt=1, description="None: 0.0 (combiner), 0.3 (residual)")
     center: bool = Field(False, description="subtract the training gallery's mean from image features and normalise them")
     augment_target: bool = Field(True, description="targets are drawn views as references are, or always the plain image")
@@ -97,6 +98,12 @@ class TrainConfig(VariantConfig):
 
     variants: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> fields that differ from the base recipe")
     seeds: list[int] = Field([0], min_length=1)
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _without_nulls(cls, variants: Any) -> Any:
+        """`null` switches off a variant of the preset that a config extends."""
+        return {n: v for n, v in variants.items() if v is not None} if isinstance(variants, dict) else variants
 
     @model_validator(mode="after")
     def _variants_are_valid(self) -> Self:

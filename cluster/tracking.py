@@ -27,12 +27,11 @@ class Tracker:
     def __init__(self, uri: str, experiment: str, name: str, config: Mapping[str, Any]) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        place = _artifacts_beside(uri)
         try:
             self.client = MlflowClient(uri)
             found = self.client.get_experiment_by_name(experiment)
-            self.experiment = found.experiment_id if found else self.client.create_experiment(experiment)
+            self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, place)
         except MlflowException as error:
             raise UserError(
                 f"tracking.uri: MLflow at {uri} cannot be reached ({error}); start it or give another URI"
@@ -68,6 +67,15 @@ class Tracker:
         """Close the parent run."""
         self.client.log_batch(self.parent, metrics=_metrics(metrics, 0))
         self.client.set_terminated(self.parent, status)
+
+
+def _artifacts_beside(uri: str) -> str | None:
+    """Where a SQLite store's artifacts go: beside it, not in whatever folder the command runs. A server has its own place."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / "mlartifacts").as_uri()
 
 
 class StageRun:

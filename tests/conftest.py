@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -59,3 +60,28 @@ class Recorder:
 def monitor() -> Recorder:
     """A fresh recording monitor."""
     return Recorder()
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Weights of a tiny Llama."""
+    from tests import tiny
+
+    return tiny.language_model(tmp_path_factory.mktemp("language_model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tiny text tower, as a config section."""
+    from tests import tiny
+
+    return tiny.text_tower(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny image tower's config."""
+    from mining.config import TowerConfig
+    from tests import tiny
+
+    return TowerConfig(**tiny.image_tower(tmp_path_factory.mktemp("tower")))

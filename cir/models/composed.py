@@ -70,7 +70,7 @@ class ComposedRetrieval(nn.Module):
 
 def _fusion(config: VariantConfig, dim: int, text_width: int) -> nn.Module:
     if config.fusion == "residual":
-        return ResidualFusion(dim, text_width, config.hidden, config.dropout)
+        return ResidualFusion(dim, text_width, config.hidden, config.image_hidden, config.dropout)
     check_widths(dim, text_width)
     return Combiner(dim, config.hidden, config.dropout)
 

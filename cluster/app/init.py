@@ -24,7 +24,7 @@ def write_config(folder: Path, images: str, triplets: str, queries: str | None, 
         raise UserError(f"{path}: already exists; remove it or choose another folder")
     counts = _check(images, triplets, queries)
     console.print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
-    environment = Environment(loader=FileSystemLoader(PRESETS), undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701
+    environment = Environment(loader=FileSystemLoader(PRESETS), undefined=StrictUndefined, keep_trailing_newline=True)
     text = environment.get_template("own.yaml.j2").render(
         name=folder.resolve().name,
         images=_absolute(images),
@@ -47,7 +47,7 @@ def _check(images: str, triplets: str, queries: str | None) -> dict[str, int]:
         if file is not None:
             counts[what] = _check_triplets(file, known)
     if counts["labelled triplets"] < LEAST_TRIPLETS:
-        raise UserError(f"--triplets {triplets}: {counts['labelled triplets']} triplets, fewer than {LEAST_TRIPLETS}; label more")
+        raise UserError(f"--triplets: {triplets} has {counts['labelled triplets']} rows, fewer than {LEAST_TRIPLETS}; label more")
     return counts
 
 

@@ -4,6 +4,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+THREADS = 1  # of torch: two that wait for each other crawl, unevenly, on a machine that others use too
+
 
 def interleaved(ours: Callable[[], object], other: Callable[[], object], rounds: int) -> tuple[float, float]:
     """Median seconds of each over `rounds` turns, after one turn of each that is not counted."""

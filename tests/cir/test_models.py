@@ -65,6 +65,13 @@ def test_residual_equals_its_equation() -> None:
     torch.testing.assert_close(model(x * 3, t * 2), torch.nn.functional.normalize(expected, dim=-1).float())
 
 
+def test_without_image_units_the_change_is_the_texts_alone() -> None:
+    model = ResidualFusion(6, 4, hidden=5, image_hidden=0).eval()
+    torch.nn.init.constant_(model.gate, -50.0)
+    text = rows(3, 4)
+    torch.testing.assert_close(model(rows(3, 6), text), model(rows(3, 6, 1), text))
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("tower", ["tiny_bert", "tiny_clip"])
 def test_text_towers(tower: str, trained: bool, request: pytest.FixtureRequest) -> None:

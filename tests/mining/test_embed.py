@@ -17,20 +17,6 @@ RESOURCES = ActorResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2)
 VIEWS = ViewsConfig(count=3)
 
 
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory: pytest.TempPathFactory) -> TowerConfig:
-    """A small real tower with fixed weights."""
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tower")
-    save_file(timm.create_model("test_efficientnet", num_classes=1000).state_dict(), folder / "w.safetensors")
-    weights = Weights(folder=str(folder), file="w.safetensors")
-    return TowerConfig(library="timm", model="test_efficientnet", weights=weights, image_size=64)
-
-
 @pytest.fixture
 def gallery(ray_session: None, photo_folder: Path, tmp_path: Path, monitor: Monitor) -> Output:
     output = Output(str(tmp_path / "gallery"))

@@ -66,7 +66,7 @@ def test_second_use_of_a_name_is_rejected(photo_folder: Path) -> None:
 
 
 def test_missing_and_empty_sources(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ingest.galleries.a.images: .* does not exist"):
+    with pytest.raises(UserError, match=r"ingest\.galleries\.a\.images: .* does not exist"):
         list_images(GalleryConfig(images=str(tmp_path / "none")), "ingest.galleries.a.images")
     with pytest.raises(UserError, match="no image found"):
         list_images(GalleryConfig(images=str(tmp_path)), "images")

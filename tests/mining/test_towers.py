@@ -21,7 +21,8 @@ def test_pixels_are_normalised_on_the_device(tmp_path: Path) -> None:
     model = timm.create_model("test_efficientnet", num_classes=1000).eval()
     torch.save(model.state_dict(), tmp_path / "w.pth")
     config = TowerConfig(**SMALL, weights=Weights(folder=str(tmp_path), file="w.pth"))
-    images = (PIXELS.permute(0, 3, 1, 2) / 255 - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(config.std).view(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    images = (PIXELS.permute(0, 3, 1, 2) / 255 - mean) / std
     model.reset_classifier(0)
     with torch.inference_mode():
         assert torch.allclose(ImageTower(config)(PIXELS)[:, 0], model(images), atol=1e-4)

@@ -1,0 +1,166 @@
+"""The whole flow on real photos with tiny models and the real engines, in the driver's process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from cluster.app import config as configs
+from cluster.app import driver
+from cluster.app.cli import _finish
+from cluster.app.pipeline import Pipeline
+from cluster.errors import UserError
+
+STEPS = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3}
+COLOURS = ["red", "green", "yellow"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, photos: list[tuple[str, bytes]]) -> Path:
+    """A folder of 48 photos with triplets, captions and attributes."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "photos").mkdir()
+    names = [key for key, _ in photos[:48]]
+    for key, content in photos[:48]:
+        (folder / "photos" / f"{key}.jpg").write_bytes(content)
+    rows = [
+        {"pairid": i, "reference": names[i], "target": names[(i * 7 + 3) % 48], "captions": [f"make it {COLOURS[i % 3]}"]}
+        for i in range(40)
+    ]
+    (folder / "triplets.json").write_text(json.dumps(rows))
+    (folder / "captions.json").write_text(json.dumps([{"image": name, "caption": "fruit: ripe"} for name in names]))
+    (folder / "attributes.json").write_text(json.dumps({name: {"colour": COLOURS[i % 3]} for i, name in enumerate(names)}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(world: Path, tower: Any, tiny_bert: dict[str, Any], language_model: Any) -> str:
+    """A run of every stage with two variants."""
+    content = {
+        "name": "tiny",
+        "root": str(world / "root"),
+        "ingest": {
+            "galleries": {"photos": {"images": str(world / "photos")}},
+            "triplets": {"labelled": {"gallery": "photos", "file": str(world / "triplets.json")}},
+            "captions": {"names": {"gallery": "photos", "file": str(world / "captions.json"), "until": ":"}},
+            "shard_rows": 20,
+        },
+        "embed": {"towers": {"photo": tower.model_dump(mode="json")}, "views": {"count": 2}},
+        "mine": {
+            "gallery": "photos",
+            "tower": "photo",
+            "method": "matched",
+            "triplets": "labelled",
+            "matched": {"pairs": 40},
+            "part_rows": 20,
+        },
+        "vdg": {"tower": "photo", "language_model": language_model.model_dump(mode="json"), "prompt": "short", "lora_rank": 2},
+        "align": {"captions": "names", "training": STEPS},
+        "instruct": {"triplets": "labelled", "training": STEPS},
+        "generate": {"max_new_tokens": 6},
+        "train": {
+            "tower": "photo",
+            "triplets": "labelled",
+            "text": tiny_bert,
+            "fusion": "residual",
+            "training": STEPS,
+            "variants": {"supervised": {}, "semi": {"pseudo": True}},
+        },
+        "evaluate": {
+            "images": str(world / "photos"),
+            "triplets": str(world / "triplets.json"),
+            "attributes": str(world / "attributes.json"),
+        },
+        "resources": {name: {"workers": 0} for name in ("align", "instruct", "train")},
+    }
+    path = world / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, config: str) -> Pipeline:
+    """The pipeline after one run."""
+    pipeline = Pipeline(configs.load(config, []))
+    driver.run(pipeline, pipeline.stages)
+    _finish(pipeline)
+    return pipeline
+
+
+def children(pipeline: Pipeline) -> list[Any]:
+    """The stage runs of the first driver's run, by name."""
+    client = MlflowClient(driver.tracking_uri(pipeline.config))
+    experiment = client.get_experiment_by_name("vdg")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    return [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+
+
+def test_every_stage_has_a_manifest_and_the_report_exists(finished: Pipeline) -> None:
+    assert all(finished.output(stage).manifest() for stage in finished.stages)
+    folder = driver.run_folder(finished.config)
+    metrics = folder.read_json("metrics.json")
+    assert list(metrics) == ["supervised", "semi"]
+    for row in metrics.values():
+        for name in ("R@1", "R@5", "R@10"):
+            assert row[name]["mean"] == pytest.approx(sum(row[name]["seeds"]) / len(row[name]["seeds"]))
+            assert 0 <= row[name]["mean"] <= 100
+    assert "R@1" in folder.read_bytes("report.html").decode()
+
+
+def test_pseudo_triplets_carry_their_pairs(finished: Pipeline) -> None:
+    from mining import tables
+
+    pairs = finished.output(finished.pairs).read_parts(tables.PAIRS)
+    pseudo = finished.output(finished.pseudo_triplets)
+    written = pseudo.read_parts(tables.TRIPLETS)
+    assert len(written) + len(pseudo.rejects()) == len(pairs)
+    by_id = {row["pair_id"]: row for row in pairs.to_pylist()}
+    for row in written.to_pylist():
+        assert row["reference_id"] == by_id[row["pair_id"]]["reference_id"]
+        assert row["deltas"][0]
+
+
+def test_mlflow_names_what_each_model_was_made_from(finished: Pipeline) -> None:
+    runs = {run.info.run_name: run for run in children(finished)}
+    assert set(runs) == {stage.instance for stage in finished.stages}
+    model = runs["train:semi.s0"]
+    pseudo = finished.pseudo_triplets
+    assert {(i.dataset.name, i.dataset.digest) for i in model.inputs.dataset_inputs} >= {
+        ("pseudo_triplets/photos", pseudo.digest)
+    }
+    assert model.data.tags["parent.pseudo_triplets"] == f"{pseudo.instance}-{pseudo.digest}"
+    assert "loss" in model.data.metrics
+    writer = runs["generate:photos"]
+    assert writer.data.tags["parent.vdg"] == f"instruct:vdg-{finished.generator.digest}"
+    assert {i.dataset.name for i in writer.inputs.dataset_inputs} >= {"pairs/photos", "embeddings/photo.photos"}
+    assert "pseudo_triplets/photos" in {i.dataset.name for i in writer.inputs.dataset_inputs}
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+
+
+def test_the_same_command_again_does_nothing(finished: Pipeline, config: str) -> None:
+    before = len(children(finished))
+    again = Pipeline(configs.load(config, []))
+    driver.run(again, again.stages)
+    assert len(children(finished)) == before
+
+
+def test_evaluation_on_other_queries_reuses_the_models(finished: Pipeline, world: Path, config: str) -> None:
+    other = world / "other.json"
+    other.write_text(json.dumps(json.loads((world / "triplets.json").read_text())[:10]))
+    pipeline = Pipeline(configs.load(config, [f"evaluate.triplets={other}"]))
+    before = len(children(finished))
+    driver.run(pipeline, pipeline.select("evaluate", None, None))
+    assert len(children(finished)) == before + 2  # the queries and the evaluation
+    assert set(driver.metrics_of(pipeline)) == {"supervised", "semi"}
+
+
+def test_too_many_rejects_stop_the_run_and_name_the_first(finished: Pipeline, world: Path, config: str) -> None:
+    broken = world / "broken.json"
+    broken.write_text(json.dumps([{"reference": "ghost", "target": "ghost", "captions": ["x"]}]))
+    pipeline = Pipeline(configs.load(config, [f"evaluate.triplets={broken}"]))
+    with pytest.raises(UserError, match=r"ingest:queries: 1 of 1 rows were rejected.*unknown_image"):
+        driver.run(pipeline, pipeline.select("evaluate", None, None))

@@ -1,0 +1,126 @@
+"""Alignment and instruction through the real training engine."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
+from cluster.artifacts import Output
+from cluster.config import WorkerResources
+from cluster.errors import UserError
+from cluster.training import METRICS, WEIGHTS, TrainingConfig, train
+from mining.features import Features
+from vdg.config import AlignConfig, GenerateConfig, InstructConfig
+from vdg.data import InstructTask
+from vdg.model import VisualDeltaGenerator, load_vdg
+from vdg.train import align, instruct
+
+TOKENS, DIM = 2, 8  # of the `embeddings` fixture
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+LOCAL = WorkerResources(workers=0)
+ALIGN = AlignConfig(training=TrainingConfig(steps=4, batch_size=4, learning_rate=1e-2))
+
+
+def _config(held_out: float = 0.0, **fields) -> InstructConfig:
+    return InstructConfig(
+        training=TrainingConfig(**{"steps": 12, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 4, **fields}),
+        held_out=held_out,
+    )
+
+
+def _losses(output: Output) -> dict[int, float]:
+    lines = [json.loads(line) for line in output.read_bytes(METRICS).decode().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def test_align_then_instruct_then_generate(embeddings, captions, triplets, vdg, tmp_path, monitor):
+    aligned, model = Output(str(tmp_path / "aligned")), Output(str(tmp_path / "model"))
+    align(aligned, Features(embeddings), captions, vdg(), ALIGN, 0, LOCAL, monitor)
+    assert set(load(aligned.read_bytes(WEIGHTS))) == {"projection.weight"}
+
+    instruct(model, Features(embeddings), triplets, aligned, vdg(), _config(held_out=0.3), 0, LOCAL, monitor)
+    weights = load(model.read_bytes(WEIGHTS))
+    assert {name.split(".")[0] for name in weights} == {"projection", "language_model"}
+    assert all("lora_" in name for name in weights if name != "projection.weight")
+    assert model.read_bytes("mean.safetensors") == embeddings.read_bytes("mean.safetensors")
+    assert "negative_val_loss" in json.loads(model.read_bytes(METRICS).decode().splitlines()[-1])
+
+    trained = VisualDeltaGenerator(vdg(), DIM, "instruct").eval()
+    trained.load_state_dict(weights, strict=False)
+    images = torch.randn(2, 5, TOKENS, DIM, generator=torch.Generator().manual_seed(0))
+    config = GenerateConfig(greedy=True, max_new_tokens=8)
+    texts, scores = trained.generate(*images, config, seed=0)
+    reloaded = load_vdg(model).generate(*images, config, seed=0)
+    assert reloaded[0] == texts
+    assert reloaded[1] == pytest.approx(scores, abs=1e-4)
+
+
+def test_instruct_starts_from_the_aligned_projection(embeddings, captions, triplets, vdg, tmp_path, monitor):
+    aligned = Output(str(tmp_path / "aligned"))
+    align(aligned, Features(embeddings), captions, vdg(), ALIGN, 0, LOCAL, monitor)
+    module = InstructTask(Features(embeddings), triplets, aligned, vdg(), _config()).build()
+    torch.testing.assert_close(module.projection.weight.data, load(aligned.read_bytes(WEIGHTS))["projection.weight"])
+
+
+def test_instruction_learns(embeddings, triplets, vdg, tmp_path, monitor):
+    output = Output(str(tmp_path / "model"))
+    config = _config(steps=60, checkpoint_every=60)
+    instruct(output, Features(embeddings), triplets, None, vdg(), config, 0, LOCAL, monitor)
+    losses = _losses(output)
+    assert losses[60] < 0.7 * losses[10]
+
+
+def test_an_aligned_projection_that_does_not_fit_is_refused(embeddings, captions, triplets, vdg, tmp_path, monitor):
+    aligned = Output(str(tmp_path / "aligned"))
+    align(aligned, Features(embeddings), captions, vdg(), ALIGN, 0, LOCAL, monitor)
+    other = vdg(tokens_per_feature=2)
+    with pytest.raises(UserError, match="tokens_per_feature"):
+        instruct(Output(str(tmp_path / "m")), Features(embeddings), triplets, aligned, other, _config(), 0, LOCAL, monitor)
+
+
+def test_a_folder_without_a_generator_is_refused(tmp_path):
+    with pytest.raises(UserError, match="align or instruct"):
+        load_vdg(Output(str(tmp_path)))
+
+
+@pytest.mark.workers
+def test_a_killed_run_goes_on_as_if_it_had_not_stopped(embeddings, triplets, vdg, tmp_path, monitor):
+    @dataclass
+    class Killed(InstructTask):
+        """Dies after step 6, two steps after a checkpoint."""
+
+        drawn: int = 0
+
+        def batch(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+            self.drawn += 1
+            if self.drawn > 7:
+                raise RuntimeError("killed")
+            return super().batch(rows, rng)
+
+    whole, resumed = Output(str(tmp_path / "whole")), Output(str(tmp_path / "resumed"))
+    config, features = _config(), Features(embeddings)
+    instruct(whole, features, triplets, None, vdg(), config, 0, LOCAL, monitor)
+    worker = WorkerResources(workers=1, max_failures=0)
+    with pytest.raises(Exception, match="killed"):
+        train(resumed, Killed(features, triplets, None, vdg(), config), config.training, 0, worker, monitor)
+    assert set(_losses(resumed)) == {4}
+    instruct(resumed, features, triplets, None, vdg(), config, 0, worker, monitor)
+    assert _losses(resumed) == pytest.approx(_losses(whole), rel=1e-4)
+    left, right = (load(output.read_bytes(WEIGHTS)) for output in (whole, resumed))
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.workers
+def test_two_workers_train_as_one(embeddings, triplets, vdg, tmp_path, monitor):
+    one, two = Output(str(tmp_path / "one")), Output(str(tmp_path / "two"))
+    for output, resources in ((one, LOCAL), (two, WorkerResources(workers=2, max_failures=0))):
+        config = _config(steps=40, checkpoint_every=40)
+        instruct(output, Features(embeddings), triplets, None, vdg(), config, 0, resources, monitor)
+    assert set(load(two.read_bytes(WEIGHTS))) == set(load(one.read_bytes(WEIGHTS)))
+    assert _losses(two)[40] == pytest.approx(_losses(one)[40], rel=0.5)  # the same rows, other views and deltas
+    assert _losses(two)[40] < 0.8 * _losses(two)[10]

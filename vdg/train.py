@@ -1,0 +1,76 @@
+"""The stages align and instruct: what trains the Visual Delta Generator."""
+
+from cluster.artifacts import Output
+from cluster.config import WorkerResources
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+from cluster.training import train
+from mining.features import Features, copy_mean
+from vdg.config import DESCRIPTION, AlignConfig, Description, InstructConfig, Stage, VdgConfig, read_description
+
+ALIGN_VERSION = 1
+INSTRUCT_VERSION = 1
+
+
+def align(
+    output: Output,
+    features: Features,
+    captions: Output,
+    vdg: VdgConfig,
+    config: AlignConfig,
+    seed: int,
+    resources: WorkerResources,
+    monitor: Monitor,
+) -> None:
+    """Stage 1: train the projection on image-caption pairs (paper, Algorithm 1)."""
+    from vdg.data import AlignTask
+
+    _require_rows(captions, "captions")
+    _describe(output, "align", features, vdg)
+    train(output, AlignTask(features, captions, vdg, config), config.training, seed, resources, monitor)
+
+
+def instruct(
+    output: Output,
+    features: Features,
+    triplets: Output,
+    aligned: Output | None,
+    vdg: VdgConfig,
+    config: InstructConfig,
+    seed: int,
+    resources: WorkerResources,
+    monitor: Monitor,
+) -> None:
+    """Stage 2: train projection and LoRA on triplets, from the aligned projection where given (paper, Algorithm 2)."""
+    from vdg.data import InstructTask
+
+    _require_rows(triplets, "triplets")
+    description = _describe(output, "instruct", features, vdg)
+    if aligned is not None:
+        _check_aligned(read_description(aligned), description)
+    train(output, InstructTask(features, triplets, aligned, vdg, config), config.training, seed, resources, monitor)
+
+
+def _describe(output: Output, stage: Stage, features: Features, vdg: VdgConfig) -> Description:
+    """Write what rebuilds the model; checks the language model's weights before anything is loaded."""
+    vdg.language_model.location()
+    info = features.embeddings.read_json("info.json")
+    description = Description(stage=stage, tokens=info["tokens"], dim=info["dim"], vdg=vdg)
+    output.write_json(DESCRIPTION, description.model_dump(mode="json"))
+    copy_mean(features.embeddings, output)
+    return description
+
+
+def _require_rows(table: Output, what: str) -> None:
+    if not sum(table.part_rows().values()):
+        raise UserError(f"{what}: {table.uri} has no rows; give a file with at least one")
+
+
+def _check_aligned(aligned: Description, now: Description) -> None:
+    """Raises UserError naming the first setting in which the aligned projection does not fit this model."""
+    for name in ("language_model", "tokens_per_feature", "center"):
+        before, after = getattr(aligned.vdg, name), getattr(now.vdg, name)
+        if before != after:
+            raise UserError(f"vdg.{name}: {after}, but the aligned projection was trained with {before}; run align again")
+    if aligned.dim != now.dim:
+        raise UserError(f"features are {now.dim} wide, the aligned projection takes {aligned.dim}; use the same image tower")
