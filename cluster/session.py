@@ -2,7 +2,6 @@
 
 import logging
 import os
-import warnings
 from pathlib import Path
 
 import ray
@@ -44,9 +43,14 @@ def _log_to(path: Path) -> None:
     """Send every library's log lines and warnings to a file instead of the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
+    handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    warnings.simplefilter("default")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in ("ray", "ray.data", "ray.train"):  # these bring terminal handlers of their own
+        logger = logging.getLogger(name)
+        for own in [h for h in logger.handlers if not isinstance(h, logging.FileHandler) and hasattr(h, "stream")]:
+            logger.removeHandler(own)
+        logger.propagate = True
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
