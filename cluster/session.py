@@ -2,7 +2,10 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -28,15 +31,29 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
     if log_file is not None:
         _log_to(log_file)
     if not ray.is_initialized():
-        local = {} if config.address else {"num_cpus": config.num_cpus, "include_dashboard": False}
+        local: dict[str, Any] = {} if config.address else {"num_cpus": config.num_cpus, "include_dashboard": False}
         environment = {"env_vars": WORKER_ENVIRONMENT}
-        ray.init(config.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
+        with _standard_error_to(log_file or Path(os.devnull)):  # the C++ side prints a line of its own
+            ray.init(config.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = 2  # a node lost while a model loads is no reason to fail
     context.execution_no_progress_timeout_s = -1  # one batch of a large model may take long
     context.target_max_block_size = 1 << 30  # a block is one part: never split it
+
+
+@contextmanager
+def _standard_error_to(path: Path) -> Iterator[None]:
+    """Send what native code writes to standard error to a file."""
+    terminal = os.dup(2)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def _log_to(path: Path) -> None:

@@ -153,6 +153,7 @@ def train(
     monitor.start(config.steps, "step")
     with _draining(queue, output, monitor):
         result = trainer.fit()
+    assert result.checkpoint is not None, "the last step is always a checkpoint"
     with result.checkpoint.as_directory() as folder:
         output.write_bytes(WEIGHTS, (Path(folder) / BEST).read_bytes())
         metrics = json.loads((Path(folder) / STATE).read_text())["best"]

@@ -2,10 +2,11 @@
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from filelock import FileLock
@@ -120,7 +121,7 @@ class OnlineFeatures:
         return read_images(self.online.galleries, self.image_ids)
 
     @cached_property
-    def _tower(self) -> "ImageTower":  # noqa: F821
+    def _tower(self) -> Callable[[Any], Any]:
         from mining.towers import ImageTower
 
         return ImageTower(self.online.tower)

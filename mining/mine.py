@@ -18,6 +18,7 @@ from mining.gallery import part_name
 MINE_VERSION = 1
 SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs, for the report
 HISTOGRAM_BINS = 40
+_PairRow = tuple[int | None, int, int, int | None, int | None, float]  # group, rows, ranks, similarity
 
 
 def mine_pairs(
@@ -85,7 +86,7 @@ def _walked(ids: np.ndarray, vectors: np.ndarray, config: MineConfig, seed: int)
     from mining.walk import PAIR_RANKS, walk
 
     seen: set[tuple[int, int]] = set()
-    rows = []
+    rows: list[_PairRow] = []
     for group in walk(vectors, config.walk, seed):
         group_id = tables.stable_id("group", *ids[list(group.rows)].tolist())
         for ranks in PAIR_RANKS:
@@ -103,7 +104,7 @@ def _matched(ids: np.ndarray, cosine: np.ndarray, labels: np.ndarray, config: Mi
     if not len(labels):
         raise UserError(f"mine.triplets: no labelled pair of '{config.triplets}' has both images in gallery '{config.gallery}'")
 
-    def rows() -> Iterator[tuple[None, int, int, None, None, float]]:
+    def rows() -> Iterator[_PairRow]:
         for references, targets, scores in match(cosine, labels, config.matched, seed):
             for reference, target, score in zip(references.tolist(), targets.tolist(), scores.tolist(), strict=True):
                 yield None, reference, target, None, None, score
@@ -112,7 +113,7 @@ def _matched(ids: np.ndarray, cosine: np.ndarray, labels: np.ndarray, config: Mi
     return table.take(np.random.default_rng(seed).permutation(len(table)))
 
 
-def _table(ids: np.ndarray, rows: list[tuple[int | None, int, int, int | None, int | None, float]]) -> pa.Table:
+def _table(ids: np.ndarray, rows: list[_PairRow]) -> pa.Table:
     """Pairs table of (group, reference row, target row, ranks, similarity) tuples."""
     groups, references, targets, *rest = zip(*rows, strict=True) if rows else [()] * 6
     reference_ids, target_ids = ids[list(references)], ids[list(targets)]

@@ -23,9 +23,8 @@ class ImageTower(nn.Module):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = _LOADERS[config.library](config).eval().requires_grad_(False)
         self.dtype = torch.bfloat16 if uses_bf16(config.precision) else torch.float32
-        self.model.to(self.dtype)
+        self.model: Any = _LOADERS[config.library](config).eval().requires_grad_(False).to(self.dtype)
         self.mean = torch.tensor(config.mean).view(3, 1, 1) * 255
         self.std = torch.tensor(config.std).view(3, 1, 1) * 255
         self.to(device())
@@ -71,7 +70,7 @@ def _load_state(model: nn.Module, path: Path, by_order: bool) -> None:
     model.load_state_dict(state)
 
 
-def _fold_batch_norm(model: nn.Module) -> nn.Module:
+def _fold_batch_norm(model: Any) -> nn.Module:
     """Fold each batch norm into the convolution before it: 1.7 times as fast on a CPU.
 
     Neighbours by definition need not be neighbours in the forward pass, so a model whose output changes stays as it was.

@@ -105,11 +105,17 @@ class RunConfig(Section):
             raise ValueError(f"ingest: the name '{name}' is taken by the evaluate section; choose another")
         return self
 
+    def _galleries_named(self) -> list[tuple[str, str]]:
+        """(name of a file of triplets or captions, gallery it names)."""
+        triplets = [(name, source.gallery) for name, source in self.ingest.triplets.items()]
+        return triplets + [(name, source.gallery) for name, source in self.ingest.captions.items()]
+
     def _references(self) -> list[tuple[str, str, Any]]:
         """(field, name it gives, names it may give)."""
         galleries, triplets, towers = self.ingest.galleries, self.ingest.triplets, self.embed.towers
-        sources = {**self.ingest.triplets, **self.ingest.captions}
-        found = [(f"ingest.{name}.gallery", source.gallery, galleries) for name, source in sources.items()]
+        found: list[tuple[str, str, Any]] = []
+        for name, gallery in self._galleries_named():
+            found.append((f"ingest.{name}.gallery", gallery, galleries))
         found += [("mine.gallery", self.mine.gallery, galleries), ("mine.tower", self.mine.tower, towers)]
         found += [("vdg.tower", self.vdg.tower, towers), ("train.tower", self.train.tower, towers)]
         found += [("instruct.triplets", self.instruct.triplets, triplets)]

@@ -47,7 +47,9 @@ def _check(images: str, triplets: str, queries: str | None) -> dict[str, int]:
         if file is not None:
             counts[what] = _check_triplets(file, known)
     if counts["labelled triplets"] < LEAST_TRIPLETS:
-        raise UserError(f"--triplets: {triplets} has {counts['labelled triplets']} rows, fewer than {LEAST_TRIPLETS}; label more")
+        raise UserError(
+            f"--triplets: {triplets} has {counts['labelled triplets']} rows, fewer than {LEAST_TRIPLETS}; label more"
+        )
     return counts
 
 

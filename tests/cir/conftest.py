@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 
-
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An open_clip tower of width 16 with a checkpoint, as a config section."""

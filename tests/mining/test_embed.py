@@ -54,9 +54,7 @@ def test_resume_makes_only_what_is_missing_and_makes_it_alike(
     assert all(np.array_equal(read_part(output, name)[1], values) for name, values in before.items())
 
 
-def test_cached_and_online_features_are_the_same(
-    gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor
-) -> None:
+def test_cached_and_online_features_are_the_same(gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor) -> None:
     output = embed(gallery, tower, tmp_path / "e", monitor)
     ids = np.array(sorted(keys(gallery).values()))[:8]
     views = np.array([0, 1, 2, 0, 1, 2, 0, 1])
