@@ -45,7 +45,7 @@ def _load_timm(config: TowerConfig) -> nn.Module:
     hub = config.weights.hub if config.weights else None
     if hub:
         revision = f"@{config.weights.revision}" if config.weights and config.weights.revision else ""
-        model = timm.create_model(f"hf-hub:{hub}{revision}", pretrained=True, num_classes=0)
+        model: Any = timm.create_model(f"hf-hub:{hub}{revision}", pretrained=True, num_classes=0)
     else:
         model = timm.create_model(config.model, pretrained=False, num_classes=0 if not config.weights else 1000)
         if config.weights:
