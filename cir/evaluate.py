@@ -71,7 +71,7 @@ def evaluate(
     classes = _attribute_classes(attributes, gallery, table) if attributes else None
     inputs = _Inputs(output, embeddings, queries, classes, config)
     missing = {name: model for name, model in models.items() if not output.exists(_ranking(name))}
-    monitor.start(len(models) * len(table), "query", (len(models) - len(missing)) * len(table))
+    monitor.start(len(models) * len(table), "ranking", (len(models) - len(missing)) * len(table))
     for _ in _ranked(inputs, missing, resources):
         monitor.advance(len(table))
     hits = {
