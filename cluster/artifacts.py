@@ -39,6 +39,10 @@ class Output:
 
     uri: str
 
+    def __post_init__(self) -> None:
+        if "://" not in self.uri:  # workers have a current folder of their own
+            object.__setattr__(self, "uri", filesystem(self.uri)[1])
+
     def path(self, name: str) -> str:
         """Path of a file of this output inside its filesystem."""
         return f"{filesystem(self.uri)[1]}/{name}"

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Section
 from cluster.errors import UserError
@@ -21,6 +21,12 @@ class Weights(Section):
     package: str | None = Field(None, description="importable name of an installed Python package")
     file: str | None = Field(None, description="file inside the package or folder")
     sha256: str | None = Field(None, description="checked before the file is loaded")
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, folder: str | None) -> str | None:
+        """Workers have a current folder of their own."""
+        return folder and str(Path(folder).expanduser().resolve())
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

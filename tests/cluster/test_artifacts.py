@@ -88,6 +88,14 @@ def test_files_being_written_are_not_listed(tmp_path: Path) -> None:
     assert output.names("sub") == ["x"]
 
 
+def test_a_relative_output_is_the_same_folder_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = Output("outputs/x")
+    output.write_bytes("a", b"1")
+    monkeypatch.chdir("/")
+    assert output.read_bytes("a") == b"1"
+
+
 def test_wrong_schema_is_refused(tmp_path: Path) -> None:
     output = Output(str(tmp_path))
     with pytest.raises(TypeError, match="expected"):
