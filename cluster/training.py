@@ -272,6 +272,8 @@ def _engine(module: Any, config: TrainingConfig, world: int) -> Any:
     import deepspeed
     import torch
 
+    # on CPU gloo does the same work: DeepSpeed's own shared-memory op would be compiled for a minute first
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     groups: dict[float, list[Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
