@@ -1,9 +1,12 @@
 """Pretrained causal language models and their tokenizers, from a hub, a folder, or a GGUF file."""
 
+import hashlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 
 from cluster.errors import UserError
@@ -11,14 +14,11 @@ from cluster.weights import Weights
 
 
 def load_language_model(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in `dtype`; a GGUF's tensors are de-quantised into the plain class, which trains and runs in bf16.
+    """The model in `dtype`.
 
     The weights' own generation defaults (temperature, penalties) are dropped: ours alone count.
     """
-    source = _source(weights)
-    if "gguf_file" in source:
-        source["quantization_config"] = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(dtype=dtype, **source)
+    model = AutoModelForCausalLM.from_pretrained(dtype=dtype, **_source(weights))
     model.generation_config = GenerationConfig()
     return model
 
@@ -38,6 +38,28 @@ def _source(weights: Weights) -> dict[str, Any]:
         gguf = {"gguf_file": weights.file} if weights.file else {}
         return {"pretrained_model_name_or_path": location, "revision": weights.revision or "main", **gguf}
     path = Path(location)
-    if path.is_file():
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    return {"pretrained_model_name_or_path": location}
+    return {"pretrained_model_name_or_path": str(_converted(path) if path.is_file() else path)}
+
+
+def _converted(gguf: Path) -> Path:
+    """A GGUF file's model and tokenizer as a plain folder, made once a node: reading the file takes half a minute.
+
+    Its tensors are de-quantised into the plain class, which trains, and runs in any precision.
+    """
+    stat = gguf.stat()
+    name = hashlib.sha256(f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / "vdg-language-models" / name
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+            read = AutoModelForCausalLM.from_pretrained(
+                dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
+            )
+            plain = type(read)(read.config)
+            plain.load_state_dict(read.state_dict())
+            partial = folder.with_suffix(".partial")
+            plain.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+            partial.rename(folder)
+    return folder
