@@ -1,6 +1,7 @@
 """MLflow records of runs: written by the driver alone, a view of the manifests that can be made again from them."""
 
 import json
+import logging
 import os
 import subprocess
 import time
@@ -25,6 +26,7 @@ class Tracker:
     """
 
     def __init__(self, uri: str, experiment: str, name: str, config: Mapping[str, Any]) -> None:
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it creates
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         place = _artifacts_beside(uri)
