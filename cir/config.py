@@ -132,7 +132,9 @@ class EvaluateConfig(Section):
     """How trained models are scored."""
 
     recalls: list[int] = Field([1, 5, 10], min_length=1, description="K of Recall@K")
-    subset_recalls: list[int] = Field([1, 2, 3], description="K of the recall inside a query's group, where there are groups")
+    subset_recalls: list[int] = Field(
+        [1, 2, 3], description="K of the recall among the other members of a query's group, where the queries list them"
+    )
     batch_size: int = Field(256, gt=0, description="queries a forward pass")
     baseline: str = Field("supervised", description="variant that the others' gains are measured against")
     resamples: int = Field(10_000, gt=0, description="of the paired bootstrap")

@@ -1,6 +1,6 @@
 """What composed retrieval gives the training loop: labelled and pseudo triplets joined with frozen features."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -54,16 +54,11 @@ def held_out(triplet_ids: np.ndarray, validation: Validation) -> np.ndarray:
     return np.array([tables.stable_id("fold", i) % validation.folds == validation.fold for i in triplet_ids.tolist()], bool)
 
 
-def images_of(table: pa.Table) -> np.ndarray:
-    """Sorted ids of the images that triplets name."""
-    return np.unique(np.concatenate([table["reference_id"].to_numpy(), table["target_id"].to_numpy()]))
-
-
 def selected_pseudo(pseudo: Output, labelled: pa.Table, config: VariantConfig) -> pa.Table:
     """The pseudo triplets a variant uses, their deltas permuted when the config says so."""
     table = pseudo.read_parts(tables.TRIPLETS)
     scores = read_scores(pseudo, table["triplet_id"].to_numpy()) if config.selection.by_score else None
-    table = select(table, scores, len(images_of(labelled)), config.selection)
+    table = select(table, scores, len(tables.images_of(labelled)), config.selection)
     if config.shuffle_deltas:
         order = np.random.default_rng(config.selection.seed).permutation(len(table))
         table = table.set_column(table.schema.get_field_index("deltas"), "deltas", table["deltas"].take(pa.array(order)))
@@ -135,6 +130,13 @@ class CirTask:
         """Rows of an epoch."""
         return len(self._tables[0])
 
+    def check(self) -> tuple[int, int]:
+        """Numbers of labelled and of pseudo triplets that are trained on. Raises UserError when an image has no features."""
+        images = np.concatenate([self._rows.reference_ids, self._rows.target_ids])
+        self.features.check(images, f"train.triplets ({self.triplets.uri}) or the pseudo triplets")
+        pseudo = len(self._tables[-1]) if self.pseudo is not None else 0
+        return len(self._rows) - pseudo, pseudo
+
     def build(self) -> Any:
         """The module. A frozen text encoder stays out of it: its outputs are cached here."""
         from cir.models.composed import ComposedRetrieval
@@ -177,8 +179,8 @@ class CirTask:
     @cached_property
     def _gallery(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n], prepared plain features [n, dim]) of the images named in the labelled triplets."""
-        ids = images_of(self._labelled)
-        plain = replace(self.features, online=None).open(ids)  # the plain view is always cached
+        ids = tables.images_of(self._labelled)
+        plain = self.features.open_plain(ids)
         return ids, self._prepared(plain.take(ids, np.zeros(len(ids), np.int64)))
 
     def validate(self, module: Any) -> dict[str, float]:

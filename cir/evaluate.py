@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import ray
 
 from cir import metrics
 from cir.config import EvaluateConfig, VariantConfig
-from cir.data import Rows, images_of
+from cir.data import Rows
 from cir.train import MODEL
 from cluster.artifacts import Output
 from cluster.config import ActorResources
@@ -21,19 +21,20 @@ from cluster.monitor import Monitor
 from mining import tables
 from mining.embed import INFO, plain_parts, read_part
 from mining.features import Features, centred, read_mean
-from mining.gallery import keys
+from mining.gallery import GROUPS, keys
+from mining.sources import read_json
 
 if TYPE_CHECKING:
     from cir.models.composed import ComposedRetrieval
 
-EVALUATE_VERSION = 1
+EVALUATE_VERSION = 2
 RANKINGS = pa.schema(
     [
         ("triplet_id", pa.int64()),
         ("image_ids", pa.list_(pa.int64())),  # best first, at least ten, the reference removed; -1 past the gallery's end
         ("correct", pa.list_(pa.bool_())),  # of each of image_ids: the target itself, or the same attributes
         ("target_rank", pa.int32()),  # 1 is best
-        ("subset_rank", pa.int32()),  # of the target inside the query's group; null without a group
+        ("subset_rank", pa.int32()),  # of the target inside the query's group; null where its members are not known
         ("reference_first", pa.bool_()),  # the reference would have ranked first
     ]
 )
@@ -46,6 +47,7 @@ class _Inputs:
     output: Output
     embeddings: Output
     queries: Output
+    groups: dict[int, np.ndarray]  # ids of every image of a group
     classes: dict[int, int] | None
     config: EvaluateConfig
 
@@ -64,12 +66,16 @@ def evaluate(
     """Rank the gallery for every query with each model ("<variant>.s<seed>"), and write metrics, gains and rankings.
 
     A ranking that exists is kept. R@K counts an image as right when its attributes equal the target's, where
-    `attributes` (JSON: key -> dict) are given; else the target alone. Raises UserError when an input does not fit.
+    `attributes` (JSON: key -> dict) are given; else the target alone. Rs@K is reported where the queries list the members
+    of their groups: a group known through its triplets alone would be too easy. Raises UserError when an input does not fit.
     """
-    table = _check_queries(queries, embeddings)
+    table, groups = queries.read_parts(tables.TRIPLETS), _groups(queries)
+    if not len(table):
+        raise UserError(f"evaluate.triplets: {queries.uri} has no triplets")
+    Features(embeddings).check(_images_of(table, groups), "evaluate.triplets")
     _check_models(models, embeddings)
     classes = _attribute_classes(attributes, gallery, table) if attributes else None
-    inputs = _Inputs(output, embeddings, queries, classes, config)
+    inputs = _Inputs(output, embeddings, queries, groups, classes, config)
     missing = {name: model for name, model in models.items() if not output.exists(_ranking(name))}
     monitor.start(len(models) * len(table), "ranking", (len(models) - len(missing)) * len(table))
     for _ in _ranked(inputs, missing, resources):
@@ -85,21 +91,16 @@ def _ranking(name: str) -> str:
     return f"rankings/{name}.parquet"
 
 
-def _check_queries(queries: Output, embeddings: Output) -> pa.Table:
-    table = queries.read_parts(tables.TRIPLETS)
-    if not len(table):
-        raise UserError(f"evaluate.triplets: {queries.uri} has no triplets")
-    info = embeddings.read_json(INFO)
-    schema = tables.embeddings(info["tokens"], info["dim"])
-    parts = [embeddings.read_table(name, schema, ["image_id"]) for name in plain_parts(embeddings)]
-    known = pa.concat_tables(parts)["image_id"].to_numpy()
-    unknown = np.setdiff1d(images_of(table), known)
-    if len(unknown):
-        raise UserError(
-            f"evaluate.triplets: {len(unknown)} images of the queries are not in the gallery's embeddings ({embeddings.uri}), "
-            f"such as {unknown[0]}; use the gallery that the triplets were made for"
-        )
-    return table
+def _groups(queries: Output) -> dict[int, np.ndarray]:
+    """Ids of every image of each group whose members the queries list."""
+    if not queries.exists(GROUPS):
+        return {}
+    table = queries.read_table(GROUPS, tables.GROUPS)
+    return dict(zip(table["group_id"].to_pylist(), table["image_ids"].to_numpy(), strict=True))
+
+
+def _images_of(table: pa.Table, groups: dict[int, np.ndarray]) -> np.ndarray:
+    return np.concatenate([tables.images_of(table), *groups.values()])
 
 
 def _check_models(models: dict[str, Output], embeddings: Output) -> None:
@@ -113,15 +114,20 @@ def _check_models(models: dict[str, Output], embeddings: Output) -> None:
             )
 
 
-def _attribute_classes(file: str, gallery: Output, queries: pa.Table) -> dict[int, int]:
-    """A number for each image's attributes. Raises UserError when the file is unreadable or a target has none."""
+def check_attributes(file: str) -> dict[str, Any]:
+    """Attributes by key. Raises UserError when the file is not a JSON object."""
     try:
-        with open(file) as stream:
-            content = json.load(stream)
-    except (OSError, ValueError) as error:
-        raise UserError(f"evaluate.attributes: {file} cannot be read as JSON: {error}") from error
+        content = read_json(file)
+    except UserError as error:
+        raise UserError(f"evaluate.attributes: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"evaluate.attributes: {file} holds a {type(content).__name__}, expected an object: key -> attributes")
+    return content
+
+
+def _attribute_classes(file: str, gallery: Output, queries: pa.Table) -> dict[int, int]:
+    """A number for each image's attributes. Raises UserError when the file is unreadable or a target has none."""
+    content = check_attributes(file)
     ids = keys(gallery)
     texts = {ids[key]: json.dumps(value, sort_keys=True) for key, value in content.items() if key in ids}
     without = set(queries["target_id"].to_pylist()) - set(texts)
@@ -178,7 +184,7 @@ def _rank_model(name: str, model: Output, inputs: _Inputs, cpus: float) -> None:
         values = values[:, 0].astype(np.float32)
         return centred(values, mean) if module.config.center else values
 
-    source = Features(inputs.embeddings).open(images_of(table))
+    source = Features(inputs.embeddings).open_plain(_images_of(table, inputs.groups))
 
     def features_of(ids: np.ndarray) -> np.ndarray:
         return prepared(source.take(ids, np.zeros(len(ids), np.int64)))
@@ -197,7 +203,7 @@ def _rank_model(name: str, model: Output, inputs: _Inputs, cpus: float) -> None:
         "image_ids": list(ranked.image_ids),
         "correct": list(correct),
         "target_rank": ranked.target_rank,
-        "subset_rank": _subset_ranks(queries, table, features_of),
+        "subset_rank": _subset_ranks(queries, table, inputs.groups, features_of),
         "reference_first": ranked.reference_first,
     }
     inputs.output.write_table(_ranking(name), pa.table(columns, schema=RANKINGS), RANKINGS)
@@ -220,23 +226,18 @@ def _compose(module: "ComposedRetrieval", references: np.ndarray, texts: list[st
     return np.concatenate(queries)
 
 
-def _subset_ranks(queries: np.ndarray, table: pa.Table, features_of: Any) -> list[int | None]:
-    """Rank of the target inside its group: the images that the group's triplets name. None without a group."""
-    groups = table["group_id"].to_pylist()
-    references, targets = table["reference_id"].to_numpy(), table["target_id"].to_numpy()
-    named: dict[int, set[int]] = defaultdict(set)
-    for group, reference, target in zip(groups, references.tolist(), targets.tolist(), strict=True):
-        if group is not None:
-            named[group] |= {reference, target}
-    grouped = np.array([i for i, group in enumerate(groups) if group is not None], np.int64)
-    if not len(grouped):
-        return [None] * len(groups)
-    members = [np.array(sorted(named[groups[i]]), np.int64) for i in grouped]
-    ranks = metrics.subset_ranks(
-        queries[grouped], members, features_of(np.concatenate(members)), references[grouped], targets[grouped]
-    )
-    found = dict(zip(grouped.tolist(), ranks.tolist(), strict=True))
-    return [found.get(i) for i in range(len(groups))]
+def _subset_ranks(
+    queries: np.ndarray, table: pa.Table, groups: dict[int, np.ndarray], features_of: Callable[[np.ndarray], np.ndarray]
+) -> list[int | None]:
+    """Rank of each query's target among the members of its group other than the reference; None without members."""
+    rows = {i: groups[group] for i, group in enumerate(table["group_id"].to_pylist()) if group in groups}
+    if not rows:
+        return [None] * len(table)
+    grouped, members = np.array(list(rows)), list(rows.values())
+    references, targets = table["reference_id"].to_numpy()[grouped], table["target_id"].to_numpy()[grouped]
+    ranks = metrics.subset_ranks(queries[grouped], members, features_of(np.concatenate(members)), references, targets)
+    found = dict(zip(rows, ranks.tolist(), strict=True))
+    return [found.get(i) for i in range(len(table))]
 
 
 def _metrics_of(ranking: pa.Table, config: EvaluateConfig, exact: bool) -> dict[str, np.ndarray]:

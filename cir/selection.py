@@ -12,7 +12,6 @@ from cluster.artifacts import Output
 from cluster.errors import UserError
 from mining import tables
 
-SCORER = "log_probability"
 logger = logging.getLogger(__name__)
 
 
@@ -23,14 +22,14 @@ def read_scores(pseudo: Output, triplet_ids: np.ndarray) -> np.ndarray:
     """
     parts = [pseudo.read_table(f"scores/{name}", tables.SCORES) for name in pseudo.names("scores")]
     table = pa.concat_tables([tables.SCORES.empty_table(), *parts])
-    table = table.filter(pc.equal(table["scorer"], SCORER)).sort_by("triplet_id")
+    table = table.filter(pc.equal(table["scorer"], tables.SCORER)).sort_by("triplet_id")
     known, values = table["triplet_id"].to_numpy(), table["value"].to_numpy()
     places = np.searchsorted(known, triplet_ids).clip(max=max(len(known) - 1, 0))
     missing = triplet_ids[known[places] != triplet_ids] if len(known) else triplet_ids
     if len(missing):
         raise UserError(
-            f"train.selection: {len(missing)} of {len(triplet_ids)} pseudo triplets in {pseudo.uri} have no {SCORER} score, "
-            f"such as {missing[0]}; generate them again, or unset min_score and top_fraction"
+            f"train.selection: {len(missing)} of {len(triplet_ids)} pseudo triplets in {pseudo.uri} have no "
+            f"{tables.SCORER} score, such as {missing[0]}; generate them again, or unset min_score and top_fraction"
         )
     return values[places]
 

@@ -33,10 +33,10 @@ def train_cir(
     info = features.embeddings.read_json(INFO)
     _check_inputs(triplets, used, config, info["tokens"])
     _check_text_tower(config, info["dim"])
-    _check_rows(CirTask(features, triplets, used, config), triplets)
-    output.write_json(
-        MODEL, {"version": TRAIN_VERSION, "seed": seed, "dim": info["dim"], "config": config.model_dump(mode="json")}
-    )
+    labelled, pseudo_triplets = _checked_rows(CirTask(features, triplets, used, config), triplets)
+    counts = {"labelled_triplets": labelled, "pseudo_triplets": pseudo_triplets}
+    content = {"version": TRAIN_VERSION, "seed": seed, "dim": info["dim"], **counts, "config": config.model_dump(mode="json")}
+    output.write_json(MODEL, content)
     copy_mean(features.embeddings, output)
     task = CirTask(features, triplets, used, config)  # a fresh one: the checks filled the other's caches, which would travel
     output.write_json(RESULT, train(output, task, config.training, seed, resources, monitor))
@@ -77,10 +77,11 @@ def _check_known(model: str) -> None:
         raise UserError(f"train.text.model: open_clip knows no {model!r}; `open_clip.list_models()` gives its names")
 
 
-def _check_rows(task: CirTask, triplets: Output) -> None:
-    """Reads the tables once more on the driver, so that a mistake costs no worker start."""
+def _checked_rows(task: CirTask, triplets: Output) -> tuple[int, int]:
+    """Numbers of labelled and pseudo triplets that are trained on. Read on the driver, so that a mistake costs no worker."""
     validation = task.config.validation
     if not task.size:
         raise UserError(
             f"train.validation: fold {validation.fold} of {validation.folds} holds out every triplet of {triplets.uri}"
         )
+    return task.check()

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +23,8 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 
 MANIFEST = "manifest.json"
+ENVIRONMENT = "environment"  # folder of an output: what the models that made it ran on
+T = TypeVar("T")
 REJECTS = pa.schema([("key", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 
@@ -113,9 +115,25 @@ class Output:
             with system.open_input_file(self.path(name)) as stream:
                 return pq.ParquetFile(stream).metadata.num_rows
 
+        return self._of_each_part(rows)
+
+    def part_hashes(self) -> dict[str, str]:
+        """Hex SHA-256 of each part."""
+        system, _ = filesystem(self.uri)
+
+        def sha256(name: str) -> str:
+            digest = hashlib.sha256()
+            with system.open_input_stream(self.path(name)) as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+            return digest.hexdigest()
+
+        return self._of_each_part(sha256)
+
+    def _of_each_part(self, read: Callable[[str], T]) -> dict[str, T]:
+        names = self.parts()
         with ThreadPoolExecutor(16) as pool:
-            names = self.parts()
-            return dict(zip(names, pool.map(rows, names), strict=True))
+            return dict(zip(names, pool.map(read, names), strict=True))
 
     def write_rejects(self, name: str, rejects: list[dict[str, str]]) -> None:
         """Keep rejected rows (key, stage, reason, detail) beside the part they are missing from."""
@@ -204,7 +222,7 @@ class Stage:
         return manifest
 
     def _describe(self, output: Output, seconds: float) -> dict[str, Any]:
-        rows = output.part_rows()
+        rows, hashes = output.part_rows(), output.part_hashes()
         return {
             "instance": self.instance,
             "digest": self.digest,
@@ -215,9 +233,8 @@ class Stage:
             "rows": sum(rows.values()),
             "rejects": dict(Counter(output.rejects()["reason"].to_pylist())),
             "seconds": round(seconds, 1),
-            "parts": {
-                name: {"rows": n, "sha256": hashlib.sha256(output.read_bytes(name)).hexdigest()} for name, n in rows.items()
-            },
+            "environment": [output.read_json(f"{ENVIRONMENT}/{name}") for name in output.names(ENVIRONMENT)],
+            "parts": {name: {"rows": n, "sha256": hashes[name]} for name, n in rows.items()},
         }
 
     def _check_rejects(self, manifest: dict[str, Any], output: Output) -> None:

@@ -1,8 +1,9 @@
 """Config files: YAML sections checked by pydantic, with overrides from the command line."""
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,11 +32,20 @@ class TaskResources(Section):
 
 
 class ActorResources(TaskResources):
-    """What a Ray Data stage may use: a pool of model actors, and CPU tasks that feed it."""
+    """What a stage with a pool of model actors may use."""
 
     actors: int = Field(1, ge=1, description="model actors")
+
+
+class DecodeResources(Section):
+    """What a stage that decodes images may use."""
+
     decode_cpus: float = Field(1.0, gt=0, description="CPUs a decode task")
     decode_tasks: int = Field(1, ge=1, description="decode tasks at a time, over the whole cluster")
+
+
+class EmbedResources(ActorResources, DecodeResources):
+    """What embed may use: CPU tasks that decode feed a pool of actors that hold the tower."""
 
 
 class WorkerResources(TaskResources):
@@ -43,6 +53,9 @@ class WorkerResources(TaskResources):
 
     workers: int = Field(1, ge=0, description="data-parallel training processes")
     max_failures: int = Field(2, ge=0, description="times Ray Train restarts a failed worker group")
+    on_changed_world: Literal["error", "weights"] = Field(
+        "error", description="resume with another number of workers: refuse, or go on from the weights alone"
+    )
 
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -63,7 +76,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Apply `section.field=value` assignments (values in YAML) to a copy of a config's content."""
-    result = yaml.safe_load(yaml.safe_dump(content))
+    result = copy.deepcopy(content)
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
         if not separator or not name:
@@ -74,7 +87,10 @@ def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, A
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
                 raise UserError(f"--set {assignment}: '{section}' is a value, not a section")
-        node[field] = yaml.safe_load(value)
+        try:
+            node[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {assignment}: the value is not valid YAML: {error}") from error
     return result
 
 

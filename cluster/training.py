@@ -1,7 +1,9 @@
 """One training loop for alignment, instruction and composed retrieval: Ray Train workers running DeepSpeed.
 
 A model package gives a `Task`; the loop owns sampling, precision, accumulation, validation, the best checkpoint, resume
-and reporting. Batches depend on (seed, step) alone, so a resumed run sees what an uninterrupted one would.
+and reporting. The rows of a global batch depend on (seed, step) alone; what a task draws for them on (seed, step, rank,
+micro-batch), dropout on (seed, step, rank). So a resumed run sees what an uninterrupted one would, and another number of
+workers sees the same rows with other draws.
 """
 
 import json
@@ -10,12 +12,12 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypedDict
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -23,13 +25,15 @@ from pydantic import Field, model_validator
 from cluster.artifacts import Output, filesystem
 from cluster.config import Section, WorkerResources
 from cluster.devices import uses_bf16
+from cluster.environment import record_environment
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 
 WEIGHTS = "weights.safetensors"  # every trained parameter: in an output of the best step, in a checkpoint of its own
 BEST = "best.safetensors"  # in a checkpoint: the trained parameters of the best step so far
-STATE = "state.json"  # in a checkpoint: its step and the best step's metrics
+STATE = "state.json"  # in a checkpoint: the `State` it was made in
 METRICS = "metrics.jsonl"  # one line {"step", name: value, ...} a report
+TRAINING = "training.json"  # workers of the last checkpoint, and the steps at which training went on from the weights alone
 LOG_EVERY = 10
 
 
@@ -47,11 +51,8 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.05, ge=0)
     gradient_clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: any")
     precision: Literal["fp32", "bf16", "auto"] = Field("fp32", description="auto: bf16 where the processor is fast at it")
-    zero_stage: Literal[1, 2, 3] = 2
+    zero_stage: Literal[1, 2, 3] = Field(2, description="what workers share out: 1 optimizer, 2 gradients too, 3 weights too")
     checkpoint_every: int | None = Field(None, gt=0, description="steps between validated checkpoints; None: at the end")
-    on_changed_world: Literal["error", "weights"] = Field(
-        "error", description="resume with another number of workers: refuse, or go on from the weights alone"
-    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -82,7 +83,7 @@ class Task(Protocol):
     def build(self) -> Any:
         """The torch module; parameters that require a gradient are trained and saved.
 
-        `module(batch)` gives a dict of scalar tensors, of which "loss" is minimised.
+        `module(batch)` gives a dict of scalar tensors, of which "loss" is minimised. A UserError reaches the driver.
         """
 
     def batch(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
@@ -119,26 +120,28 @@ def train(
 ) -> dict[str, float]:
     """Train on Ray Train workers and keep the best weights in `output`. Returns the best checkpoint's metrics.
 
-    A run that was cut off goes on from its last checkpoint. Raises UserError when the number of workers changed.
+    A run that was cut off goes on from its last checkpoint. Raises UserError when the number of workers changed, and what
+    `task.build` finds wrong.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
 
-    world = max(resources.workers, 1)
-    config.accumulation(world)
-    weights_only = _check_world(output, world, config)
+    config.accumulation(max(resources.workers, 1))
     system, base = filesystem(output.uri)
     system.create_dir(base, recursive=True)
+    begun = _cut_off(output) if resources.workers else None  # local mode keeps no checkpoint to go on from
+    if begun:
+        _check_world(output, begun["workers"], resources)
     queue = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
+            "output": output,
             "task": task,
             "config": config,
             "seed": seed,
             "queue": queue,
-            "weights_only": weights_only,
             "local": resources.workers == 0,
         },
         scaling_config=_scaling(resources),
@@ -150,16 +153,21 @@ def train(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
-    monitor.start(config.steps, "step")
-    with _draining(queue, output, monitor):
-        result = trainer.fit()
+    done = begun["step"] if begun else 0
+    monitor.start(config.steps, "step", done)
+    with _draining(queue, monitor, done):
+        result: Any = trainer.fit()
+    if isinstance(result.return_value, UserError):
+        raise result.return_value
     assert result.checkpoint is not None, "the last step is always a checkpoint"
     with result.checkpoint.as_directory() as folder:
+        state = _read_state(folder)
         output.write_bytes(WEIGHTS, (Path(folder) / BEST).read_bytes())
-        metrics = json.loads((Path(folder) / STATE).read_text())["best"]
+    output.write_bytes(METRICS, "\n".join(map(json.dumps, state["reports"])).encode())
+    output.write_json(TRAINING, {name: state[name] for name in ("workers", "resumed_from_weights")})
     if output.exists("checkpoints"):
         system.delete_dir(f"{base}/checkpoints")
-    return metrics
+    return state["best"]
 
 
 def _scaling(resources: WorkerResources) -> Any:
@@ -178,30 +186,54 @@ def _scaling(resources: WorkerResources) -> Any:
     )
 
 
-def _check_world(output: Output, world: int, config: TrainingConfig) -> bool:
-    """Whether to resume from the weights alone. ZeRO checkpoints are tied to the number of workers."""
-    before = output.read_json("training.json")["workers"] if output.exists("training.json") else world
-    if before != world and config.on_changed_world == "error":
+class State(TypedDict):
+    """What a checkpoint says of its run."""
+
+    step: int
+    workers: int
+    resumed_from_weights: list[int]  # steps at which the optimizer began afresh
+    reports: list[dict[str, float]]  # all so far
+    best: dict[str, float]  # the report of the best step
+
+
+def _read_state(folder: str) -> State:
+    state: State = json.loads((Path(folder) / STATE).read_text())
+    return state
+
+
+def _cut_off(output: Output) -> State | None:
+    """The state of the last checkpoint of a run that did not finish."""
+    import ray.train
+
+    system, base = filesystem(output.uri)
+    try:
+        checkpoint = ray.train.Result.from_path(f"{base}/checkpoints", system).checkpoint
+    except RuntimeError:  # the run did not come to a checkpoint
+        return None
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return _read_state(folder)
+
+
+def _check_world(output: Output, before: int, resources: WorkerResources) -> None:
+    """ZeRO checkpoints are tied to the number of workers: only the weights can go over to another number."""
+    if before != resources.workers and resources.on_changed_world == "error":
         raise UserError(
-            f"{output.uri}: training began with {before} worker(s), the config now says {world}; go back to {before}, or set "
-            "on_changed_world=weights to go on from the weights with a fresh optimiser"
+            f"{output.uri}: training began with {before} worker(s), its resources now say {resources.workers}; go back to "
+            f"workers: {before}, or set on_changed_world: weights beside it to go on from the weights with a fresh optimizer"
         )
-    output.write_json("training.json", {"workers": world, "resumed_from_weights": before != world})
-    return before != world
 
 
 @contextmanager
-def _draining(queue: Any, output: Output, monitor: Monitor) -> Iterator[None]:
-    """Pass the workers' reports to the monitor while training runs, and keep them in `metrics.jsonl`."""
-    lines = output.read_bytes(METRICS).decode().splitlines() if output.exists(METRICS) else []
+def _draining(queue: Any, monitor: Monitor, reached: int) -> Iterator[None]:
+    """Pass the workers' reports to the monitor while training runs. `reached`: the step it goes on from."""
     stop = threading.Event()
-    reached = 0
 
     def drain() -> None:
         nonlocal reached
         while not (stop.is_set() and queue.empty()):
             for report in queue.get_nowait_batch(queue.qsize()):
-                lines.append(json.dumps(report))
                 monitor.metrics(report["step"], {name: value for name, value in report.items() if name != "step"})
                 monitor.advance(max(report["step"] - reached, 0))
                 reached = max(reached, report["step"])
@@ -214,35 +246,47 @@ def _draining(queue: Any, output: Output, monitor: Monitor) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        output.write_bytes(METRICS, "\n".join(lines).encode())
         queue.shutdown()
 
 
-def _worker(arguments: dict[str, Any]) -> None:
-    """The loop of one rank."""
+def _worker(arguments: dict[str, Any]) -> Any:
+    """The loop of one rank. Returns a user's mistake: raised, it would make Ray Train start over."""
     import ray.train
     import torch
 
     task, config, seed = arguments["task"], arguments["config"], arguments["seed"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    record_environment(arguments["output"], config.precision)
     with _process_group(arguments["local"]), ThreadPoolExecutor(1) as prefetcher:
         torch.manual_seed(seed)
-        engine = _engine(task.build(), config, world)
-        step = _resume(engine, arguments["weights_only"])
+        module = _on_every_rank(task.build)
+        if isinstance(module, UserError):
+            return module
+        engine, state = _resume(module, config, world)
         batches = partial(_micro_batches, task, config, seed, rank, world)
-        upcoming = prefetcher.submit(batches, step)
-        while step < config.steps:
+        upcoming = prefetcher.submit(batches, state["step"])
+        for step in range(state["step"], config.steps):
             current = upcoming.result()
             upcoming = prefetcher.submit(batches, min(step + 1, config.steps - 1))
             torch.manual_seed(stable_seed(seed, step, rank))
             losses = [_forward_backward(engine, batch) for batch in current]
-            step += 1
-            report = {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
-            if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
-                _checkpoint(engine, task, step, report, arguments)
-            elif rank == 0 and step % LOG_EVERY == 0:
-                arguments["queue"].put({"step": step, **report})
+            state["step"] = step + 1
+            _report(engine, task, losses, state, arguments)
+
+
+def _on_every_rank(build: Callable[[], Any]) -> Any:
+    """What `build` gives, or on every rank the first UserError of any: a rank alone would wait for the others forever."""
+    import torch.distributed as dist
+
+    try:
+        built, mistake = build(), None
+    except UserError as error:
+        built, mistake = None, error
+    group: Any = dist.new_group(backend="gloo")  # NCCL has no device before DeepSpeed starts
+    mistakes: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(mistakes, mistake, group)
+    return next((found for found in mistakes if found is not None), built)
 
 
 def stable_seed(*parts: int) -> int:
@@ -272,8 +316,6 @@ def _engine(module: Any, config: TrainingConfig, world: int) -> Any:
     import deepspeed
     import torch
 
-    # on CPU gloo does the same work: DeepSpeed's own shared-memory op would be compiled for a minute first
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     groups: dict[float, list[Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -303,24 +345,25 @@ def _engine(module: Any, config: TrainingConfig, world: int) -> Any:
     return engine
 
 
-def _resume(engine: Any, weights_only: bool) -> int:
-    """Load the run's last checkpoint, if there is one. Returns the step to go on from."""
+def _resume(module: Any, config: TrainingConfig, world: int) -> tuple[Any, State]:
+    """The module's engine and the state to go on from: the run's last checkpoint, where there is one."""
     import ray.train
     from safetensors.torch import load_file
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0
+        return _engine(module, config, world), State(step=0, workers=world, resumed_from_weights=[], reports=[], best={})
     with checkpoint.as_directory() as folder:
-        step = json.loads((Path(folder) / STATE).read_text())["step"]
-        if not weights_only:
+        state = _read_state(folder)
+        if state["workers"] == world:
+            engine = _engine(module, config, world)
             engine.load_checkpoint(folder, tag="zero", load_module_strict=False)
-            return step
-        load_trained(engine.module, load_file(Path(folder) / WEIGHTS))
-        engine.optimizer.refresh_fp32_params()
-        for _ in range(step):
-            engine.lr_scheduler.step()
-        return step
+            return engine, state
+        load_trained(module, load_file(Path(folder) / WEIGHTS))
+    engine = _engine(module, config, world)
+    for _ in range(state["step"]):
+        engine.lr_scheduler.step()
+    return engine, {**state, "workers": world, "resumed_from_weights": [*state["resumed_from_weights"], state["step"]]}
 
 
 def load_trained(module: Any, weights: dict[str, Any]) -> None:
@@ -331,21 +374,41 @@ def load_trained(module: Any, weights: dict[str, Any]) -> None:
     module.load_state_dict(weights, strict=False)
 
 
-def _checkpoint(engine: Any, task: Task, step: int, report: dict[str, float], arguments: dict[str, Any]) -> None:
-    """Validate, save and report. A barrier: every rank comes here at the same steps."""
+def _report(engine: Any, task: Task, losses: list[dict[str, float]], state: State, arguments: dict[str, Any]) -> None:
+    """Report the step's losses where one is due, and make a checkpoint where one is. Every rank comes here at every step."""
+    step, config = state["step"], arguments["config"]
+    checkpoint = step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0)
+    if not checkpoint and step % LOG_EVERY:
+        return
+    report = {"step": step, **_mean_over_ranks(losses, engine.device), **(_validate(engine, task) if checkpoint else {})}
+    state["reports"].append(report)
+    if engine.global_rank == 0:
+        arguments["queue"].put(report)
+    if checkpoint:
+        _checkpoint(engine, task.best_metric, state, arguments["local"])
+
+
+def _mean_over_ranks(losses: list[dict[str, float]], device: Any) -> dict[str, float]:
+    """Means over the global batch of the losses of its micro-batches."""
+    import torch
+
+    means = torch.tensor([list(loss.values()) for loss in losses], dtype=torch.float64).mean(0).to(device)
+    torch.distributed.all_reduce(means)
+    return dict(zip(losses[0], (means / torch.distributed.get_world_size()).tolist(), strict=True))
+
+
+def _checkpoint(engine: Any, best_metric: str | None, state: State, local: bool) -> None:
+    """Save and report. A barrier: every rank comes here at the same steps."""
     import ray.train
 
-    report = {**report, **_validate(engine, task)}
-    if ray.train.get_context().get_world_rank() == 0:
-        arguments["queue"].put({"step": step, **report})
     folder = Path(tempfile.mkdtemp())
     engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
     _save_weights(engine, folder)
-    if ray.train.get_context().get_world_rank() == 0:
-        best = _keep_best(folder, task.best_metric, {"step": step, **report})
-        (folder / STATE).write_text(json.dumps({"step": step, "best": best}))
-    ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
-    if not arguments["local"]:  # local mode leaves the checkpoint in this folder
+    if engine.global_rank == 0:
+        state["best"] = _keep_best(folder, best_metric, state["reports"][-1])
+        (folder / STATE).write_text(json.dumps(state))
+    ray.train.report(state["reports"][-1], checkpoint=ray.train.Checkpoint.from_directory(folder))
+    if not local:  # local mode leaves the checkpoint in this folder
         shutil.rmtree(folder)
 
 
@@ -378,7 +441,7 @@ def _keep_best(folder: Path, metric: str | None, report: dict[str, float]) -> di
     previous = ray.train.get_checkpoint()
     if previous is not None and metric is not None:
         with previous.as_directory() as before:
-            best = json.loads((Path(before) / STATE).read_text())["best"]
+            best = _read_state(before)["best"]
             if best[metric] >= report[metric]:
                 shutil.copy(Path(before) / BEST, folder / BEST)
                 return best
@@ -392,6 +455,8 @@ def _process_group(local: bool) -> Iterator[None]:
     import deepspeed
     import torch
 
+    # on CPU gloo does the same work: DeepSpeed's own shared-memory op would be compiled for a minute first
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not local:
         yield
         return
@@ -401,5 +466,8 @@ def _process_group(local: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            deepspeed.comm.destroy_process_group()
-            deepspeed.comm.comm.cdb = None
+            if deepspeed.comm.is_initialized():
+                deepspeed.comm.destroy_process_group()
+                deepspeed.comm.comm.cdb = None
+            else:  # the model could not be built
+                torch.distributed.destroy_process_group()

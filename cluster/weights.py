@@ -3,13 +3,30 @@
 import hashlib
 import importlib.util
 from functools import cache
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from cluster.artifacts import fingerprint
 from cluster.config import Section
 from cluster.errors import UserError
+
+IDENTITY = "identity"  # context of a dump that decides a digest
+
+
+def content_identity(section: BaseModel) -> dict[str, Any]:
+    """A section as a digest takes it: `model_dump(mode="json")` with the identity of all `Weights` in it."""
+    return section.model_dump(mode="json", context=IDENTITY)
 
 
 class Weights(Section):
@@ -51,10 +68,18 @@ class Weights(Section):
         return str(path)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights' content, for a digest: never a local path where a hash is known."""
+        """What decides the weights' content, never where they lie: as precise as is cheap to find out."""
         if self.sha256:
             return {"sha256": self.sha256}
-        return self.model_dump(exclude_none=True)
+        if self.hub:
+            return {"hub": self.hub, "revision": self.revision, "file": self.file}
+        if self.package:
+            return {"package": self.package, "version": _package_version(self.package), "file": self.file}
+        return {"files": fingerprint(str(Path(self.folder or "") / (self.file or "")))}
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        return self.identity() if info.context == IDENTITY else dump(self)
 
 
 def _package_folder(package: str) -> Path:
@@ -62,6 +87,12 @@ def _package_folder(package: str) -> Path:
     if spec is None or spec.origin is None:
         raise UserError(f"weights: Python package '{package}' is not installed; `make install` brings the offline weights")
     return Path(spec.origin).parent
+
+
+@cache
+def _package_version(package: str) -> str | None:
+    distributions = packages_distributions().get(package.partition(".")[0])
+    return version(distributions[0]) if distributions else None
 
 
 @cache

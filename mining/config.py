@@ -20,7 +20,9 @@ class TripletsConfig(Section):
     """A file of labelled triplets over one gallery."""
 
     gallery: str = Field(description="name of the gallery that holds the images")
-    file: str = Field(description="JSON list or Parquet: reference, target, captions (or caption), optional group")
+    file: str = Field(
+        description="JSON list or Parquet: reference, target, captions (or caption), optional group or CIRR's img_set"
+    )
 
 
 class CaptionsConfig(Section):
@@ -52,9 +54,17 @@ class TowerConfig(Section):
     output: Literal["pooled", "tokens"] = Field("pooled", description="one vector an image, or one a patch")
     image_size: int = Field(224, gt=0)
     resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    precision: Literal["fp32", "bf16", "auto"] = Field("fp32", description="auto: bf16 where the processor is fast at it")
+    mean: tuple[float, float, float] | None = Field(
+        None, description="of the pixels, 0 to 1; None: the library's for this model"
+    )
+    std: tuple[float, float, float] | None = Field(None, description="of the pixels; None: the library's for this model")
+    precision: Literal["fp32", "bf16", "auto"] = Field("auto", description="auto: bf16 where the processor is fast at it")
+
+    @model_validator(mode="after")
+    def _transformers_needs_weights(self) -> Self:
+        if self.library == "transformers" and self.weights is None:
+            raise ValueError("a transformers tower needs 'weights': a hub name or a folder")
+        return self
 
 
 class ViewsConfig(Section):
@@ -88,7 +98,6 @@ class WalkConfig(Section):
     top: int = Field(20, gt=0, description="neighbours of an anchor")
     max_similarity: float = Field(0.94, description="neighbours above are near duplicates")
     spacing: float = Field(0.002, ge=0, description="least distance in similarity to the image added before")
-    group_size: int = Field(6, ge=6, le=6, description="images of a group, the anchor included")
     max_overlap: int = Field(2, ge=0, description="images that two kept groups may share")
 
 
@@ -110,7 +119,9 @@ class MineConfig(Section):
     walk: WalkConfig = WalkConfig()
     matched: MatchedConfig = MatchedConfig()
     triplets: str | None = Field(None, description="labelled triplets whose similarities 'matched' imitates")
-    part_rows: int = Field(1024, gt=0, description="pairs of one part: the unit of resume of generate")
+    part_rows: int = Field(
+        1024, gt=0, description="pairs of one part, about as many where matched: the unit of resume of generate"
+    )
 
     @model_validator(mode="after")
     def _matched_needs_labels(self) -> Self:

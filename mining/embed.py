@@ -12,16 +12,17 @@ import pyarrow.compute as pc
 import ray.data
 
 from cluster.artifacts import Output
-from cluster.config import ActorResources
+from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.parts import run_parts
 from mining import tables
 from mining.config import EmbedConfig, TowerConfig, ViewsConfig
-from mining.gallery import iter_images
+from mining.gallery import image_bytes
 from mining.images import BadImage, render
+from mining.sources import BytesReader
 
-EMBED_VERSION = 1
+EMBED_VERSION = 2
 INFO = "info.json"
 MEAN = "mean.safetensors"
 
@@ -32,16 +33,16 @@ def embed_gallery(
     tower: str,
     config: EmbedConfig,
     views: ViewsConfig,
-    resources: ActorResources,
+    resources: EmbedResources,
     monitor: Monitor,
 ) -> None:
     """Write the embeddings of `views.count` views of every image, `info.json` and the plain view's mean.
 
-    Raises UserError when weights are missing, before an actor starts.
+    Raises UserError when weights or what comes with them is missing, before an actor starts, or when no image can be read
+    any more.
     """
     settings = config.towers[tower]
-    if settings.weights is not None:
-        settings.weights.location()
+    _check(settings)
     rows = gallery.part_rows()
     parts = {_view_part(part, view): n for part, n in rows.items() for view in range(views.count)}
     decode = partial(_decode_part, gallery=gallery, output=output, tower=settings, views=views)
@@ -68,6 +69,15 @@ def embed_gallery(
     _summarise(output, views)
 
 
+def _check(tower: TowerConfig) -> None:
+    if tower.weights is not None:
+        tower.weights.location()
+    if tower.library == "transformers" and not (tower.mean and tower.std):
+        from mining.towers import preprocessing
+
+        preprocessing(tower)
+
+
 def _view_part(part: str, view: int) -> str:
     return part.replace(".parquet", f".v{view}.parquet")
 
@@ -80,20 +90,29 @@ def view_of(part: str) -> int:
 def _decode_part(
     row: dict[str, Any], gallery: Output, output: Output, tower: TowerConfig, views: ViewsConfig
 ) -> dict[str, Any]:
-    """One row: the pixels uint8 [n, size, size, 3] of one view of one gallery part, so that no batch mixes parts."""
+    """One row: the pixels uint8 [n, size, size, 3] of one view of one gallery part, so that no batch mixes parts.
+
+    Images that can no longer be read are rejected. A part that has none gives one black image and no id: its embeddings
+    are an empty part, whose shape only the tower knows.
+    """
     name = str(row["part"][0])
     stem, view = name.removesuffix(".parquet").rsplit(".v", 1)
-    ids, pixels, rejects = [], [], []
-    for image_id, content in iter_images(gallery, f"{stem}.parquet"):
+    reader, ids, pixels, rejects = BytesReader(), [], [], []
+    for image in gallery.read_table(f"{stem}.parquet", tables.GALLERY).to_pylist():
         try:
-            pixels.append(render(content, tower, views, (image_id, int(view))))
-            ids.append(image_id)
+            pixels.append(render(image_bytes(image, reader), tower, views, (image["image_id"], int(view))))
+            ids.append(image["image_id"])
         except (BadImage, OSError) as error:
-            rejects.append({"key": str(image_id), "stage": "embed", "reason": "unreadable", "detail": str(error)[:200]})
+            detail = f"image_id {image['image_id']}: {error}"[:200]
+            rejects.append({"key": image["key"], "stage": "embed", "reason": "unreadable", "detail": detail})
     output.write_rejects(name, rejects)
-    if not pixels:
-        raise UserError(f"{gallery.path(stem)}: no image can be read any more; restore the source and ingest again")
-    return {"part": np.array([name]), "image_id": np.array([ids]), "pixels": np.stack(pixels)[None]}
+    black = np.zeros((tower.image_size, tower.image_size, 3), np.uint8)
+    return {
+        "part": np.array([name]),
+        "rows": np.array([len(ids) + len(rejects)]),
+        "image_id": np.array([ids], np.int64),
+        "pixels": np.stack(pixels or [black])[None],
+    }
 
 
 class Embedder:
@@ -101,17 +120,19 @@ class Embedder:
 
     def __init__(self, config: TowerConfig, batch_size: int, output: Output, cpus: float) -> None:
         from cluster.devices import limit_threads
+        from cluster.environment import record_environment
         from mining.towers import ImageTower
 
         limit_threads(cpus)
         self.tower, self.batch_size, self.output = ImageTower(config), batch_size, output
+        record_environment(output, config.precision)
 
-    def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+    def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
         """Embed and write one row of `_decode_part`."""
-        name = str(row["part"][0])
-        values = self._embed(row["pixels"][0])
-        self.output.write_table(name, _to_table(row["image_id"][0], view_of(name), values), _schema(values))
-        return {"part": [name], "rows": [len(values)]}
+        name, ids = str(row["part"][0]), row["image_id"][0]
+        values = self._embed(row["pixels"][0])[: len(ids)]
+        self.output.write_table(name, _to_table(ids, view_of(name), values), _schema(values))
+        return {"part": row["part"], "rows": row["rows"]}
 
     def _embed(self, pixels: np.ndarray) -> np.ndarray:
         import torch
@@ -134,16 +155,22 @@ def _to_table(ids: np.ndarray, view: int, values: np.ndarray) -> pa.Table:
 
 def read_part(output: Output, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(image ids [n], values float16 [n, tokens, dim]) of one part of the embeddings."""
-    info = output.read_json(INFO) if output.exists(INFO) else None
-    if info is None:
-        raise FileNotFoundError(f"{output.uri} has no {INFO}: the embeddings are not finished")
-    table = output.read_table(name, tables.embeddings(info["tokens"], info["dim"]), ["image_id", "values"])
-    return _to_arrays(table, info["tokens"], info["dim"])
-
-
-def _to_arrays(table: pa.Table, tokens: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens, dim = _info(output)
+    table = output.read_table(name, tables.embeddings(tokens, dim), ["image_id", "values"])
     values = pc.list_flatten(table["values"]).to_numpy()
     return table["image_id"].to_numpy(), values.reshape(-1, tokens, dim)
+
+
+def read_ids(output: Output, name: str) -> np.ndarray:
+    """Image ids int64 [n] of one part of the embeddings."""
+    return output.read_table(name, tables.embeddings(*_info(output)), ["image_id"])["image_id"].to_numpy()
+
+
+def _info(output: Output) -> tuple[int, int]:
+    if not output.exists(INFO):
+        raise FileNotFoundError(f"{output.uri} has no {INFO}: the embeddings are not finished")
+    info = output.read_json(INFO)
+    return info["tokens"], info["dim"]
 
 
 def _summarise(output: Output, views: ViewsConfig) -> None:
@@ -165,8 +192,11 @@ def _shape(output: Output) -> tuple[int, int]:
 
     from cluster.artifacts import filesystem
 
+    name = next((name for name, rows in output.part_rows().items() if rows), None)
+    if name is None:
+        raise UserError(f"embed: no image of the gallery can be read any more; bring them back and remove {output.uri}")
     system, _ = filesystem(output.uri)
-    with system.open_input_file(output.path(output.parts()[0])) as stream:
+    with system.open_input_file(output.path(name)) as stream:
         file = pq.ParquetFile(stream)
         tokens = file.read_row_group(0, columns=["tokens"])["tokens"][0].as_py()
         return tokens, file.schema_arrow.field("values").type.list_size // tokens
@@ -174,4 +204,4 @@ def _shape(output: Output) -> tuple[int, int]:
 
 def plain_parts(output: Output) -> list[str]:
     """Names of the parts of the plain view."""
-    return [name for name in output.parts() if ".v0." in name]
+    return [name for name in output.parts() if view_of(name) == 0]

@@ -1,7 +1,9 @@
 """Tower outputs for training: cached views, memory-mapped on each node, or the tower run online on fresh views."""
 
 import hashlib
+import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +14,14 @@ import numpy as np
 from filelock import FileLock
 
 from cluster.artifacts import Output
+from cluster.errors import UserError
 from mining.config import TowerConfig, ViewsConfig
-from mining.embed import INFO, MEAN, plain_parts, read_part, view_of
+from mining.embed import INFO, MEAN, plain_parts, read_ids, read_part, view_of
 from mining.gallery import read_images
 from mining.images import render
 
 ONLINE_VIEWS = 2**15  # as many different views as the schema's int16 can name
+UNUSED_SECONDS = 24 * 3600  # a joined file that nobody opened for so long is removed
 
 
 class FeatureSource(Protocol):
@@ -54,47 +58,68 @@ class Features:
     online: Online | None = None
     more: tuple[Output, ...] = ()
 
+    @property
+    def _outputs(self) -> tuple[Output, ...]:
+        return self.embeddings, *self.more
+
     def open(self, image_ids: np.ndarray) -> FeatureSource:
         """Features of these images alone: nothing at gallery scale is held in memory."""
         ids = np.unique(image_ids)
         if self.online is not None:
             return OnlineFeatures(self.embeddings, self.online, ids)
-        return CachedFeatures((self.embeddings, *self.more), ids)
+        return CachedFeatures(self._outputs, ids, self.embeddings.read_json(INFO)["views"])
+
+    def open_plain(self, image_ids: np.ndarray) -> FeatureSource:
+        """Plain features of these images alone, which are cached even where the tower runs online in training."""
+        return CachedFeatures(self._outputs, np.unique(image_ids), views=1)
+
+    def check(self, image_ids: np.ndarray, where: str) -> None:
+        """Raises UserError when an image named in `where` has no embeddings, which no worker could go on without."""
+        parts = [read_ids(output, part) for output in self._outputs for part in plain_parts(output)]
+        if len(missing := np.setdiff1d(image_ids, np.concatenate(parts))):
+            raise _without_embeddings(missing, where, self.embeddings)
 
 
 class CachedFeatures:
-    """Cached views of some images, joined once a node into a memory-mapped array [images, views, tokens, dim]."""
+    """Cached views of some images, joined once a node into a memory-mapped array [images, views, tokens, dim].
 
-    def __init__(self, embeddings: tuple[Output, ...], image_ids: np.ndarray) -> None:
+    The joined files live in a temporary folder of this user, and whoever opens the same images of the same outputs uses
+    the same file. A file that nobody opened for a day is removed when another is made; who still maps it keeps it.
+    """
+
+    def __init__(self, embeddings: tuple[Output, ...], image_ids: np.ndarray, views: int) -> None:
         info = embeddings[0].read_json(INFO)
-        self.tokens, self.dim, self.views = info["tokens"], info["dim"], info["views"]
+        self.tokens, self.dim, self.views = info["tokens"], info["dim"], views
         self.mean = read_mean(embeddings[0])
         self.image_ids = image_ids
         self._values = self._joined(embeddings)
 
     def _joined(self, embeddings: tuple[Output, ...]) -> np.ndarray:
-        name = hashlib.sha256(repr(embeddings).encode() + self.image_ids.tobytes()).hexdigest()[:24]
-        path = Path(tempfile.gettempdir()) / "vdg-features" / f"{name}.npy"
-        path.parent.mkdir(exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        key = repr((embeddings, self.views)).encode() + self.mean.tobytes() + self.image_ids.tobytes()
+        folder = Path(tempfile.gettempdir()) / f"vdg-features-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        path = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.npy"
+        with FileLock(folder / "lock"):
             if not path.exists():
+                _remove_unused(folder)
                 self._join(embeddings, path)
-        return np.load(path, mmap_mode="r")
+            path.touch()
+            return np.load(path, mmap_mode="r")
 
     def _join(self, embeddings: tuple[Output, ...], path: Path) -> None:
         shape = (len(self.image_ids), self.views, self.tokens, self.dim)
         partial = path.with_suffix(".partial")
         values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
         found = np.zeros(shape[:2], bool)
-        for source, part in [(output, part) for output in embeddings for part in output.parts()]:
+        parts = [(output, part) for output in embeddings for part in output.parts() if view_of(part) < self.views]
+        for source, part in parts:
             ids, rows = read_part(source, part)
             wanted = np.isin(ids, self.image_ids)
             places = np.searchsorted(self.image_ids, ids[wanted])
             values[places, view_of(part)] = rows[wanted]
             found[places, view_of(part)] = True
         if not found.all():
-            missing = self.image_ids[~found.all(axis=1)]
-            raise KeyError(f"{len(missing)} images have no embeddings in {embeddings[0].uri}, such as {missing[0]}")
+            raise _without_embeddings(self.image_ids[~found.all(axis=1)], "the rows of this stage", embeddings[0])
         values.flush()
         partial.rename(path)
 
@@ -140,6 +165,19 @@ class OnlineFeatures:
         return self._tower(torch.from_numpy(pixels)).cpu().numpy()
 
 
+def _remove_unused(folder: Path) -> None:
+    for path in folder.glob("*.*"):  # not the lock
+        if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
+            path.unlink()
+
+
+def _without_embeddings(missing: np.ndarray, where: str, embeddings: Output) -> UserError:
+    return UserError(
+        f"{where}: {len(missing)} image(s) have no embeddings in {embeddings.uri}, such as image_id {missing[0]}: they are of "
+        f"another gallery, or embed rejected them ({embeddings.path('rejects')}); take their rows out, or bring them back"
+    )
+
+
 def _places(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
     places = np.searchsorted(sorted_ids, ids).clip(max=len(sorted_ids) - 1)
     if not np.array_equal(sorted_ids[places], ids):
@@ -165,7 +203,17 @@ def centred(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return shifted / np.linalg.norm(shifted, axis=-1, keepdims=True).clip(1e-12)
 
 
-def plain_embeddings(output: Output) -> tuple[np.ndarray, np.ndarray]:
-    """(image ids [n], float32 [n, tokens, dim]) of a whole gallery's plain view; for galleries that fit memory."""
-    parts = [read_part(output, name) for name in plain_parts(output)]
-    return np.concatenate([ids for ids, _ in parts]), np.concatenate([values for _, values in parts]).astype(np.float32)
+def unit_vectors(output: Output, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(image ids int64 [n], float32 [n, dim]) of a gallery's plain view: tokens averaged, less `mean`, of norm 1.
+
+    The vectors are held in memory, once.
+    """
+    rows = {name: count for name, count in output.part_rows().items() if view_of(name) == 0}
+    vectors = np.empty((sum(rows.values()), output.read_json(INFO)["dim"]), np.float32)
+    ids, first = np.empty(len(vectors), np.int64), 0
+    for name, count in rows.items():
+        here = slice(first, first + count)
+        ids[here], values = read_part(output, name)
+        vectors[here] = centred(values.mean(axis=1, dtype=np.float32), mean)
+        first += count
+    return ids, vectors

@@ -1,28 +1,28 @@
 """Ingest: from outside sources to checked gallery, triplet and caption tables; and reading galleries back."""
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray.data
 
-from cluster.artifacts import Output, filesystem
-from cluster.config import ActorResources
-from cluster.errors import UserError
+from cluster.artifacts import Output
+from cluster.config import DecodeResources
 from cluster.monitor import Monitor
 from cluster.parts import run_parts
 from mining import tables
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig
 from mining.images import BadImage, decode
-from mining.sources import BytesReader, list_images
+from mining.labelled import read_captions, read_triplets
+from mining.sources import BytesReader, list_images, reject
 
-INGEST_VERSION = 1
+INGEST_VERSION = 2
+GROUPS = "groups.parquet"
+_Row = dict[str, Any]
 
 
 def part_name(index: int) -> str:
@@ -31,7 +31,7 @@ def part_name(index: int) -> str:
 
 
 def ingest_gallery(
-    output: Output, name: str, config: GalleryConfig, options: IngestConfig, resources: ActorResources, monitor: Monitor
+    output: Output, name: str, config: GalleryConfig, options: IngestConfig, resources: DecodeResources, monitor: Monitor
 ) -> None:
     """Check every image of a source and write the gallery table, or its index, in parts of `options.shard_rows`.
 
@@ -65,7 +65,7 @@ def _ingest_shard(index: pa.Table, output: Output, gallery: str, copy_images: bo
             rows.append(_gallery_row(reader, entry, gallery, copy_images, max_pixels))
         except (BadImage, OSError) as error:
             reason = error.reason if isinstance(error, BadImage) else "unreadable"
-            rejects.append({"key": entry["key"], "stage": "ingest", "reason": reason, "detail": str(error)[:200]})
+            rejects.append(reject(entry["key"], reason, str(error)))
     output.write_rejects(part, rejects)
     output.write_table(part, pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)
     return {"part": [part], "rows": [len(index)]}
@@ -89,80 +89,24 @@ def _gallery_row(
 
 
 def ingest_triplets(output: Output, gallery: Output, file: str, monitor: Monitor) -> None:
-    """Write a file's labelled triplets; rows with unknown images or without text are rejected."""
-    known = keys(gallery)
-    rows, rejects = [], []
-    for position, entry in enumerate(read_rows(file)):
-        try:
-            rows.append(_triplet_row(entry, position, known, file))
-        except BadImage as error:
-            rejects.append({"key": _name(entry, position), "stage": "ingest", "reason": error.reason, "detail": error.detail})
-    tables.check_unique((row["triplet_id"] for row in rows), file)
-    _write_rows(output, rows, rejects, tables.TRIPLETS, monitor)
+    """Write a file's labelled triplets, and `groups.parquet` where its rows list the images of their groups."""
+    triplets, groups, rejects = read_triplets(file, keys(gallery))
+    if groups:
+        output.write_table(GROUPS, pa.Table.from_pylist(groups, tables.GROUPS), tables.GROUPS)
+    _write_rows(output, triplets, rejects, tables.TRIPLETS, monitor)
 
 
 def ingest_captions(output: Output, gallery: Output, config: CaptionsConfig, monitor: Monitor) -> None:
-    """Write a file's image-caption pairs; rows with an unknown image or without text are rejected."""
-    known = keys(gallery)
-    rows, rejects = [], []
-    for position, entry in enumerate(read_rows(config.file)):
-        text = str(entry.get("caption") or "")
-        text = (text.split(config.until)[0] if config.until else text).strip()
-        image = known.get(entry.get("image", ""))
-        if image is None or not text:
-            reason, detail = ("unknown_image", str(entry.get("image"))) if image is None else ("empty_caption", "")
-            rejects.append({"key": _name(entry, position), "stage": "ingest", "reason": reason, "detail": detail})
-        else:
-            rows.append({"image_id": image, "caption": text})
-    _write_rows(output, rows, rejects, tables.CAPTIONS, monitor)
+    """Write a file's image-caption pairs."""
+    captions, rejects = read_captions(config.file, keys(gallery), config.until)
+    _write_rows(output, captions, rejects, tables.CAPTIONS, monitor)
 
 
-def _write_rows(
-    output: Output, rows: list[dict[str, Any]], rejects: list[dict[str, str]], schema: pa.Schema, monitor: Monitor
-) -> None:
+def _write_rows(output: Output, rows: list[_Row], rejects: list[_Row], schema: pa.Schema, monitor: Monitor) -> None:
     monitor.start(len(rows) + len(rejects), "row")
     output.write_rejects(part_name(0), rejects)
     output.write_table(part_name(0), pa.Table.from_pylist(rows, schema), schema)
     monitor.advance(len(rows) + len(rejects))
-
-
-def read_rows(file: str) -> list[dict[str, Any]]:
-    """Rows of a JSON list or a Parquet file. Raises UserError naming the file when it is neither."""
-    system, path = filesystem(file)
-    try:
-        with system.open_input_file(path) as stream:
-            content = pq.read_table(stream).to_pylist() if path.endswith(".parquet") else json.loads(stream.read())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as a JSON list or Parquet table: {error}") from error
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise UserError(f"{file}: expected a list of rows such as {{'reference': ..., 'target': ..., 'captions': [...]}}")
-    return content
-
-
-def _name(entry: dict[str, Any], position: int) -> str:
-    return str(entry.get("pairid", f"row {position}"))
-
-
-def _triplet_row(entry: dict[str, Any], position: int, known: dict[str, int], file: str) -> dict[str, Any]:
-    """One row in the terms of any of the field's files: FashionIQ's `candidate`, CIRR's `target_hard` and `img_set`."""
-    images = {}
-    for role, other in (("reference", "candidate"), ("target", "target_hard")):
-        key = entry.get(role, entry.get(other))
-        if key not in known:
-            raise BadImage("unknown_image", f"{role} {key!r} is not in the gallery")
-        images[f"{role}_id"] = known[key]
-    texts = entry.get("captions", entry.get("caption", []))
-    deltas = [text.strip() for text in ([texts] if isinstance(texts, str) else texts) if text and text.strip()]
-    if not deltas:
-        raise BadImage("empty_delta", "the row has no text")
-    group = entry.get("group", (entry.get("img_set") or {}).get("id"))
-    return {
-        "triplet_id": tables.stable_id(file.rsplit("/", 1)[-1], _name(entry, position)),
-        "group_id": None if group is None else tables.stable_id("group", group),
-        **images,
-        "deltas": deltas,
-        "source": "human",
-    }
 
 
 def keys(gallery: Output) -> dict[str, int]:
@@ -171,13 +115,9 @@ def keys(gallery: Output) -> dict[str, int]:
     return dict(zip(table["key"].to_pylist(), table["image_id"].to_pylist(), strict=True))
 
 
-def iter_images(gallery: Output, part: str, image_ids: np.ndarray | None = None) -> Iterator[tuple[int, bytes]]:
-    """(image_id, encoded bytes) of one part's images, in order; of all or of those asked for."""
-    table = gallery.read_table(part, tables.GALLERY) if image_ids is None else _rows_of(gallery, part, image_ids)
-    reader = BytesReader()
-    for batch in table.to_batches(max_chunksize=256):
-        for row in batch.to_pylist():
-            yield row["image_id"], row["image"] or reader.read(row["uri"], row["offset"], row["length"])
+def image_bytes(row: _Row, reader: BytesReader) -> bytes:
+    """Encoded bytes of a row of the gallery table. Raises OSError when an image indexed in place cannot be read any more."""
+    return row["image"] or reader.read(row["uri"], row["offset"], row["length"])
 
 
 def _rows_of(gallery: Output, part: str, image_ids: np.ndarray) -> pa.Table:
@@ -188,10 +128,14 @@ def _rows_of(gallery: Output, part: str, image_ids: np.ndarray) -> pa.Table:
 
 
 def read_images(galleries: Iterable[Output], image_ids: Iterable[int]) -> dict[int, bytes]:
-    """Encoded bytes of some images, by id. Raises KeyError when one is in none of the galleries."""
+    """Encoded bytes of some images, by id.
+
+    Raises KeyError when one is in none of the galleries, OSError when one that is indexed in place cannot be read.
+    """
     wanted = np.unique(np.fromiter(image_ids, np.int64))
-    parts = [(gallery, part) for gallery in galleries for part in gallery.parts()]
-    found = {i: content for gallery, part in parts for i, content in iter_images(gallery, part, wanted)}
+    parts = (_rows_of(gallery, part, wanted) for gallery in galleries for part in gallery.parts())
+    reader = BytesReader()
+    found = {row["image_id"]: image_bytes(row, reader) for part in parts for row in part.to_pylist()}
     if missing := set(wanted.tolist()) - set(found):
         raise KeyError(f"{len(missing)} images are in none of the galleries, such as {min(missing)}")
     return found

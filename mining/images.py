@@ -1,10 +1,11 @@
 """Decoding and augmenting images on the CPU. Pixels leave as uint8; the tower normalises them on its device."""
 
+import math
 import warnings
 from io import BytesIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from mining.config import TowerConfig, ViewsConfig
 
@@ -61,17 +62,30 @@ def _inside(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float
 
 
 def _augment(image: Image.Image, size: int, views: ViewsConfig, seed: tuple[int, int]) -> Image.Image:
-    """Random crop, mirror and light colour changes; depends on (image_id, view) alone."""
-    import torch
-    from torchvision.transforms import v2
+    """Random crop, mirror and light colour changes; depends on (image_id, view) alone.
 
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(size, views.crop, views.aspect, interpolation=v2.InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(views.flip),
-            v2.ColorJitter(views.jitter, views.jitter, views.jitter),
-        ]
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
-        return transform(image)
+    Distributed as torchvision's RandomResizedCrop, RandomHorizontalFlip and ColorJitter, but drawn from a generator of its
+    own: theirs draw from torch's global one, which the training thread draws dropout from at the same time.
+    """
+    rng = np.random.default_rng(seed)
+    image = image.crop(_crop_box(rng, *image.size, views)).resize((size, size), Image.Resampling.BICUBIC)
+    if rng.random() < views.flip:
+        image = ImageOps.mirror(image)
+    changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for i in rng.permutation(len(changes)):
+        image = changes[i](image).enhance(rng.uniform(max(0.0, 1 - views.jitter), 1 + views.jitter))
+    return image
+
+
+def _crop_box(rng: np.random.Generator, width: int, height: int, views: ViewsConfig) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a part of random area and aspect; after ten that do not fit, the largest central one."""
+    low, high = views.aspect
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(*views.crop), math.exp(rng.uniform(math.log(low), math.log(high)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * high)), min(height, round(width / low))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h

@@ -9,54 +9,57 @@ from collections.abc import Iterator
 import numpy as np
 
 from mining.config import MatchedConfig
-from mining.neighbours import neighbours
+from mining.neighbours import Block, Neighbours
 
 COUNTED_ANCHORS = 4096  # anchors whose candidates estimate the gallery's histogram
 
 
-def match(
-    vectors: np.ndarray, labelled: np.ndarray, config: MatchedConfig, seed: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks (reference rows, target rows, similarities) of about `config.pairs` pairs, each [m].
+class Matcher:
+    """Draws about `config.pairs` pairs over all anchors of a gallery, shard of anchors by shard.
 
-    `vectors` are centred unit vectors float32 [n, dim], `labelled` the similarities of the labelled pairs. A candidate
-    of similarity bin b is drawn with probability pairs x labelled share of b / candidates in b: both sides of the ratio
-    are histograms, so the drawn pairs' histogram is the labelled pairs'.
+    `vectors` are centred unit vectors float32 [n, dim], `labelled` the similarities of the labelled pairs. Each anchor has
+    as candidates one seeded sample of the gallery and its nearest neighbours. A candidate of similarity bin b is drawn with
+    probability pairs x labelled share of b / candidates in b: both sides of the ratio are histograms, so the drawn pairs'
+    histogram is the labelled pairs'.
     """
-    rng = np.random.default_rng(seed)
-    edges = np.linspace(-1, 1, config.bins + 1)
-    sample = np.sort(rng.choice(len(vectors), min(config.sample, len(vectors)), replace=False))
-    wanted = np.histogram(labelled, edges)[0] / len(labelled) * config.pairs
-    probability = (wanted / _candidate_counts(vectors, sample, config, edges, rng).clip(1)).clip(max=1)
-    for rows, columns, scores in _candidates(vectors, np.arange(len(vectors)), sample, config.neighbours):
-        drawn = rng.random(len(scores)) < probability[_bin(scores, edges)]
-        yield rows[drawn], columns[drawn], scores[drawn]
 
+    def __init__(self, vectors: np.ndarray, labelled: np.ndarray, config: MatchedConfig, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.vectors, self.top = vectors, config.neighbours
+        self._neighbours = Neighbours(vectors)
+        self._sample = np.sort(rng.choice(len(vectors), min(config.sample, len(vectors)), replace=False))
+        self._in_sample = np.isin(np.arange(len(vectors)), self._sample)
+        self._edges = np.linspace(-1, 1, config.bins + 1)
+        wanted = np.histogram(labelled, self._edges)[0] / len(labelled) * config.pairs
+        self._probability = (wanted / self._candidate_counts(rng).clip(1)).clip(max=1)
 
-def _bin(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    return (np.searchsorted(edges, scores, side="right") - 1).clip(0, len(edges) - 2)
+    def draw(self, anchors: np.ndarray, rng: np.random.Generator) -> Block:
+        """(reference rows, target rows, similarities), each [m], of pairs whose references are `anchors`."""
+        drawn = []
+        for block in self._candidates(anchors):
+            chosen = rng.random(len(block[2])) < self._probability[self._bin(block[2])]
+            drawn.append([column[chosen] for column in block])
+        references, targets, scores = (np.concatenate(columns) for columns in zip(*drawn, strict=True))
+        return references, targets, scores
 
+    def _bin(self, scores: np.ndarray) -> np.ndarray:
+        return (np.searchsorted(self._edges, scores, side="right") - 1).clip(0, len(self._edges) - 2)
 
-def _candidate_counts(
-    vectors: np.ndarray, sample: np.ndarray, config: MatchedConfig, edges: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Candidates in each bin over the whole gallery, scaled up from a seeded sample of the anchors."""
-    anchors = np.sort(rng.choice(len(vectors), min(COUNTED_ANCHORS, len(vectors)), replace=False))
-    counts = np.zeros(len(edges) - 1)
-    for _, _, scores in _candidates(vectors, anchors, sample, config.neighbours):
-        counts += np.bincount(_bin(scores, edges), minlength=len(counts))
-    return counts * (len(vectors) / len(anchors))
+    def _candidate_counts(self, rng: np.random.Generator) -> np.ndarray:
+        """Candidates in each bin over the whole gallery, scaled up from a seeded sample of the anchors."""
+        images = len(self.vectors)
+        anchors = np.sort(rng.choice(images, min(COUNTED_ANCHORS, images), replace=False))
+        counts = np.zeros(len(self._edges) - 1)
+        for _, _, scores in self._candidates(anchors):
+            counts += np.bincount(self._bin(scores), minlength=len(counts))
+        return counts * (images / len(anchors))
 
-
-def _candidates(
-    vectors: np.ndarray, anchors: np.ndarray, sample: np.ndarray, top: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Flat blocks (anchor rows, candidate rows, cosines): each anchor with the sample, and with neighbours not in it."""
-    in_sample = np.zeros(len(vectors), bool)
-    in_sample[sample] = True
-    for rows, near, near_scores in neighbours(vectors, top, anchors):
-        scores = np.hstack([vectors[rows] @ vectors[sample].T, near_scores])
-        columns = np.hstack([np.broadcast_to(sample, (len(rows), len(sample))), near])
-        valid = columns != rows[:, None]
-        valid[:, len(sample) :] &= (near >= 0) & ~in_sample[near]
-        yield np.broadcast_to(rows[:, None], columns.shape)[valid], columns[valid], scores[valid]
+    def _candidates(self, anchors: np.ndarray) -> Iterator[Block]:
+        """Flat blocks (anchor rows, candidate rows, cosines): each anchor with the sample, and neighbours not in it."""
+        sample = self._sample
+        for rows, near, near_scores in self._neighbours.blocks(self.top, anchors):
+            scores = np.hstack([self.vectors[rows] @ self.vectors[sample].T, near_scores])
+            columns = np.hstack([np.broadcast_to(sample, (len(rows), len(sample))), near])
+            valid = columns != rows[:, None]
+            valid[:, len(sample) :] &= (near >= 0) & ~self._in_sample[near]
+            yield np.broadcast_to(rows[:, None], columns.shape)[valid], columns[valid], scores[valid]

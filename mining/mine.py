@@ -1,6 +1,11 @@
-"""Mine: related pairs of a gallery's images, by the paper's walk or matched to the labelled pairs."""
+"""Mine: related pairs of a gallery's images, by the paper's walk or matched to the labelled pairs.
 
-from collections.abc import Iterator
+One Ray task holds the gallery's vectors: an image's neighbours may be anywhere in it.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +16,30 @@ from cluster.config import TaskResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from mining import tables
-from mining.config import MineConfig
-from mining.features import centred, plain_embeddings, read_mean
+from mining.config import MineConfig, WalkConfig
+from mining.embed import view_of
+from mining.features import read_mean, unit_vectors
 from mining.gallery import part_name
+from mining.matched import Matcher
+from mining.walk import GROUP_SIZE, PAIR_RANKS, walk
 
-MINE_VERSION = 1
+MINE_VERSION = 2
 SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs, for the report
 HISTOGRAM_BINS = 40
-_PairRow = tuple[int | None, int, int, int | None, int | None, float]  # group, rows, ranks, similarity
+HISTOGRAM_PAIRS = 20_000
+COSINES = 4096  # pairs whose vectors are gathered at a time
+
+
+@dataclass(frozen=True)
+class _Mining:
+    """What the task that mines is given."""
+
+    output: Output
+    embeddings: Output
+    labelled: Output | None
+    config: MineConfig
+    seed: int
+    shards: dict[str, np.ndarray]  # rows of the anchors of each part that is still to be matched
 
 
 def mine_pairs(
@@ -32,101 +53,119 @@ def mine_pairs(
 ) -> None:
     """Write the pairs table in parts of `config.part_rows`, in one Ray task with its own FAISS threads.
 
-    Raises UserError when the gallery has fewer images than a group.
+    Matched pairs are drawn part by part, so a killed stage goes on from the parts that exist; the walk needs all anchors
+    first. Raises UserError when the gallery has fewer images than a group, or no pair is found.
     """
-    images = sum(embeddings.part_rows()[part] for part in embeddings.parts() if ".v0." in part)
-    if images < config.walk.group_size:
-        raise UserError(
-            f"mine.gallery: '{config.gallery}' has {images} image(s), fewer than a group of {config.walk.group_size}"
-        )
-    monitor.start(images, "image")
-    task = ray.remote(**resources.ray_options())(_mine)
-    ray.get(task.remote(output, embeddings, labelled, config, seed, resources.cpus))
-    monitor.advance(images)
+    images = sum(count for part, count in embeddings.part_rows().items() if view_of(part) == 0)
+    if images < GROUP_SIZE:
+        raise UserError(f"mine.gallery: '{config.gallery}' has {images} image(s), fewer than a group of {GROUP_SIZE}")
+    shards = _missing_shards(output, images, config, seed) if config.method == "matched" else {}
+    left = sum(map(len, shards.values())) if config.method == "matched" else images
+    monitor.start(images, "image", images - left)
+    job = _Mining(output, embeddings, labelled, config, seed, shards)
+    task: Any = ray.remote(**resources.ray_options())(_mine)
+    for searched in task.remote(job, resources.cpus):
+        monitor.advance(ray.get(searched))
 
 
-def _mine(output: Output, embeddings: Output, labelled: Output | None, config: MineConfig, seed: int, cpus: float) -> None:
+def _mine(job: _Mining, cpus: float) -> Iterator[int]:
+    """Yields the number of anchors searched, block by block."""
     import faiss
 
     faiss.omp_set_num_threads(max(int(cpus), 1))
-    ids, values = plain_embeddings(embeddings)
-    vectors = values.mean(axis=1)
-    cosine = centred(vectors, read_mean(embeddings))
-    labels = _labelled_similarities(ids, cosine, labelled)
-    if config.method == "walk":
-        pairs = _walked(ids, centred(vectors, np.zeros(1, np.float32)), config, seed)
-    else:
-        pairs = _matched(ids, cosine, labels, config, seed)
-    if not len(pairs):
-        raise UserError(f"mine: no pairs found among {len(ids)} images; relax mine.{config.method}")
-    for part, start in enumerate(range(0, len(pairs), config.part_rows)):
-        output.write_table(part_name(part), pairs.slice(start, config.part_rows), tables.PAIRS)
-    output.write_json(SIMILARITIES, _histograms(ids, cosine, labels, pairs, seed))
+    yield from (_write_walked if job.config.method == "walk" else _write_matched)(job)
 
 
-def _labelled_similarities(ids: np.ndarray, cosine: np.ndarray, labelled: Output | None) -> np.ndarray:
-    """Centred cosines of the labelled pairs whose images are in this gallery, float32 [m]."""
-    if labelled is None:
-        return np.empty(0, np.float32)
-    triplets = labelled.read_parts(tables.TRIPLETS, ["reference_id", "target_id"])
-    return _similarities(ids, cosine, triplets["reference_id"].to_numpy(), triplets["target_id"].to_numpy())
+def _write_walked(job: _Mining) -> Iterator[int]:
+    ids, vectors = unit_vectors(job.embeddings, np.zeros(1, np.float32))
+    pairs = yield from walked(ids, vectors, job.config.walk, job.seed)
+    for part, start in enumerate(range(0, len(pairs), job.config.part_rows)):
+        job.output.write_table(part_name(part), pairs.slice(start, job.config.part_rows), tables.PAIRS)
+    del vectors  # the centred ones take their place
+    _summarise(job, *unit_vectors(job.embeddings, read_mean(job.embeddings)))
 
 
-def _similarities(ids: np.ndarray, cosine: np.ndarray, references: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    row_of = {image: row for row, image in enumerate(ids.tolist())}
-    rows = [
-        (row_of[r], row_of[t]) for r, t in zip(references.tolist(), targets.tolist(), strict=True) if {r, t} <= row_of.keys()
-    ]
-    left, right = np.array(rows, np.int64).reshape(-1, 2).T
-    return np.einsum("nd,nd->n", cosine[left], cosine[right])
-
-
-def _walked(ids: np.ndarray, vectors: np.ndarray, config: MineConfig, seed: int) -> pa.Table:
-    """Nine ordered pairs a group, an ordered pair kept in the first group that has it."""
-    from mining.walk import PAIR_RANKS, walk
-
-    seen: set[tuple[int, int]] = set()
-    rows: list[_PairRow] = []
-    for group in walk(vectors, config.walk, seed):
+def walked(ids: np.ndarray, vectors: np.ndarray, config: WalkConfig, seed: int) -> Generator[int, None, pa.Table]:
+    """Nine ordered pairs a group, an ordered pair kept in the first group that has it. Yields as `walk`, returns pairs."""
+    groups = yield from walk(vectors, config, seed)
+    rows: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for group in groups:
         group_id = tables.stable_id("group", *ids[list(group.rows)].tolist())
         for ranks in PAIR_RANKS:
-            reference, target = (group.rows[rank] for rank in ranks)
-            if (reference, target) not in seen:
-                seen.add((reference, target))
-                rows.append((group_id, reference, target, *ranks, float(vectors[reference] @ vectors[target])))
-    return _table(ids, rows)
+            rows.setdefault((group.rows[ranks[0]], group.rows[ranks[1]]), (group_id, *ranks))
+    references, targets = np.array(list(rows), np.int64).reshape(-1, 2).T
+    names = ("group_id", "reference_rank", "target_rank")
+    columns = dict(zip(names, zip(*rows.values(), strict=True), strict=True)) if rows else {}
+    return _table(ids, references, targets, _cosines(vectors, references, targets), columns)
 
 
-def _matched(ids: np.ndarray, cosine: np.ndarray, labels: np.ndarray, config: MineConfig, seed: int) -> pa.Table:
-    """Pairs in a seeded random order, so that every part of the table is a fair sample."""
-    from mining.matched import match
-
+def _write_matched(job: _Mining) -> Iterator[int]:
+    ids, cosine = unit_vectors(job.embeddings, read_mean(job.embeddings))
+    labels = _labelled_similarities(job, ids, cosine)
     if not len(labels):
+        config = job.config
         raise UserError(f"mine.triplets: no labelled pair of '{config.triplets}' has both images in gallery '{config.gallery}'")
-
-    def rows() -> Iterator[_PairRow]:
-        for references, targets, scores in match(cosine, labels, config.matched, seed):
-            for reference, target, score in zip(references.tolist(), targets.tolist(), scores.tolist(), strict=True):
-                yield None, reference, target, None, None, score
-
-    table = _table(ids, list(rows()))
-    return table.take(np.random.default_rng(seed).permutation(len(table)))
+    matcher = Matcher(cosine, labels, job.config.matched, job.seed)
+    for name, anchors in job.shards.items():
+        drawn = matcher.draw(anchors, np.random.default_rng([job.seed, tables.stable_id(name)]))
+        job.output.write_table(name, _table(ids, *drawn, {}), tables.PAIRS)
+        yield len(anchors)
+    _summarise(job, ids, cosine)
 
 
-def _table(ids: np.ndarray, rows: list[_PairRow]) -> pa.Table:
-    """Pairs table of (group, reference row, target row, ranks, similarity) tuples."""
-    groups, references, targets, *rest = zip(*rows, strict=True) if rows else [()] * 6
-    reference_ids, target_ids = ids[list(references)], ids[list(targets)]
+def _missing_shards(output: Output, images: int, config: MineConfig, seed: int) -> dict[str, np.ndarray]:
+    """Anchors of each part that does not exist: in a seeded order, so that every part is a fair sample of the gallery."""
+    count = min(-(-config.matched.pairs // config.part_rows), images)
+    shards = np.array_split(np.random.default_rng(seed).permutation(images), count)
+    finished = set(output.parts())
+    return {part_name(i): shard for i, shard in enumerate(shards) if part_name(i) not in finished}
+
+
+def _table(
+    ids: np.ndarray, references: np.ndarray, targets: np.ndarray, similarity: np.ndarray, columns: dict[str, Any]
+) -> pa.Table:
+    """Pairs table of rows of the gallery; what `columns` does not give of groups and ranks is null."""
+    reference_ids, target_ids = ids[references], ids[targets]
     pair_ids = [tables.stable_id("pair", r, t) for r, t in zip(reference_ids.tolist(), target_ids.tolist(), strict=True)]
-    columns = [pair_ids, groups, reference_ids, target_ids, *rest]
-    return pa.table([pa.array(c, field.type) for c, field in zip(columns, tables.PAIRS, strict=True)], schema=tables.PAIRS)
+    known = {"pair_id": pair_ids, "reference_id": reference_ids, "target_id": target_ids, "similarity": similarity, **columns}
+    nulls = [None] * len(references)
+    return pa.table([pa.array(known.get(f.name, nulls), f.type) for f in tables.PAIRS], schema=tables.PAIRS)
 
 
-def _histograms(ids: np.ndarray, cosine: np.ndarray, labels: np.ndarray, pairs: pa.Table, seed: int) -> dict[str, list[float]]:
-    """Densities of the centred cosine over [-1, 1]: of random pairs of the gallery, the labelled and the mined pairs."""
-    left, right = np.random.default_rng(seed).integers(len(ids), size=(2, 20_000))
-    mined = _similarities(ids, cosine, pairs["reference_id"].to_numpy(), pairs["target_id"].to_numpy())
+def _labelled_similarities(job: _Mining, ids: np.ndarray, cosine: np.ndarray) -> np.ndarray:
+    """Centred cosines of the labelled pairs whose images are in this gallery, float32 [m]."""
+    if job.labelled is None:
+        return np.empty(0, np.float32)
+    return _similarities(ids, cosine, job.labelled.read_parts(tables.TRIPLETS, ["reference_id", "target_id"]))
+
+
+def _similarities(ids: np.ndarray, cosine: np.ndarray, pairs: pa.Table) -> np.ndarray:
+    order = np.argsort(ids)
+    wanted = np.stack([pairs[name].to_numpy() for name in ("reference_id", "target_id")])
+    rows = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    return _cosines(cosine, *rows[:, (ids[rows] == wanted).all(axis=0)])
+
+
+def _cosines(vectors: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Dot products float32 [m] of rows of unit vectors."""
+    values = np.empty(len(left), np.float32)
+    for first in range(0, len(left), COSINES):
+        here = slice(first, first + COSINES)
+        values[here] = np.einsum("nd,nd->n", vectors[left[here]], vectors[right[here]])
+    return values
+
+
+def _summarise(job: _Mining, ids: np.ndarray, cosine: np.ndarray) -> None:
+    """Write densities over [-1, 1] of the centred cosine: of random pairs of the gallery, labelled and mined pairs."""
+    pairs = job.output.read_parts(tables.PAIRS, ["reference_id", "target_id"])
+    if not len(pairs):
+        raise UserError(f"mine: no pairs found among {len(ids)} images; relax mine.{job.config.method}")
+    rng = np.random.default_rng(job.seed)
+    series = {
+        "gallery": _cosines(cosine, *rng.integers(len(ids), size=(2, HISTOGRAM_PAIRS))),
+        "labelled": _labelled_similarities(job, ids, cosine),
+        "mined": _similarities(ids, cosine, pairs.take(rng.permutation(len(pairs))[:HISTOGRAM_PAIRS])),
+    }
     edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
-    series = {"gallery": np.einsum("nd,nd->n", cosine[left], cosine[right]), "labelled": labels, "mined": mined}
-    densities = {name: np.histogram(v, edges, density=True)[0].tolist() for name, v in series.items() if len(v)}
-    return {"edges": edges.tolist(), **densities}
+    densities = {name: np.histogram(values, edges, density=True)[0].tolist() for name, values in series.items() if len(values)}
+    job.output.write_json(SIMILARITIES, {"edges": edges.tolist(), **densities})

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
+from cluster.errors import UserError
+
 GALLERY = pa.schema(
     [
         ("image_id", pa.int64()),
@@ -38,9 +40,11 @@ TRIPLETS = pa.schema(
         ("reference_id", pa.int64()),
         ("target_id", pa.int64()),
         ("deltas", pa.list_(pa.string())),  # one is drawn each time
-        ("source", pa.string()),  # "human" or the digest of the run that wrote it
+        ("source", pa.string()),  # "human" or "vdg"
     ]
 )
+GROUPS = pa.schema([("group_id", pa.int64()), ("image_ids", pa.list_(pa.int64()))])  # every image of a group
+SCORER = "log_probability"  # mean log-probability of a delta's tokens, in nats
 SCORES = pa.schema([("triplet_id", pa.int64()), ("scorer", pa.string()), ("value", pa.float32())])
 CAPTIONS = pa.schema([("image_id", pa.int64()), ("caption", pa.string())])
 
@@ -58,7 +62,12 @@ def stable_id(*parts: object) -> int:
 
 
 def check_unique(ids: Iterable[int], what: str) -> None:
-    """Raises ValueError when two rows have one id: a hash collision (about 1 in 10^7 for a million rows)."""
+    """Raises UserError when two rows have one id: a hash collision (about 1 in 10^7 for a million rows)."""
     array = np.fromiter(ids, np.int64)
     if len(np.unique(array)) != len(array):
-        raise ValueError(f"{what}: two rows have the same id; rename one of them")
+        raise UserError(f"{what}: two rows have the same id; rename one of them")
+
+
+def images_of(table: pa.Table) -> np.ndarray:
+    """Sorted ids of the images that triplets name."""
+    return np.unique(np.concatenate([table["reference_id"].to_numpy(), table["target_id"].to_numpy()]))

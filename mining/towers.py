@@ -1,6 +1,7 @@
 """Frozen image towers of timm, open_clip and transformers behind one call: uint8 pixels to vectors."""
 
 import copy
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cluster.devices import device, uses_bf16
 from cluster.errors import UserError
+from cluster.weights import Weights
 from mining.config import TowerConfig
+
+_Colour = Sequence[float]
+_Loaded = tuple[nn.Module, _Colour, _Colour]  # a model, and the mean and deviation of the pixels (0 to 1) it was trained on
 
 
 class ImageTower(nn.Module):
@@ -24,21 +29,22 @@ class ImageTower(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.bfloat16 if uses_bf16(config.precision) else torch.float32
-        self.model: Any = _LOADERS[config.library](config).eval().requires_grad_(False).to(self.dtype)
-        self.mean = torch.tensor(config.mean).view(3, 1, 1) * 255
-        self.std = torch.tensor(config.std).view(3, 1, 1) * 255
+        model, mean, std = _LOADERS[config.library](config)
+        self.model: Any = model.eval().requires_grad_(False).to(self.dtype)
+        self.mean = torch.tensor(config.mean or mean, device=device()).view(3, 1, 1) * 255
+        self.std = torch.tensor(config.std or std, device=device()).view(3, 1, 1) * 255
         self.to(device())
 
     @torch.inference_mode()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels are normalised here, on the device."""
         images = pixels.to(device(), non_blocking=True).permute(0, 3, 1, 2).float()
-        images = (images - self.mean.to(images.device)) / self.std.to(images.device)
+        images = (images - self.mean) / self.std
         values = _FORWARD[self.config.library](self.model, images.to(self.dtype), self.config.output)
         return values.float() if values.ndim == 3 else values.float().unsqueeze(1)
 
 
-def _load_timm(config: TowerConfig) -> nn.Module:
+def _load_timm(config: TowerConfig) -> _Loaded:
     import timm
     from timm.utils.model import reparameterize_model
 
@@ -51,7 +57,8 @@ def _load_timm(config: TowerConfig) -> nn.Module:
         if config.weights:
             _load_state(model, Path(config.weights.location()), config.by_order)
             model.reset_classifier(0)
-    return _fold_batch_norm(reparameterize_model(model.eval()))
+    mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
+    return _fold_batch_norm(reparameterize_model(model.eval())), mean, std
 
 
 def _load_state(model: nn.Module, path: Path, by_order: bool) -> None:
@@ -88,24 +95,50 @@ def _fold_batch_norm(model: Any) -> nn.Module:
     return folded if same else model
 
 
-def _load_open_clip(config: TowerConfig) -> nn.Module:
+def _load_open_clip(config: TowerConfig) -> _Loaded:
     import open_clip
 
-    if config.weights is None:
-        return open_clip.create_model(config.model)
-    if config.weights.hub:
-        return open_clip.create_model(f"hf-hub:{config.weights.hub}")
-    return open_clip.create_model(config.model, pretrained=config.weights.location(), weights_only=True)
+    name, checkpoint = open_clip_source(config.model, config.weights)
+    model: Any = open_clip.create_model(name, pretrained=checkpoint, weights_only=True)
+    return model, model.visual.image_mean, model.visual.image_std
 
 
-def _load_transformers(config: TowerConfig) -> nn.Module:
+def open_clip_source(model: str, weights: Weights | None) -> tuple[str, str | None]:
+    """(model name, checkpoint file) as `open_clip.create_model` takes them; a hub repository is fetched at its revision."""
+    if weights is None:
+        return model, None
+    if weights.hub is None:
+        return model, weights.location()
+    from huggingface_hub import snapshot_download
+
+    files = ["*.json", "*.txt", "*.model", "open_clip_*"]  # configs, tokenisers and weights, not those of other libraries
+    return f"local-dir:{snapshot_download(weights.hub, revision=weights.revision, allow_patterns=files)}", None
+
+
+def _load_transformers(config: TowerConfig) -> _Loaded:
     from transformers import AutoModel
 
-    if config.weights is None:
-        raise UserError(
-            f"embed.towers: a transformers tower needs 'weights' (a hub name or folder), found none for {config.model}"
-        )
-    return AutoModel.from_pretrained(config.weights.location(), revision=config.weights.revision, trust_remote_code=False)
+    assert config.weights is not None
+    location, revision = config.weights.location(), config.weights.revision
+    model = AutoModel.from_pretrained(location, revision=revision, trust_remote_code=False)
+    colours = (config.mean, config.std) if config.mean and config.std else preprocessing(config)
+    return model, *colours
+
+
+def preprocessing(config: TowerConfig) -> tuple[_Colour, _Colour]:
+    """The mean and deviation that a transformers model's image processor was saved with.
+
+    Raises UserError when it was saved without one.
+    """
+    from transformers import AutoImageProcessor
+
+    assert config.weights is not None
+    location, revision = config.weights.location(), config.weights.revision
+    try:
+        processor = AutoImageProcessor.from_pretrained(location, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"embed.towers: {location} has no image processor; give the tower's 'mean' and 'std'") from error
+    return processor.image_mean, processor.image_std
 
 
 def _forward_timm(model: Any, images: torch.Tensor, output: str) -> torch.Tensor:

@@ -1,14 +1,15 @@
 """The paper's pairs: a walk down each anchor's ranking gives groups of six, and each group nine ordered pairs."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mining.config import WalkConfig
-from mining.neighbours import neighbours
+from mining.neighbours import Neighbours
 
+GROUP_SIZE = 6  # images of a group, the anchor included; the pairs below need all six
 # (reference rank, target rank) within a group, as in every full CIRR subset (PAPER.md section 2.1)
 PAIR_RANKS = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0))
 
@@ -20,22 +21,21 @@ class Group:
     rows: tuple[int, ...]
 
 
-def walk(vectors: np.ndarray, config: WalkConfig, seed: int) -> list[Group]:
+def walk(vectors: np.ndarray, config: WalkConfig, seed: int) -> Generator[int, None, list[Group]]:
     """Groups of the gallery with unit vectors float32 [n, dim], in the order of a seeded shuffle of the anchors.
 
-    Of two groups that share more than `max_overlap` images the one whose anchor comes first is kept.
+    Of two groups that share more than `max_overlap` images the one whose anchor comes first is kept. Yields the number
+    of anchors walked from, block by block, and returns the groups.
     """
-    candidates = {group.rows[0]: group for group in _candidates(vectors, config)}
-    order = np.random.default_rng(seed).permutation(len(vectors)).tolist()
-    return _without_overlap((candidates[anchor] for anchor in order if anchor in candidates), config.max_overlap)
-
-
-def _candidates(vectors: np.ndarray, config: WalkConfig) -> Iterator[Group]:
-    for anchors, found, scores in neighbours(vectors, config.top):
+    candidates: dict[int, Group] = {}
+    for anchors, found, scores in Neighbours(vectors).blocks(config.top):
         for anchor, ranking, similarity in zip(anchors.tolist(), found.tolist(), scores.tolist(), strict=True):
             members = _walk_down(ranking, similarity, config)
-            if len(members) == config.group_size - 1:
-                yield Group((anchor, *members))
+            if len(members) == GROUP_SIZE - 1:
+                candidates[anchor] = Group((anchor, *members))
+        yield len(anchors)
+    order = np.random.default_rng(seed).permutation(len(vectors)).tolist()
+    return _without_overlap((candidates[anchor] for anchor in order if anchor in candidates), config.max_overlap)
 
 
 def _walk_down(ranking: list[int], similarity: list[float], config: WalkConfig) -> list[int]:
@@ -46,12 +46,12 @@ def _walk_down(ranking: list[int], similarity: list[float], config: WalkConfig) 
         if row >= 0 and score <= config.max_similarity and last - score >= config.spacing:
             taken.append(row)
             last = score
-            if len(taken) == config.group_size - 1:
+            if len(taken) == GROUP_SIZE - 1:
                 break
     return taken
 
 
-def _without_overlap(groups: Iterator[Group], most: int) -> list[Group]:
+def _without_overlap(groups: Iterable[Group], most: int) -> list[Group]:
     kept: list[Group] = []
     member_of: dict[int, list[int]] = defaultdict(list)
     for group in groups:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cluster.artifacts import Output
 from cluster.devices import uses_bf16
-from cluster.training import WEIGHTS
+from cluster.training import WEIGHTS, TrainingConfig
 from mining import tables
 from mining.features import Features, FeatureSource, centred
-from vdg.config import AlignConfig, InstructConfig, VdgConfig
+from vdg.config import AlignConfig, InstructConfig, Stage, VdgConfig
 from vdg.language import load_tokenizer
 from vdg.model import IGNORED, VisualDeltaGenerator
 from vdg.prompts import INSTRUCTIONS, answer_ids, caption_prompt, pair_prompt
@@ -43,9 +43,10 @@ def collate(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> dict[
     return {"ids": ids, "targets": targets}
 
 
-def _dtype(config: AlignConfig | InstructConfig) -> torch.dtype:
-    """What the frozen language model is loaded in: the precision it is trained in."""
-    return torch.bfloat16 if uses_bf16(config.training.precision) else torch.float32
+def _generator(vdg: VdgConfig, dim: int, stage: Stage, training: TrainingConfig) -> VisualDeltaGenerator:
+    """The generator to train, its frozen language model in the precision and over the ranks that training says."""
+    dtype = torch.bfloat16 if uses_bf16(training.precision) else torch.float32
+    return VisualDeltaGenerator(vdg, dim, stage, dtype, partitioned=training.zero_stage == 3)
 
 
 @dataclass
@@ -82,7 +83,7 @@ class AlignTask:
 
     def build(self) -> VisualDeltaGenerator:
         """The generator without LoRA."""
-        return VisualDeltaGenerator(self.vdg, self._source.dim, "align", _dtype(self.config))
+        return _generator(self.vdg, self._source.dim, "align", self.config.training)
 
     def batch(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         """Captions of `rows`, each with a random view of its image and a random instruction."""
@@ -151,7 +152,7 @@ class InstructTask:
 
     def build(self) -> VisualDeltaGenerator:
         """The generator with fresh LoRA and, where there is one, the aligned projection."""
-        generator = VisualDeltaGenerator(self.vdg, self._source.dim, "instruct", _dtype(self.config))
+        generator = _generator(self.vdg, self._source.dim, "instruct", self.config.training)
         if self.aligned is not None:
             generator.projection.load_state_dict({"weight": load(self.aligned.read_bytes(WEIGHTS))["projection.weight"]})
         return generator

@@ -18,7 +18,6 @@ from mining.features import Features, read_mean
 from vdg.config import GenerateConfig, read_description
 
 GENERATE_VERSION = 1
-SCORER = "log_probability"  # mean log-probability of a delta's tokens, in nats
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ def generate(
     Raises UserError when `model` holds no trained generator or its language model is missing, before an actor starts.
     """
     read_description(model).vdg.language_model.location()
+    Features(embeddings).check(_image_ids(pairs), f"mine: {pairs.uri}")
     job = Generation(output, embeddings, pairs, model, config, seed)
 
     def dataset(names: list[str]) -> ray.data.Dataset:
@@ -56,10 +56,7 @@ def generate(
             fn_constructor_args=(job, resources.cpus),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(resources.actors, len(names))),
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            memory=resources.memory_gb and int(resources.memory_gb * 2**30),
-            accelerator_type=resources.accelerator_type,
+            **resources.ray_options(),
         )
 
     run_parts(output, pairs.part_rows(), dataset, monitor, "delta")
@@ -75,14 +72,16 @@ class PartGenerator:
         import torch
 
         from cluster.devices import device, limit_threads, uses_bf16
+        from cluster.environment import record_environment
         from vdg.model import load_vdg
 
         limit_threads(cpus)
         self.job = job
         self.mean = read_mean(job.model)
-        self.features = Features(job.embeddings).open(_image_ids(job.pairs))
+        self.features = Features(job.embeddings).open_plain(_image_ids(job.pairs))
         dtype = torch.bfloat16 if uses_bf16(job.config.precision) else torch.float32
         self.generator = load_vdg(job.model, device(), dtype)
+        record_environment(job.output, job.config.precision)
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Make and write the part that `row` names."""
@@ -110,7 +109,7 @@ class PartGenerator:
         empty = [triplet for triplet in triplets if not triplet["deltas"][0]]
         self.job.output.write_rejects(name, [_reject(triplet) for triplet in empty])
         kept = [(t, s) for t, s in zip(triplets, scores, strict=True) if t["deltas"][0]]
-        rows = [{"triplet_id": t["triplet_id"], "scorer": SCORER, "value": s} for t, s in kept]
+        rows = [{"triplet_id": t["triplet_id"], "scorer": tables.SCORER, "value": s} for t, s in kept]
         self.job.output.write_table(f"scores/{name}", pa.Table.from_pylist(rows, tables.SCORES), tables.SCORES)
         self.job.output.write_table(name, pa.Table.from_pylist([t for t, _ in kept], tables.TRIPLETS), tables.TRIPLETS)
 
@@ -130,6 +129,6 @@ def _reject(triplet: dict[str, Any]) -> dict[str, str]:
     return {
         "key": str(triplet["pair_id"]),
         "stage": "generate",
-        "reason": "empty delta",
+        "reason": "empty_delta",
         "detail": "the generator wrote no text",
     }

@@ -8,19 +8,28 @@ from typing import Any
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
 
 from cluster.errors import UserError
 from cluster.weights import Weights
 
 
-def load_language_model(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in `dtype`.
+def load_language_model(weights: Weights, dtype: torch.dtype, partitioned: bool = False) -> PreTrainedModel:
+    """The model in `dtype`; if `partitioned`, each rank of the process group holds a share of every weight (ZeRO-3).
 
     The weights' own generation defaults (temperature, penalties) are dropped: ours alone count.
     """
-    model = AutoModelForCausalLM.from_pretrained(dtype=dtype, **_source(weights))
+    source = _source(weights)
+    zero3 = HfDeepSpeedConfig(_zero3(dtype)) if partitioned else None  # transformers partitions while this is alive
+    model = AutoModelForCausalLM.from_pretrained(dtype=dtype, **source)
+    del zero3
     model.generation_config = GenerationConfig()
     return model
+
+
+def _zero3(dtype: torch.dtype) -> dict[str, Any]:
+    bf16 = {"enabled": dtype == torch.bfloat16}
+    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": bf16}
 
 
 def load_tokenizer(weights: Weights) -> Any:

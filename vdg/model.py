@@ -26,11 +26,14 @@ class VisualDeltaGenerator(nn.Module):
     projection (paper, section 3.1). `align` trains the projection alone, `instruct` the projection and LoRA.
     """
 
-    def __init__(self, config: VdgConfig, dim: int, stage: Stage, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: VdgConfig, dim: int, stage: Stage, dtype: torch.dtype = torch.float32, partitioned: bool = False
+    ) -> None:
+        """`dtype` and `partitioned` (over the ranks, for ZeRO-3) are the frozen language model's."""
         super().__init__()
         self.config = config
         self.tokenizer = load_tokenizer(config.language_model)
-        frozen: Any = load_language_model(config.language_model, dtype).requires_grad_(False)
+        frozen: Any = load_language_model(config.language_model, dtype, partitioned).requires_grad_(False)
         width = frozen.get_input_embeddings().embedding_dim
         self.language_model: Any = _with_lora(frozen, config) if stage == "instruct" else frozen
         self.projection = nn.Linear(dim, config.tokens_per_feature * width, bias=False)

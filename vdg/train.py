@@ -5,6 +5,8 @@ from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.training import train
+from cluster.weights import content_identity
+from mining import tables
 from mining.features import Features, copy_mean
 from vdg.config import DESCRIPTION, AlignConfig, Description, InstructConfig, Stage, VdgConfig, read_description
 
@@ -26,6 +28,9 @@ def align(
     from vdg.data import AlignTask
 
     _require_rows(captions, "captions")
+    features.check(
+        captions.read_parts(tables.CAPTIONS, ["image_id"])["image_id"].to_numpy(), f"align.captions ({captions.uri})"
+    )
     _describe(output, "align", features, vdg)
     train(output, AlignTask(features, captions, vdg, config), config.training, seed, resources, monitor)
 
@@ -45,6 +50,7 @@ def instruct(
     from vdg.data import InstructTask
 
     _require_rows(triplets, "triplets")
+    features.check(tables.images_of(triplets.read_parts(tables.TRIPLETS)), f"instruct.triplets ({triplets.uri})")
     description = _describe(output, "instruct", features, vdg)
     if aligned is not None:
         _check_aligned(read_description(aligned), description)
@@ -68,8 +74,9 @@ def _require_rows(table: Output, what: str) -> None:
 
 def _check_aligned(aligned: Description, now: Description) -> None:
     """Raises UserError naming the first setting in which the aligned projection does not fit this model."""
+    trained, wanted = content_identity(aligned.vdg), content_identity(now.vdg)
     for name in ("language_model", "tokens_per_feature", "center"):
-        before, after = getattr(aligned.vdg, name), getattr(now.vdg, name)
+        before, after = trained[name], wanted[name]
         if before != after:
             raise UserError(f"vdg.{name}: {after}, but the aligned projection was trained with {before}; run align again")
     if aligned.dim != now.dim:

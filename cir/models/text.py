@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cir.config import TextTower
+from mining.towers import open_clip_source
 
 ENCODE_BATCH = 256
 
@@ -28,8 +29,9 @@ class OpenClipText(TextEncoder):
         import open_clip
 
         super().__init__()
-        name, checkpoint = _open_clip_source(tower)
-        self.tower = open_clip.create_model(name, pretrained=checkpoint, force_custom_text=True, weights_only=True).text
+        name, checkpoint = open_clip_source(tower.model or "", tower.weights)
+        pretrained = checkpoint or tower.pretrained
+        self.tower = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True, weights_only=True).text
         self.width = self.tower.output_dim
         context = getattr(self.tower, "context_length", tower.max_length)
         if tower.max_length < context:
@@ -43,15 +45,6 @@ class OpenClipText(TextEncoder):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Features [B, width], as the library's `encode_text` gives them."""
         return self.tower(tokens)
-
-
-def _open_clip_source(tower: TextTower) -> tuple[str, str | None]:
-    """(model name, pretrained tag or checkpoint file) for open_clip."""
-    if tower.weights is None:
-        return tower.model or "", tower.pretrained
-    if tower.weights.hub:
-        return f"hf-hub:{tower.weights.hub}", None
-    return tower.model or "", tower.weights.location()
 
 
 def _shorten(tower: Any, length: int) -> None:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from cluster.app import config as configs
+from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.progress import console
 
@@ -36,7 +37,7 @@ def run(
         return _show_plan(pipeline, stages)
     from cluster.app import driver
 
-    driver.run(pipeline, stages)
+    driver.run(pipeline, stages, keep_config=True)
     if until in (None, "evaluate"):
         _finish(pipeline)
 
@@ -104,7 +105,7 @@ def _finish(pipeline: Any) -> None:
 
 
 def _show_metrics(metrics: dict[str, Any]) -> None:
-    names = list(next(iter(metrics.values())))
+    names = [name for name in next(iter(metrics.values())) if name.startswith(("R@", "Rs@"))]
     table = Table("variant", *names)
     for variant, row in metrics.items():
         spread = {name: f" ± {_deviation(row[name]['seeds']):.1f}" if len(row[name]["seeds"]) > 1 else "" for name in names}
@@ -119,12 +120,13 @@ def _deviation(values: list[float]) -> float:
 
 
 def _show_plan(pipeline: Any, stages: list[Any]) -> None:
-    table = Table("stage", "digest", "state", "output", title=f"{pipeline.config.name}: {len(stages)} stage instances")
+    console.print(f"{pipeline.config.name}: {len(stages)} stage instances below {Output(pipeline.root).uri}")
+    table = Table("stage", "state", "output")
     for stage in stages:
         output = pipeline.output(stage)
         parts = len(output.parts())
         state = "done, skipped" if output.manifest() else f"goes on: {parts} parts exist" if parts else "to do"
-        table.add_row(stage.instance, stage.digest, state, output.uri)
+        table.add_row(stage.instance, state, f"{stage.kind}/{output.uri.rpartition('/')[2]}")
     console.print(table)
     for field, path in {f: p for stage in stages for f, p in stage.sources.items()}.items():
         missing = any(field in stage.missing_sources() for stage in stages)
@@ -190,10 +192,10 @@ def list_outputs(config: Config, assignments: Set = []) -> None:  # noqa: B006
 
     pipeline = _pipeline(config, assignments)
     used = {pipeline.output(stage).uri for stage in pipeline.stages}
-    table = Table("output", "size", "finished", "used")
+    table = Table("output", "size", "finished", "used", title=Output(pipeline.root).uri)
     for found in outputs(pipeline.root):
         row = f"{found.size / 2**20:,.1f} MB", "yes" if found.finished else "no", "yes" if found.uri in used else "no"
-        table.add_row(found.uri, *row)
+        table.add_row("/".join(found.uri.split("/")[-2:]), *row)
     console.print(table)
 
 

@@ -1,12 +1,23 @@
 """The config of a run: one section a stage, and a separate section for resources."""
 
+import re
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from cir.config import EvaluateConfig, TrainConfig, merge
-from cluster.config import ActorResources, Section, TaskResources, WorkerResources, override, read_yaml, validate
+from cluster.config import (
+    ActorResources,
+    DecodeResources,
+    EmbedResources,
+    Section,
+    TaskResources,
+    WorkerResources,
+    override,
+    read_yaml,
+    validate,
+)
 from cluster.errors import UserError
 from cluster.session import RayConfig
 from mining.config import EmbedConfig, IngestConfig, MineConfig
@@ -67,8 +78,8 @@ class Resources(Section):
     """What each stage may use. Never part of a digest: another cluster, the same outputs."""
 
     ray: RayConfig = RayConfig()
-    ingest: ActorResources = ActorResources()
-    embed: ActorResources = ActorResources()
+    ingest: DecodeResources = DecodeResources()
+    embed: EmbedResources = EmbedResources()
     mine: TaskResources = TaskResources()
     align: WorkerResources = WorkerResources()
     instruct: WorkerResources = WorkerResources()
@@ -101,8 +112,12 @@ class RunConfig(Section):
         for field, name, known in self._references():
             if name not in known:
                 raise ValueError(f"{field}: {name!r} is not defined; known are {sorted(known)}")
-        for name in {"evaluate", "queries"} & {*self.ingest.galleries, *self.ingest.triplets, *self.ingest.captions}:
-            raise ValueError(f"ingest: the name '{name}' is taken by the evaluate section; choose another")
+        names = ["evaluate", "queries", *self.ingest.galleries, *self.ingest.triplets, *self.ingest.captions]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"ingest: two sources have the name '{name}' ('evaluate' and 'queries' are taken); rename one")
+            if not re.fullmatch(r"\w[\w-]*", name):
+                raise ValueError(f"ingest: the name {name!r} is part of a folder's name: use letters, digits, '_' and '-'")
         return self
 
     def _galleries_named(self) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ import yaml
 from ray.exceptions import RayTaskError
 
 from cluster import session
+from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.pipeline import Pipeline
 from cluster.artifacts import Output, Stage, filesystem
@@ -18,20 +19,21 @@ from cluster.monitor import Monitor
 from cluster.progress import StageProgress, console
 
 
-def run(pipeline: Pipeline, stages: list[Stage]) -> None:
+def run(pipeline: Pipeline, stages: list[Stage], keep_config: bool = False) -> None:
     """Do the stages that have no manifest yet, each as one Ray Data execution or one training run.
 
+    `keep_config` marks a whole run: its config stays in its folder, and `vdg clean` spares the outputs it refers to.
     Raises UserError before any work when an input is missing or MLflow cannot be reached.
     """
-    check_sources(stages)
-    config = pipeline.config
-    folder = run_folder(config)
-    log = log_file(config)
+    config, log = pipeline.config, log_file(pipeline.config)
     todo = [stage for stage in stages if pipeline.output(stage).manifest() is None]
+    check(config, todo)
     from cluster.tracking import Tracker
 
     tracker = Tracker(tracking_uri(config), config.tracking.experiment, config.name, config.model_dump(mode="json"))
-    folder.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    if keep_config:
+        content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        run_folder(config).write_bytes("config.yaml", content.encode())
     console.print(f"{config.name}: {len(todo)} of {len(stages)} stages to do; library logs go to {log}")
     for stage in stages:
         if stage not in todo:
@@ -90,16 +92,8 @@ class _Both:
             monitor.metrics(step, values)
 
 
-def check_sources(stages: list[Stage]) -> None:
-    """Raises UserError listing every outside file that the stages need and that is missing, by config field."""
-    missing = {field: path for stage in stages for field, path in stage.missing_sources().items()}
-    if missing:
-        lines = "\n".join(f"  {field}: {path} does not exist" for field, path in missing.items())
-        raise UserError(f"{len(missing)} input(s) are missing; correct the path or bring the files:\n{lines}")
-
-
 def run_folder(config: RunConfig) -> Output:
-    """Where a run's report and metrics live."""
+    """Where a run's config, report and metrics live."""
     return Output(f"{config.root.rstrip('/')}/runs/{config.name}")
 
 

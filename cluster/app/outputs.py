@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import yaml
 from pyarrow import fs as pafs
 
+from cluster.app.checks import check_sources
 from cluster.app.config import RunConfig
 from cluster.app.pipeline import KINDS, Pipeline
 from cluster.artifacts import MANIFEST, Output, filesystem
@@ -27,12 +28,15 @@ def outputs(root: str) -> Iterator[Found]:
     for kind in KINDS:
         for folder in system.get_file_info(pafs.FileSelector(f"{base}/{kind}", allow_not_found=True)):
             files = system.get_file_info(pafs.FileSelector(folder.path, recursive=True))
-            uri = f"{root.rstrip('/')}/{kind}/{folder.base_name}"
-            yield Found(uri, sum(file.size or 0 for file in files), Output(uri).exists(MANIFEST))
+            output = Output(f"{root.rstrip('/')}/{kind}/{folder.base_name}")
+            yield Found(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
 
 
 def unused(pipeline: Pipeline) -> list[Found]:
-    """Outputs that neither this config nor the config of a run below the same root refers to."""
+    """Outputs that neither this config nor the config of a run below the same root refers to.
+
+    Raises UserError when a source of such a run is missing: without it nobody can tell which outputs are the run's.
+    """
     system, base = filesystem(pipeline.root)
     pipelines = [pipeline]
     for folder in system.get_file_info(pafs.FileSelector(f"{base}/runs", allow_not_found=True)):
@@ -40,6 +44,8 @@ def unused(pipeline: Pipeline) -> list[Found]:
         if run.exists("config.yaml"):
             content = yaml.safe_load(run.read_bytes("config.yaml"))
             pipelines.append(Pipeline(validate(RunConfig, content, run.path("config.yaml"))))
+    for found in pipelines:
+        check_sources(found.stages)
     used = {p.output(stage).uri for p in pipelines for stage in p.stages}
     return [found for found in outputs(pipeline.root) if found.uri not in used]
 

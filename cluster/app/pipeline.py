@@ -10,6 +10,7 @@ from cir.train import TRAIN_VERSION, train_cir
 from cluster.app.config import RunConfig
 from cluster.artifacts import Output, Stage
 from cluster.errors import UserError
+from cluster.weights import content_identity
 from mining.config import GalleryConfig, TripletsConfig, ViewsConfig
 from mining.embed import EMBED_VERSION, embed_gallery
 from mining.features import Features, Online
@@ -70,11 +71,12 @@ class Pipeline:
         config, options = self.config, self.config.ingest
         source = self._gallery_config(name)
         field = "evaluate" if name == "evaluate" else f"ingest.galleries.{name}"
+        in_place = None if source.copy_images else Output(source.images).uri  # such a gallery holds paths
         return self._make(
             Stage(
                 f"ingest:{name}",
                 INGEST_VERSION,
-                {"gallery": name, "rows": options.shard_rows, "max_pixels": options.max_pixels, "copy": source.copy_images},
+                {"gallery": name, "rows": options.shard_rows, "max_pixels": options.max_pixels, "in_place": in_place},
                 lambda output, monitor: ingest_gallery(output, name, source, options, config.resources.ingest, monitor),
                 sources=_given({f"{field}.images": source.images, f"{field}.split": source.split}),
                 max_reject_fraction=options.max_reject_fraction,
@@ -129,7 +131,7 @@ class Pipeline:
             Stage(
                 f"embed:{tower}.{gallery}",
                 EMBED_VERSION,
-                {"tower": config.embed.towers[tower].model_dump(mode="json"), "views": views.model_dump(mode="json")},
+                {"tower": content_identity(config.embed.towers[tower]), "views": views.model_dump(mode="json")},
                 lambda output, monitor: embed_gallery(
                     output, self.output(images), tower, config.embed, views, config.resources.embed, monitor
                 ),
@@ -223,7 +225,7 @@ class Pipeline:
         )
 
     def _settings(self, *sections: str) -> dict[str, Any]:
-        dumped = {name: getattr(self.config, name).model_dump(mode="json") for name in sections}
+        dumped = {name: content_identity(getattr(self.config, name)) for name in sections}
         return {**dumped, "seed": self.config.seed, "online": self.config.embed.views.online}
 
     @property
@@ -265,7 +267,7 @@ class Pipeline:
             Stage(
                 f"train:{name}.s{seed}",
                 TRAIN_VERSION,
-                {**variant.model_dump(mode="json"), "seed": seed, "online": config.embed.views.online},
+                {**content_identity(variant), "seed": seed, "online": config.embed.views.online},
                 lambda output, monitor: train_cir(
                     output,
                     features,

@@ -19,7 +19,7 @@ from cir.config import VariantConfig
 from cir.data import CirTask
 from cluster import session
 from cluster.artifacts import Output
-from cluster.config import ActorResources
+from cluster.config import EmbedResources
 from cluster.devices import device
 from cluster.monitor import Silent
 from mining import tables
@@ -64,7 +64,7 @@ def build(folder: Path) -> tuple[CirTask, CirTask]:
     triplets.write_table("part-00000.parquet", pa.Table.from_pylist(labelled, tables.TRIPLETS), tables.TRIPLETS)
     views = ViewsConfig(count=2)
     embed = EmbedConfig(towers={"photo": TOWER})
-    embed_gallery(embeddings, gallery, "photo", embed, views, ActorResources(), Silent())
+    embed_gallery(embeddings, gallery, "photo", embed, views, EmbedResources(), Silent())
     cached = CirTask(Features(embeddings), triplets, None, VARIANT)
     online = Online((gallery,), TOWER, ViewsConfig(online=True))
     return cached, replace(cached, features=Features(embeddings, online))

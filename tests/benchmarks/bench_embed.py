@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from cluster import session
 from cluster.app.config import load
 from cluster.artifacts import Output
-from cluster.config import ActorResources
+from cluster.config import EmbedResources
 from cluster.devices import limit_threads
 from cluster.monitor import Silent
 from mining.config import EmbedConfig, GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
@@ -22,7 +22,7 @@ from mining.images import render
 
 PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train"
 PROCESSES, SHARD, VIEWS = 2, 128, 1
-RESOURCES = ActorResources(actors=PROCESSES, cpus=0.75, decode_cpus=0.25, decode_tasks=2)
+RESOURCES = EmbedResources(actors=PROCESSES, cpus=0.75, decode_cpus=0.25, decode_tasks=2)
 
 
 class Clock(Silent):

@@ -74,14 +74,14 @@ def main() -> None:
     )
 
     tower = ImageTower(TowerConfig(library="timm", model="efficientnet_lite0", precision="auto"))
-    pixels = torch.randint(0, 256, (16, 224, 224, 3), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (8, 224, 224, 3), dtype=torch.uint8)
 
     def through_tower() -> object:
         features = tower(pixels)
-        return model.generate(features[:8], features[8:], OURS, seed=0)
+        return model.generate(features[:4], features[4:], OURS, seed=0)
 
     ours, other = interleaved(through_tower, lambda: released(model, tower, pixels), rounds=1)
-    print(f"generation / the released code's way at batch 8 ({8 / other:.2f} deltas/s): {other / ours:.1f} (goal >= 10)")
+    print(f"generation / the released code's way at batch 4 ({4 / other:.2f} deltas/s): {other / ours:.1f} (goal >= 10)")
 
 
 if __name__ == "__main__":

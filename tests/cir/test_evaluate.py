@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cir.config import EvaluateConfig
-from cir.evaluate import RANKINGS, evaluate
+from cir.evaluate import RANKINGS, check_attributes, evaluate
 from cir.train import train_cir
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Silent
+from mining import tables
+from mining.gallery import GROUPS
 from tests.cir import world
 
 
@@ -93,12 +96,32 @@ def test_without_attributes_the_target_alone_is_right(run: dict[str, Any], tmp_p
     assert "exact R@1" not in exact
 
 
-def test_groups_give_a_subset_recall(run: dict[str, Any], tmp_path: Path) -> None:
+def test_groups_give_the_rank_among_their_members(run: dict[str, Any], tmp_path: Path) -> None:
+    queries = world.triplets(tmp_path / "queries", world.triplet_rows(50, 2, grouped=5))
+    rows = queries.read_parts(tables.TRIPLETS).to_pylist()
+    rng = np.random.default_rng(0)
+    members = {}
+    for group in range(9):  # the last group is not listed
+        named = {row[role] for row in rows if row["group_id"] == group for role in ("reference_id", "target_id")}
+        members[group] = sorted(named | set(rng.choice(world.IDS, 6).tolist()))
+    table = [{"group_id": group, "image_ids": ids} for group, ids in members.items()]
+    queries.write_table(GROUPS, pa.Table.from_pylist(table, tables.GROUPS), tables.GROUPS)
+    output = score(tmp_path, {**run, "queries": queries}, recalls=[1, world.COUNT])
+    expected = []
+    ranking = output.read_table("rankings/semi.s1.parquet", RANKINGS).to_pylist()
+    for row, query in zip(ranking, rows, strict=True):
+        ranked = [i for i in row["image_ids"] if i in members.get(query["group_id"], [])]
+        expected.append(ranked.index(query["target_id"]) + 1 if ranked else None)
+    assert [row["subset_rank"] for row in ranking] == expected
+    assert expected[45:] == [None] * 5
+    recall = output.read_json("metrics.json")["semi"]["Rs@2"]["seeds"][1]
+    assert recall == pytest.approx(100 * np.mean([rank <= 2 for rank in expected[:45]]))
+
+
+def test_groups_without_their_members_give_no_subset_recall(run: dict[str, Any], tmp_path: Path) -> None:
     queries = world.triplets(tmp_path / "queries", world.triplet_rows(50, 2, grouped=5))
     output = score(tmp_path, {**run, "queries": queries})
-    semi = output.read_json("metrics.json")["semi"]
-    assert semi["Rs@1"]["mean"] <= semi["Rs@3"]["mean"] <= 100
-    assert semi["Rs@1"]["mean"] >= semi["exact R@1"]["mean"]
+    assert not [name for name in output.read_json("metrics.json")["semi"] if name.startswith("Rs@")]
 
 
 def test_a_cut_off_evaluation_keeps_its_rankings(run: dict[str, Any], tmp_path: Path) -> None:
@@ -111,8 +134,13 @@ def test_a_cut_off_evaluation_keeps_its_rankings(run: dict[str, Any], tmp_path: 
     assert output.read_json("metrics.json") == metrics
 
 
+def test_attributes_are_read_from_any_filesystem(run: dict[str, Any]) -> None:
+    assert check_attributes(Path(run["attributes"]).as_uri()) == world.attributes()
+
+
 def test_wrong_inputs_are_named(run: dict[str, Any], tmp_path: Path) -> None:
-    partial, broken = tmp_path / "partial.json", tmp_path / "broken.json"
+    partial, broken, listed = (tmp_path / f"{name}.json" for name in ("partial", "broken", "listed"))
+    listed.write_text("[]")
     partial.write_text(json.dumps({"image0": {}}))
     broken.write_text("{")
     unknown = world.triplet_rows(2, 2)
@@ -120,9 +148,13 @@ def test_wrong_inputs_are_named(run: dict[str, Any], tmp_path: Path) -> None:
     other = world.embeddings(tmp_path / "other", dim=8)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"queries": world.triplets(tmp_path / "none", [])}, "evaluate.triplets: .* has no triplets"),
-        ({"queries": world.triplets(tmp_path / "unknown", unknown)}, "1 images of the queries are not in .*, such as 77"),
-        ({"attributes": str(tmp_path / "missing.json")}, "missing.json cannot be read"),
-        ({"attributes": str(broken)}, "broken.json cannot be read as JSON"),
+        (
+            {"queries": world.triplets(tmp_path / "unknown", unknown)},
+            "evaluate.triplets: 1 image.* have no embeddings in .*, such as image_id 77",
+        ),
+        ({"attributes": str(tmp_path / "missing.json")}, r"evaluate\.attributes: .*missing\.json: cannot be read"),
+        ({"attributes": str(broken)}, r"broken\.json: cannot be read as JSON"),
+        ({"attributes": str(listed)}, "evaluate.attributes: .* holds a list, expected an object"),
         ({"attributes": str(partial)}, "has no attributes of .* target images, such as 'image"),
         ({"embeddings": other}, "was trained on one vector of width 16 .* have 1 of width 8"),
     ]

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from cir.config import VariantConfig
 from cluster.artifacts import Output
-from cluster.config import ActorResources
+from cluster.config import EmbedResources
 from cluster.monitor import Silent
 from cluster.weights import Weights
 from mining import tables
@@ -154,5 +154,5 @@ def photo_features(folder: Path, photos: list[tuple[str, bytes]], views: int) ->
     images.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)
     cached, config = ViewsConfig(count=views), EmbedConfig(towers={"photo": tower}, batch_size=16)
     output = Output(str(folder / "photo-embeddings"))
-    embed_gallery(output, images, "photo", config, cached, ActorResources(), Silent())
+    embed_gallery(output, images, "photo", config, cached, EmbedResources(), Silent())
     return Features(output, Online((images,), tower, ViewsConfig(online=True)))

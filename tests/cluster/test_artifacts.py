@@ -1,10 +1,13 @@
+import hashlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from cluster.artifacts import MANIFEST, Output, Stage, fingerprint
+from cluster.environment import record_environment
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 
@@ -54,7 +57,20 @@ def test_a_finished_stage_is_not_done_again(tmp_path: Path, monitor: Monitor) ->
 
     assert stage(work=fail).run(str(tmp_path), monitor) == first
     assert first["rows"] == 3
-    assert set(first["parts"]) == {"part-00000.parquet"}
+    content = stage().output(str(tmp_path)).read_bytes("part-00000.parquet")
+    assert first["parts"] == {"part-00000.parquet": {"rows": 3, "sha256": hashlib.sha256(content).hexdigest()}}
+
+
+def test_a_manifest_tells_what_the_models_ran_on(tmp_path: Path, monitor: Monitor) -> None:
+    def modelled(output: Output, monitor: Monitor) -> None:
+        numbers(output, monitor)
+        for precision in ("fp32", "fp32", "bf16"):  # three processes of two kinds
+            record_environment(output, precision)
+
+    manifest = stage(work=modelled).run(str(tmp_path), monitor)
+    assert sorted(found["precision"] for found in manifest["environment"]) == ["bf16", "fp32"]
+    assert all(found["torch"] == version("torch") for found in manifest["environment"])
+    assert manifest["digest"] == stage().digest
 
 
 def test_an_interrupted_stage_has_no_manifest(tmp_path: Path, monitor: Monitor) -> None:

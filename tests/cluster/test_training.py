@@ -14,7 +14,8 @@ from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.training import METRICS, WEIGHTS, TrainingConfig, learning_rate_factor, sample_rows, train
+from cluster.training import METRICS, TRAINING, WEIGHTS, TrainingConfig, learning_rate_factor, sample_rows, train
+from tests.conftest import Recorder
 
 LOCAL = WorkerResources(workers=0)
 
@@ -120,16 +121,61 @@ def test_accumulation_gives_the_same_update(ray_session: None, tmp_path: Path, m
     assert torch.allclose(*weights, atol=1e-5)
 
 
-def test_changed_world_size_is_refused_before_training(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+def test_training_again_with_another_number_of_workers_is_no_other_training() -> None:
+    assert "on_changed_world" in WorkerResources.model_fields
+    assert "on_changed_world" not in TrainingConfig.model_fields
+
+
+class Mistaken(RegressionTask):
+    """What only a loaded model shows."""
+
+    def build(self) -> Regression:
+        with Path(self.marker).open("a") as file:
+            file.write("built\n")
+        raise UserError("lora_targets: no such layer")
+
+
+def test_a_users_mistake_in_local_mode(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    with pytest.raises(UserError, match="no such layer"):
+        train(Output(str(tmp_path / "out")), Mistaken(marker=str(tmp_path / "built")), config(), 0, LOCAL, monitor)
+    train(Output(str(tmp_path / "next")), RegressionTask(), config(steps=2), 0, LOCAL, monitor)  # nothing is left behind
+
+
+@pytest.mark.workers
+def test_a_users_mistake_reaches_the_driver_at_once(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
+    built = tmp_path / "built"
+    with pytest.raises(UserError, match="no such layer"):
+        train(Output(str(tmp_path / "out")), Mistaken(marker=str(built)), config(), 0, WorkerResources(workers=2), monitor)
+    assert built.read_text().splitlines() == ["built"] * 2  # once a worker
+
+
+@pytest.mark.workers
+def test_a_cut_off_run_goes_on_with_other_workers_from_the_weights_alone(
+    ray_session: None, tmp_path: Path, monitor: Recorder
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     output = Output(str(tmp_path / "out"))
-    output.write_json("training.json", {"workers": 4})
-    with pytest.raises(UserError, match=r"began with 4 worker.*on_changed_world=weights"):
-        train(output, RegressionTask(), config(), 0, LOCAL, monitor)
+
+    def go_on(task: RegressionTask, workers: int, failures: int = 0, **changes: Any) -> dict[str, float]:
+        return train(output, task, config(), 0, WorkerResources(workers=workers, max_failures=failures, **changes), monitor)
+
+    with pytest.raises(Exception, match="killed"):
+        go_on(RegressionTask(fail_at=2, marker=str(tmp_path / "first")), 1)
+    with pytest.raises(UserError, match=r"began with 1 worker.*on_changed_world: weights"):
+        go_on(RegressionTask(), 2)
+    failing = RegressionTask(fail_at=1, marker=str(tmp_path / "second"))  # before there is a checkpoint of two workers
+    assert go_on(failing, 2, failures=1, on_changed_world="weights")["step"] == 30
+    assert (tmp_path / "second").exists()
+    assert monitor.resumed == 10
+    assert output.read_json(TRAINING) == {"workers": 2, "resumed_from_weights": [10]}
+    assert [json.loads(line)["step"] for line in output.read_bytes(METRICS).splitlines()] == [10, 20, 30]
+    assert losses(output)[30] < losses(output)[10]
 
 
 @pytest.mark.workers
 def test_a_failed_worker_goes_on_from_its_checkpoint(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     whole, broken = Output(str(tmp_path / "whole")), Output(str(tmp_path / "broken"))
     train(whole, RegressionTask(), config(), 0, LOCAL, monitor)
     failing = RegressionTask(fail_at=2, marker=str(tmp_path / "failed"))

@@ -1,10 +1,14 @@
+import json
+import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from cluster.config import Section
 from cluster.errors import UserError
-from cluster.weights import Weights, sha256_of
+from cluster.weights import Weights, content_identity, sha256_of
 
 
 def test_exactly_one_source() -> None:
@@ -28,3 +32,41 @@ def test_package() -> None:
     assert Path(Weights(package="yaml", file="loader.py").location()).name == "loader.py"
     with pytest.raises(UserError, match="not installed"):
         Weights(package="no_such_package_here").location()
+
+
+def test_identity_says_what_the_weights_are_and_never_where(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w.bin").write_bytes(b"weights")
+        os.utime(tmp_path / name / "w.bin", (1, 1))
+    here, there = (Weights(folder=str(tmp_path / name)) for name in ("here", "there"))
+    assert here.identity() == there.identity()
+    (tmp_path / "there" / "w.bin").write_bytes(b"others!")
+    assert here.identity() != there.identity()
+    assert Weights(folder=str(tmp_path / "there"), sha256="00").identity() == {"sha256": "00"}
+    assert Weights(hub="a/b", revision="c").identity() != Weights(hub="a/b", revision="d").identity()
+    assert Weights(package="yaml", file="loader.py").identity() == {
+        "package": "yaml",
+        "version": version("pyyaml"),
+        "file": "loader.py",
+    }
+
+
+class Tower(Section):
+    size: int
+    weights: Weights | None
+
+
+class Towers(Section):
+    towers: dict[str, Tower]
+
+
+def test_a_digest_takes_identities_and_a_saved_config_the_paths(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"weights")
+    weights = Weights(folder=str(tmp_path))
+    towers = Towers(towers={"a": Tower(size=1, weights=weights), "b": Tower(size=2, weights=None)})
+    assert content_identity(towers) == {
+        "towers": {"a": {"size": 1, "weights": json.loads(json.dumps(weights.identity()))}, "b": {"size": 2, "weights": None}}
+    }
+    assert str(tmp_path) not in json.dumps(content_identity(towers))
+    assert Towers.model_validate(towers.model_dump(mode="json")) == towers

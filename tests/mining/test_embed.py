@@ -4,25 +4,29 @@ import numpy as np
 import pytest
 
 from cluster.artifacts import Output
-from cluster.config import ActorResources
+from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.weights import Weights
 from mining.config import EmbedConfig, GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
-from mining.embed import embed_gallery, read_part
-from mining.features import Features, Online, plain_embeddings, read_mean
+from mining.embed import embed_gallery, plain_parts, read_part
+from mining.features import Features, Online, read_mean
 from mining.gallery import ingest_gallery, keys
 
-RESOURCES = ActorResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2)
+RESOURCES = EmbedResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2)
 VIEWS = ViewsConfig(count=3)
+
+
+def ingest(photos: Path, folder: Path, monitor: Monitor, copy_images: bool = True) -> Output:
+    output = Output(str(folder))
+    options = IngestConfig(galleries={}, triplets={}, shard_rows=10)
+    ingest_gallery(output, "g", GalleryConfig(images=str(photos), copy_images=copy_images), options, RESOURCES, monitor)
+    return output
 
 
 @pytest.fixture
 def gallery(ray_session: None, photo_folder: Path, tmp_path: Path, monitor: Monitor) -> Output:
-    output = Output(str(tmp_path / "gallery"))
-    options = IngestConfig(galleries={}, triplets={}, shard_rows=10)
-    ingest_gallery(output, "g", GalleryConfig(images=str(photo_folder)), options, RESOURCES, monitor)
-    return output
+    return ingest(photo_folder, tmp_path / "gallery", monitor)
 
 
 def embed(gallery: Output, tower: TowerConfig, folder: Path, monitor: Monitor, views: ViewsConfig = VIEWS) -> Output:
@@ -31,14 +35,19 @@ def embed(gallery: Output, tower: TowerConfig, folder: Path, monitor: Monitor, v
     return output
 
 
+def plain(output: Output) -> tuple[np.ndarray, np.ndarray]:
+    parts = [read_part(output, name) for name in plain_parts(output)]
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([values for _, values in parts]).astype(np.float32)
+
+
 def test_every_view_of_every_image_once(gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor) -> None:
     output = embed(gallery, tower, tmp_path / "e", monitor)
     assert len(output.parts()) == 9
-    ids, values = plain_embeddings(output)
+    ids, values = plain(output)
     assert sorted(ids) == sorted(keys(gallery).values())
     assert np.allclose(read_mean(output), values.mean(axis=(0, 1)), atol=1e-4)
-    plain, augmented = (read_part(output, f"part-00000.v{view}.parquet")[1] for view in (0, 1))
-    assert not np.allclose(plain, augmented)
+    first, augmented = (read_part(output, f"part-00000.v{view}.parquet")[1] for view in (0, 1))
+    assert not np.allclose(first, augmented)
     assert monitor.advanced == 24 + 3 * 24
 
 
@@ -64,27 +73,59 @@ def test_cached_and_online_features_are_the_same(gallery: Output, tower: TowerCo
     assert np.allclose(cached, online, rtol=1e-2, atol=2e-3)
 
 
-def test_features_know_only_the_images_they_were_opened_with(
-    gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor
+def test_a_shard_of_bad_images_alone_gives_an_empty_part(
+    ray_session: None, photo_folder: Path, tower: TowerConfig, tmp_path: Path, monitor: Monitor
 ) -> None:
-    output = embed(gallery, tower, tmp_path / "e", monitor)
-    ids = np.array(sorted(keys(gallery).values()))
-    features = Features(output).open(ids[:4])
-    with pytest.raises(KeyError, match="was not opened"):
-        features.take(ids[4:5], np.zeros(1, int))
-    with pytest.raises(KeyError, match="no embeddings"):
-        Features(output).open(np.array([1]))
+    for path in sorted(photo_folder.iterdir())[:10]:
+        path.write_bytes(b"no image")
+    gallery = ingest(photo_folder, tmp_path / "gallery", monitor)
+    output = embed(gallery, tower, tmp_path / "e", monitor, ViewsConfig())
+    assert list(output.part_rows().values()) == [0, 10, 4]
+    assert np.allclose(read_mean(output), plain(output)[1].mean(axis=(0, 1)), atol=1e-4)
+    assert not len(output.rejects())
 
 
-def test_missing_weights_are_named_before_an_actor_starts(gallery: Output, tmp_path: Path, monitor: Monitor) -> None:
+def test_images_that_vanish_after_ingest_are_counted_rejects(
+    ray_session: None, photo_folder: Path, tower: TowerConfig, tmp_path: Path, monitor: Monitor
+) -> None:
+    gallery = ingest(photo_folder, tmp_path / "gallery", monitor, copy_images=False)
+    paths = sorted(photo_folder.iterdir())
+    paths[0].unlink()
+    paths[11].write_bytes(paths[11].read_bytes()[:500])
+    for path in paths[20:]:
+        path.unlink()
+    monitor.advanced = 0
+    output = embed(gallery, tower, tmp_path / "e", monitor, ViewsConfig(count=2))
+    assert list(output.part_rows().values()) == [9, 9, 9, 9, 0, 0]
+    assert monitor.advanced == 2 * 24
+    rejects = output.rejects()
+    assert sorted(rejects["key"].to_pylist()) == sorted(2 * [path.stem for path in (paths[0], paths[11], *paths[20:])])
+    assert str(keys(gallery)[paths[0].stem]) in rejects["detail"][0].as_py()
+
+
+def test_a_gallery_without_a_readable_image_is_an_error(
+    ray_session: None, photo_folder: Path, tower: TowerConfig, tmp_path: Path, monitor: Monitor
+) -> None:
+    gallery = ingest(photo_folder, tmp_path / "gallery", monitor, copy_images=False)
+    for path in photo_folder.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="no image of the gallery can be read any more"):
+        embed(gallery, tower, tmp_path / "e", monitor, ViewsConfig())
+
+
+def test_missing_weights_are_named_before_an_actor_starts(tmp_path: Path, monitor: Monitor) -> None:
+    gallery = Output(str(tmp_path / "gallery"))
     tower = TowerConfig(library="timm", model="test_efficientnet", weights=Weights(folder=str(tmp_path), file="none.pth"))
     with pytest.raises(UserError, match=r"none\.pth does not exist"):
+        embed(gallery, tower, tmp_path / "e", monitor)
+    tower = TowerConfig(library="transformers", model="clip", weights=Weights(folder=str(tmp_path)))
+    with pytest.raises(UserError, match="has no image processor"):
         embed(gallery, tower, tmp_path / "e", monitor)
 
 
 def test_tokens_are_kept_apart(gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor) -> None:
     tokens = tower.model_copy(update={"output": "tokens"})
     output = embed(gallery, tokens, tmp_path / "e", monitor, ViewsConfig())
-    _, values = plain_embeddings(output)
+    _, values = plain(output)
     assert values.shape[:2] == (24, 4)
     assert read_mean(output).shape == values.shape[2:]

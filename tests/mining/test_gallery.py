@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 
 from cluster.artifacts import Output
-from cluster.config import ActorResources
-from cluster.errors import UserError
+from cluster.config import DecodeResources
 from cluster.monitor import Monitor
 from mining import tables
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig
-from mining.gallery import ingest_captions, ingest_gallery, ingest_triplets, keys, read_images
+from mining.gallery import GROUPS, image_bytes, ingest_captions, ingest_gallery, ingest_triplets, keys, read_images
+from mining.sources import BytesReader
 
-RESOURCES = ActorResources(decode_tasks=2)
+RESOURCES = DecodeResources(decode_tasks=2)
 OPTIONS = IngestConfig(galleries={}, triplets={}, shard_rows=10)
 
 
@@ -46,6 +46,33 @@ def test_copied_and_indexed_galleries_have_the_same_images(
     assert indexed.read_parts(tables.GALLERY, ["image"])["image"].null_count == 24
     with pytest.raises(KeyError, match="none of the galleries"):
         read_images([copied], [1])
+
+
+def test_a_file_that_is_gone_spoils_its_own_row_alone(
+    ray_session: None, photo_folder: Path, tmp_path: Path, monitor: Monitor
+) -> None:
+    indexed = ingest(photo_folder, Output(str(tmp_path / "indexed")), monitor, copy_images=False)
+    gone = sorted(photo_folder.iterdir())[1]
+    gone.unlink()
+    reader, read = BytesReader(), {}
+    for row in indexed.read_parts(tables.GALLERY).to_pylist():
+        if row["key"] == gone.stem:
+            with pytest.raises(FileNotFoundError):
+                image_bytes(row, reader)
+        else:
+            read[row["key"]] = image_bytes(row, reader)
+    assert read == {path.stem: path.read_bytes() for path in photo_folder.iterdir()}
+
+
+def test_a_source_with_a_scheme_can_be_indexed_in_place(
+    ray_session: None, photo_folder: Path, tmp_path: Path, monitor: Monitor
+) -> None:
+    output = Output(str(tmp_path / "out"))
+    config = GalleryConfig(images=photo_folder.as_uri(), copy_images=False)
+    ingest_gallery(output, "shop", config, OPTIONS, RESOURCES, monitor)
+    rows = output.read_parts(tables.GALLERY, ["key", "uri"]).to_pylist()
+    assert {row["uri"] for row in rows} == {path.as_uri() for path in photo_folder.iterdir()}
+    assert len(read_images([output], keys(output).values())) == 24
 
 
 def test_ingest_goes_on_from_the_parts_that_exist(
@@ -86,14 +113,18 @@ def test_triplets_of_every_form(gallery: Output, tmp_path: Path, monitor: Monito
     assert [(row["key"], row["reason"]) for row in rejects] == [("4", "unknown_image"), ("5", "empty_delta")]
 
 
-def test_unreadable_triplet_files(gallery: Output, tmp_path: Path, monitor: Monitor) -> None:
-    file = tmp_path / "broken.json"
-    file.write_text("{")
-    with pytest.raises(UserError, match=r"broken\.json: cannot be read"):
-        ingest_triplets(Output(str(tmp_path / "t")), gallery, str(file), monitor)
-    file.write_text('{"a": 1}')
-    with pytest.raises(UserError, match="expected a list of rows"):
-        ingest_triplets(Output(str(tmp_path / "t")), gallery, str(file), monitor)
+def test_members_of_groups_are_kept_beside_the_triplets(gallery: Output, tmp_path: Path, monitor: Monitor) -> None:
+    known = keys(gallery)
+    members = sorted(known)[:6]
+    file = tmp_path / "cap.json"
+    row = {"pairid": 1, "reference": members[0], "target_hard": members[1], "caption": "x"}
+    file.write_text(json.dumps([{**row, "img_set": {"id": 36, "members": members}}]))
+    output = Output(str(tmp_path / "triplets"))
+    ingest_triplets(output, gallery, str(file), monitor)
+    [group] = output.read_table(GROUPS, tables.GROUPS).to_pylist()
+    assert group["image_ids"] == [known[key] for key in members]
+    assert group["group_id"] == output.read_parts(tables.TRIPLETS)["group_id"][0].as_py()
+    assert list(output.part_rows().values()) == [1]
 
 
 def test_captions_are_cut_at_the_separator(gallery: Output, tmp_path: Path, monitor: Monitor) -> None:

@@ -1,12 +1,16 @@
+import subprocess
+import sys
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mining.config import TowerConfig, ViewsConfig
-from mining.images import BadImage, decode, render
+from mining.images import BadImage, _augment, _crop_box, decode, render
 
+PROJECT = Path(__file__).parents[2]
 TOWER = TowerConfig(library="timm", model="unused", image_size=64)
 
 
@@ -51,7 +55,6 @@ def test_plain_view_is_resized_and_cropped() -> None:
 
 def test_views_depend_on_image_and_view_alone() -> None:
     first = render(jpeg(), TOWER, ViewsConfig(count=5), (7, 1))
-    np.random.default_rng().random()
     assert np.array_equal(first, render(jpeg(), TOWER, ViewsConfig(count=5), (7, 1)))
     assert not np.array_equal(first, render(jpeg(), TOWER, ViewsConfig(count=5), (7, 2)))
     assert not np.array_equal(first, render(jpeg(), TOWER, ViewsConfig(count=5), (8, 1)))
@@ -62,3 +65,46 @@ def test_grey_and_transparent_images_become_rgb() -> None:
         stream = BytesIO()
         Image.new(mode, (30, 30)).save(stream, "PNG")
         assert decode(stream.getvalue()).mode == "RGB"
+
+
+def test_views_do_not_share_the_generator_of_the_training_thread() -> None:
+    script = "import sys; from tests.mining.test_images import *; render(jpeg(), TOWER, ViewsConfig(count=2), (7, 1))"
+    subprocess.run([sys.executable, "-c", f"{script}; assert 'torch' not in sys.modules"], check=True, cwd=PROJECT)
+
+
+def test_views_are_distributed_as_torchvisions() -> None:
+    from torchvision.transforms import v2
+
+    views, size = ViewsConfig(), (90, 60)
+    theirs = v2.RandomResizedCrop(1, views.crop, views.aspect)
+    image = Image.new("RGB", size)
+    drawn = [theirs.make_params([image]) for _ in range(2000)]
+    expected = np.array([(p["left"], p["top"], p["left"] + p["width"], p["top"] + p["height"]) for p in drawn])
+    boxes = np.array([_crop_box(np.random.default_rng(i), *size, views) for i in range(2000)])
+    left, top, right, bottom = boxes.T
+    assert (boxes >= 0).all()
+    assert right.max() <= 90
+    assert bottom.max() <= 60
+    area = (right - left) * (bottom - top) / 5400
+    assert 0.48 < area.min() < area.max() < 1.02
+    assert boxes.mean(0) == pytest.approx(expected.mean(0), abs=1)
+    assert boxes.std(0) == pytest.approx(expected.std(0), abs=1)
+
+
+@pytest.mark.parametrize("size", [(300, 10), (10, 300), (1, 1)])
+def test_an_image_that_no_crop_fits_is_cropped_in_its_middle(size: tuple[int, int]) -> None:
+    left, top, right, bottom = _crop_box(np.random.default_rng(0), *size, ViewsConfig(crop=(0.9, 1.0)))
+    assert abs(left + right - size[0]) <= 1
+    assert abs(top + bottom - size[1]) <= 1
+    assert min(right - left, bottom - top) == min(size)
+
+
+def test_half_of_the_views_are_mirrored_and_brightness_varies() -> None:
+    views = ViewsConfig(crop=(1.0, 1.0), aspect=(1.0, 1.0), flip=0.5, jitter=0.1)
+    image = Image.fromarray(np.repeat(np.linspace(50, 200, 64, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2))
+    drawn = [np.asarray(_augment(image, 64, views, (1, view)), np.float32) for view in range(200)]
+    mirrored = np.array([pixels[:, 0].mean() > pixels[:, -1].mean() for pixels in drawn])
+    assert 0.4 < mirrored.mean() < 0.6
+    change = np.array([pixels.mean() / np.asarray(image).mean() for pixels in drawn])
+    assert 0.89 < change.min() < 0.93
+    assert 1.07 < change.max() < 1.11

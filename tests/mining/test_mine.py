@@ -1,3 +1,4 @@
+from collections.abc import Generator
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -8,17 +9,18 @@ from safetensors.numpy import save
 from cluster.artifacts import Output
 from cluster.config import TaskResources
 from cluster.errors import UserError
-from cluster.monitor import Monitor
 from mining import tables
 from mining.config import MatchedConfig, MineConfig, WalkConfig
 from mining.embed import INFO, MEAN, _schema, _to_table
 from mining.features import centred
-from mining.matched import match
-from mining.mine import mine_pairs
-from mining.neighbours import neighbours
-from mining.walk import PAIR_RANKS, walk
+from mining.matched import Matcher
+from mining.mine import SIMILARITIES, mine_pairs
+from mining.neighbours import Neighbours
+from mining.walk import PAIR_RANKS, Group, walk
+from tests.conftest import Recorder
 
 WALK = MineConfig(gallery="g", tower="t")
+MATCHED = MineConfig(gallery="g", tower="t", method="matched", triplets="t", matched=MatchedConfig(pairs=300), part_rows=100)
 
 
 def clustered(rows: int, clusters: int = 40, dim: int = 16, noise: float = 0.35) -> np.ndarray:
@@ -28,9 +30,9 @@ def clustered(rows: int, clusters: int = 40, dim: int = 16, noise: float = 0.35)
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
 
 
-def embeddings(folder: Path, values: np.ndarray) -> Output:
+def embeddings(folder: Path, values: np.ndarray, first: int = 1000) -> Output:
     output = Output(str(folder))
-    ids = np.arange(1, len(values) + 1) * 1000
+    ids = first + np.arange(len(values)) * 1000
     tokens = values.astype(np.float16)[:, None]
     output.write_table("part-00000.v0.parquet", _to_table(ids, 0, tokens), _schema(tokens))
     output.write_json(INFO, {"tokens": 1, "dim": values.shape[1], "views": 1})
@@ -42,7 +44,7 @@ def test_neighbours_agree_with_brute_force() -> None:
     vectors = clustered(300)
     cosine = vectors @ vectors.T
     np.fill_diagonal(cosine, -np.inf)
-    for rows, found, scores in neighbours(vectors, 5):
+    for rows, found, scores in Neighbours(vectors).blocks(5):
         expected = -np.sort(-cosine[rows], axis=1)[:, :5]
         assert np.allclose(scores, expected, atol=1e-5)
         assert np.allclose(np.take_along_axis(cosine[rows], found, 1), scores, atol=1e-5)
@@ -52,7 +54,7 @@ def test_approximate_neighbours_have_exact_scores(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("mining.neighbours.EXACT_ROWS", 1000)
     vectors = clustered(3000)
     hits = []
-    for rows, found, scores in neighbours(vectors, 5):
+    for rows, found, scores in Neighbours(vectors).blocks(5):
         exact = np.einsum("bd,bkd->bk", vectors[rows], vectors[found.clip(0)])
         assert np.allclose(exact[found >= 0], scores[found >= 0], atol=1e-5)
         cosine = vectors[rows] @ vectors.T
@@ -64,13 +66,22 @@ def test_approximate_neighbours_have_exact_scores(monkeypatch: pytest.MonkeyPatc
 
 def test_exact_copies_do_not_hide_an_image_from_its_neighbours() -> None:
     vectors = np.repeat(clustered(4), 8, axis=0)
-    for rows, found, _ in neighbours(vectors, 3):
+    for rows, found, _ in Neighbours(vectors).blocks(3):
         assert not (found == rows[:, None]).any()
+
+
+def walk_all(vectors: np.ndarray, config: WalkConfig) -> list[Group]:
+    def consume() -> Generator[int, None, None]:
+        groups.extend((yield from walk(vectors, config, seed=0)))
+
+    groups: list[Group] = []
+    assert sum(consume()) == len(vectors)
+    return groups
 
 
 def test_walk_keeps_the_papers_rules() -> None:
     vectors = clustered(800)
-    groups = walk(vectors, WalkConfig(), seed=0)
+    groups = walk_all(vectors, WalkConfig())
     assert len(groups) > 20
     for group in groups:
         scores = [float(vectors[group.rows[0]] @ vectors[row]) for row in group.rows[1:]]
@@ -84,14 +95,17 @@ def test_walk_skips_a_neighbour_that_is_too_close_to_the_last() -> None:
     angles = np.arccos([1.0, 0.9, 0.8995, 0.85, 0.8, 0.75, 0.7])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     config = WalkConfig(top=6)
-    anchored = [group for group in walk(vectors, config, 0) if group.rows[0] == 0]
+    anchored = [group for group in walk_all(vectors, config) if group.rows[0] == 0]
     assert all(group.rows == (0, 1, 3, 4, 5, 6) for group in anchored)
 
 
 def test_matched_pairs_have_the_labelled_histogram() -> None:
     vectors = centred(clustered(1500), np.zeros(1, np.float32))
     labelled = np.random.default_rng(1).normal(0.3, 0.1, 5000).clip(-1, 1)
-    blocks = list(match(vectors, labelled, MatchedConfig(pairs=4000, bins=20), seed=0))
+    matcher = Matcher(vectors, labelled, MatchedConfig(pairs=4000, bins=20), seed=0)
+    shards = np.array_split(np.random.default_rng(0).permutation(1500), 4)
+    blocks = [matcher.draw(anchors, np.random.default_rng(i)) for i, anchors in enumerate(shards)]
+    assert all(set(block[0]) <= set(shard) for block, shard in zip(blocks, shards, strict=True))
     scores = np.concatenate([block[2] for block in blocks])
     assert len(scores) == pytest.approx(4000, rel=0.1)
     edges = np.linspace(-1, 1, 21)
@@ -102,7 +116,7 @@ def test_matched_pairs_have_the_labelled_histogram() -> None:
     assert np.allclose(np.einsum("nd,nd->n", vectors[references], vectors[targets]), scores, atol=1e-5)
 
 
-def test_mined_tables(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+def test_mined_tables(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
     source = embeddings(tmp_path / "e", clustered(400))
     output = Output(str(tmp_path / "walk"))
     mine_pairs(output, source, None, WALK, 0, TaskResources(), monitor)
@@ -112,13 +126,14 @@ def test_mined_tables(ray_session: None, tmp_path: Path, monitor: Monitor) -> No
     ranks = set(zip(table["reference_rank"].to_pylist(), table["target_rank"].to_pylist(), strict=True))
     assert ranks == set(PAIR_RANKS)
     again = Output(str(tmp_path / "again"))
+    monitor.advanced = 0
     mine_pairs(again, source, None, WALK, 0, TaskResources(), monitor)
     assert again.read_parts(tables.PAIRS).equals(table)
+    assert monitor.advanced == 400
 
 
-def test_matched_table_imitates_labelled_triplets(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
-    source = embeddings(tmp_path / "e", clustered(400))
-    labelled = Output(str(tmp_path / "t"))
+def labelled_pairs(folder: Path) -> Output:
+    labelled = Output(str(folder))
     ids = np.arange(1, 401) * 1000
     rng = np.random.default_rng(0)
     rows = [
@@ -126,15 +141,46 @@ def test_matched_table_imitates_labelled_triplets(ray_session: None, tmp_path: P
         for i, (r, t) in enumerate(rng.choice(ids, (200, 2)))
     ]
     labelled.write_table("part-00000.parquet", tables.pa.Table.from_pylist(rows, tables.TRIPLETS), tables.TRIPLETS)
-    config = MineConfig(gallery="g", tower="t", method="matched", triplets="t", matched=MatchedConfig(pairs=300), part_rows=100)
+    return labelled
+
+
+def test_matched_table_imitates_labelled_triplets(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
+    source, labelled = embeddings(tmp_path / "e", clustered(400)), labelled_pairs(tmp_path / "t")
     output = Output(str(tmp_path / "m"))
-    mine_pairs(output, source, labelled, config, 0, TaskResources(), monitor)
-    assert sum(output.part_rows().values()) == pytest.approx(300, rel=0.25)
-    assert len(output.parts()) >= 3
+    mine_pairs(output, source, labelled, MATCHED, 0, TaskResources(), monitor)
+    rows = output.part_rows()
+    assert sum(rows.values()) == pytest.approx(300, rel=0.25)
+    assert [count == pytest.approx(100, rel=0.4) for count in rows.values()] == [True] * 3
+    assert monitor.advanced == 400
+    densities = output.read_json(SIMILARITIES)
+    assert np.abs(np.subtract(densities["mined"], densities["labelled"])).mean() < 0.15
     assert output.read_parts(tables.PAIRS)["group_id"].null_count == sum(output.part_rows().values())
 
 
-def test_a_gallery_smaller_than_a_group_is_refused(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+def test_a_killed_match_goes_on_from_its_parts(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
+    source, labelled = embeddings(tmp_path / "e", clustered(400)), labelled_pairs(tmp_path / "t")
+    output = Output(str(tmp_path / "m"))
+    mine_pairs(output, source, labelled, MATCHED, 0, TaskResources(), monitor)
+    before, histograms = output.read_parts(tables.PAIRS), output.read_json(SIMILARITIES)
+    for name in (SIMILARITIES, "part-00001.parquet"):
+        (tmp_path / "m" / name).unlink()
+    kept = (tmp_path / "m" / "part-00000.parquet").stat().st_mtime_ns
+    monitor.advanced = 0
+    mine_pairs(output, source, labelled, MATCHED, 0, TaskResources(), monitor)
+    assert (monitor.total, monitor.resumed, monitor.advanced) == (400, 267, 133)
+    assert (tmp_path / "m" / "part-00000.parquet").stat().st_mtime_ns == kept
+    assert output.read_parts(tables.PAIRS).equals(before)
+    assert output.read_json(SIMILARITIES) == histograms
+
+
+def test_labelled_pairs_of_another_gallery_are_refused(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
+    labelled = labelled_pairs(tmp_path / "t")
+    elsewhere = embeddings(tmp_path / "other", clustered(400), first=1)
+    with pytest.raises(UserError, match=r"mine\.triplets: no labelled pair of 't' has both images in gallery 'g'"):
+        mine_pairs(Output(str(tmp_path / "m")), elsewhere, labelled, MATCHED, 0, TaskResources(), monitor)
+
+
+def test_a_gallery_smaller_than_a_group_is_refused(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
     source = embeddings(tmp_path / "e", clustered(5))
     with pytest.raises(UserError, match=r"mine.gallery: 'g' has 5 image\(s\), fewer than a group of 6"):
         mine_pairs(Output(str(tmp_path / "m")), source, None, WALK, 0, TaskResources(), monitor)

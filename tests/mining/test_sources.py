@@ -6,9 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.artifacts import filesystem
 from cluster.errors import UserError
 from mining.config import GalleryConfig
-from mining.sources import BytesReader, list_images
+from mining.sources import BytesReader, _location, list_images
 
 
 def contents(table: pa.Table) -> dict[str, bytes]:
@@ -70,5 +71,47 @@ def test_missing_and_empty_sources(tmp_path: Path) -> None:
         list_images(GalleryConfig(images=str(tmp_path / "none")), "ingest.galleries.a.images")
     with pytest.raises(UserError, match="no image found"):
         list_images(GalleryConfig(images=str(tmp_path)), "images")
-    with pytest.raises(UserError, match="cannot be read as a JSON list"):
+    with pytest.raises(UserError, match=r"none\.json: cannot be read as JSON"):
         list_images(GalleryConfig(images=str(tmp_path), split=str(tmp_path / "none.json")), "images")
+    (tmp_path / "numbers.json").write_text("[1, [2]]")
+    with pytest.raises(UserError, match=r"numbers\.json: expected a list of names"):
+        list_images(GalleryConfig(images=str(tmp_path), split=str(tmp_path / "numbers.json")), "images")
+
+
+@pytest.mark.parametrize("name", ["plain", "my ph#o%20tos?"])
+def test_a_scheme_is_kept_and_names_are_quoted(
+    name: str, tmp_path: Path, photo_folder: Path, expected: dict[str, bytes]
+) -> None:
+    folder = photo_folder.rename(tmp_path / name)
+    first = min(expected)
+    (folder / f"{first}.jpg").rename(folder / f"a #{first}.jpg")
+    renamed = {f"a #{key}" if key == first else key: content for key, content in expected.items()} | {"row": b"bytes"}
+    pq.write_table(pa.table({"key": ["row"], "image": [b"bytes"]}), folder / "a.parquet")
+    for source in (folder.as_uri(), folder.as_uri() + "/"):
+        index, _ = list_images(GalleryConfig(images=source), "images")
+        assert all(uri.startswith("file:///") for uri in index["uri"].to_pylist())
+        assert contents(index) == renamed
+
+
+def test_a_single_file_with_a_scheme(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"key": ["row"], "image": [b"bytes"]}), tmp_path / "a.parquet")
+    index, _ = list_images(GalleryConfig(images=(tmp_path / "a.parquet").as_uri()), "images")
+    assert index["uri"].to_pylist() == [(tmp_path / "a.parquet").as_uri()]
+    assert contents(index) == {"row": b"bytes"}
+
+
+def test_the_query_of_a_uri_stays_behind_the_path() -> None:
+    source = "s3://bucket/photos?region=us-east-1&endpoint_override=localhost:9000"
+    location = _location("bucket/photos/a b.jpg", source, "bucket/photos")
+    assert location == "s3://bucket/photos/a%20b.jpg?region=us-east-1&endpoint_override=localhost:9000"
+    assert filesystem(location)[1] == "bucket/photos/a b.jpg"
+
+
+def test_a_parquet_file_that_changed_is_an_os_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"key": ["row"], "image": [b"bytes"]}), path)
+    with pytest.raises(OSError, match="row 3 cannot be read"):
+        BytesReader().read(str(path), 3, 0)
+    path.write_text("something else")
+    with pytest.raises(OSError, match="row 0 cannot be read"):
+        BytesReader().read(str(path), 0, 0)

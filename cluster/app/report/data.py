@@ -12,16 +12,17 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from cir.train import MODEL
 from cluster.app.config import PRESETS, RunConfig, load
 from cluster.app.pipeline import Pipeline
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
 from cluster.app.report.results import Results, collect_results, headline
 from cluster.artifacts import MANIFEST, Output, Stage, filesystem
+from cluster.training import METRICS
 from mining.gallery import read_images
 from mining.images import decode
 
 THUMBNAIL = 144  # pixels of the longer side
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ def collect(pipeline: Pipeline) -> Report:
 def _results(run: _Run) -> Results:
     evaluation = run.output("evaluate:all")
     rows = {instance: manifest["rows"] for instance, manifest in run.manifests.items()}
-    return collect_results(run.config, evaluation.read_json("metrics.json"), evaluation.read_json("gain.json"), rows)
+    seed = run.config.train.seeds[0]
+    models = {name: run.output(f"train:{name}.s{seed}").read_json(MODEL) for name in run.config.train.variants}
+    pseudo = {name: model["pseudo_triplets"] for name, model in models.items()}
+    return collect_results(run.config, evaluation.read_json("metrics.json"), evaluation.read_json("gain.json"), rows, pseudo)
 
 
 def _rng(run: _Run, section: int) -> np.random.Generator:

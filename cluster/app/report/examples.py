@@ -13,7 +13,6 @@ from cir.evaluate import RANKINGS
 from cluster.artifacts import Output
 from mining import tables
 from mining.mine import SIMILARITIES
-from vdg.generate import SCORER
 
 SAMPLE_ROWS = 20_000  # of a large table: whole parts, drawn by seed
 GROUP_SIZE = 6
@@ -171,7 +170,7 @@ def collect_generated(
 def _with_scores(pseudo: Output, part: str) -> pa.Table:
     triplets = pseudo.read_table(part, tables.TRIPLETS, ["triplet_id", "reference_id", "target_id", "deltas"])
     scores = pseudo.read_table(f"scores/{part}", tables.SCORES)
-    scores = scores.filter(pc.equal(scores["scorer"], SCORER))
+    scores = scores.filter(pc.equal(scores["scorer"], tables.SCORER))
     value = dict(zip(scores["triplet_id"].to_pylist(), scores["value"].to_pylist(), strict=True))
     return triplets.append_column("score", pa.array([value[i] for i in triplets["triplet_id"].to_pylist()], pa.float32()))
 

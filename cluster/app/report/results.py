@@ -46,23 +46,26 @@ class Gain:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant; its gain is None where there is no baseline, and for the baseline."""
+    """One variant; its gain is None where there is no baseline, and for the baseline.
+
+    `pseudo` is the number of generated triplets it was trained on.
+    """
 
     name: str
     role: Role
     note: str
+    pseudo: int
     values: dict[str, Value]
     gain: Gain | None
 
 
 @dataclass(frozen=True)
 class Results:
-    """The metric table. `metric` is the recall that gains are measured in; the counts are of triplets."""
+    """The metric table. `metric` is the recall that gains are measured in; counts are of triplets."""
 
     metric: str
     rows: list[Row]
     labelled: int
-    generated: int | None
     queries: int
     by_attributes: bool
 
@@ -103,28 +106,38 @@ class Results:
         return row.values[self.metric].mean
 
 
-def collect_results(config: RunConfig, metrics: dict[str, Any], gains: dict[str, Any], rows: Mapping[str, int]) -> Results:
-    """The metric table from `metrics.json`, `gain.json` and the number of rows of each ingest and generate instance."""
+def collect_results(
+    config: RunConfig, metrics: dict[str, Any], gains: dict[str, Any], rows: Mapping[str, int], pseudo: Mapping[str, int]
+) -> Results:
+    """The metric table from `metrics.json`, `gain.json`, the number of rows of each ingest instance, and the number of
+    generated triplets that each variant was trained on.
+    """
     baseline = config.evaluate.baseline
     labels = config.train.variant(baseline).triplets if baseline in config.train.variants else config.train.triplets
     return Results(
         metric=f"R@{config.evaluate.recalls[0]}",
-        rows=[_row(name, table, gains.get(name), config, labels, rows) for name, table in metrics.items()],
+        rows=[_row(name, table, gains.get(name), config, labels, rows, pseudo[name]) for name, table in metrics.items()],
         labelled=rows[f"ingest:{labels}"],
-        generated=next((n for instance, n in rows.items() if instance.startswith("generate:")), None),
         queries=rows["ingest:queries"],
         by_attributes=config.evaluate.attributes is not None,
     )
 
 
 def _row(
-    name: str, table: dict[str, Any], gain: dict[str, Any] | None, config: RunConfig, labels: str, rows: Mapping[str, int]
+    name: str,
+    table: dict[str, Any],
+    gain: dict[str, Any] | None,
+    config: RunConfig,
+    labels: str,
+    rows: Mapping[str, int],
+    pseudo: int,
 ) -> Row:
     variant = config.train.variant(name)
     return Row(
         name=name,
         role=_role(name, variant, config.evaluate.baseline, labels),
         note=words.recipe(variant, rows[f"ingest:{variant.triplets}"], variant.triplets != labels),
+        pseudo=pseudo,
         values={metric: Value(value["mean"], value["seeds"]) for metric, value in table.items()},
         gain=Gain(gain["mean"], gain["low"], gain["high"]) if gain else None,
     )
@@ -151,10 +164,7 @@ def headline(results: Results) -> str:
             f"The {shown.name} model reaches {metric} {results.score(shown):.1f} with {results.labelled:,} labelled triplets; "
             "no generated ones were used"
         )
-    after, generated = (
-        results.score(best),
-        f"{results.labelled:,} labelled triplets and {results.generated or 0:,} generated ones",
-    )
+    after, generated = results.score(best), f"{results.labelled:,} labelled triplets and {best.pseudo:,} generated ones"
     if baseline is None or best.gain is None:
         return f"The {best.name} model reaches {metric} {after:.1f} with {generated}; there is no supervised model to compare"
     gain, change = best.gain, f"{metric} from {results.score(baseline):.1f} to {after:.1f}"

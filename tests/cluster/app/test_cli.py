@@ -1,6 +1,7 @@
 """The command, on configs that stop before any model is loaded."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from cluster.app import config as configs
 from cluster.app.cli import app, main
+from cluster.artifacts import Output
 from cluster.errors import UserError
 
 RUNNER = CliRunner()
@@ -73,6 +75,12 @@ def test_missing_image_folder_stops_before_any_work(config: str, tmp_path: Path)
         ("mine.gallery=nowhere", "mine.gallery: 'nowhere' is not defined"),
         ("train.variants.semi.zero=both", "train.variants.semi"),
         ("align.captions=none", "align.captions: 'none' is not defined"),
+        ("ingest.triplets.photos={gallery: photos, file: x.json}", "two sources have the name 'photos'"),
+        ("ingest.galleries.a/b={images: x}", "the name 'a/b' is part of a folder's name"),
+        ("train.seeds=[1", "--set train.seeds=[1: the value is not valid YAML"),
+        ("instruct.training.micro_batch=3", "batch_size 16 is no multiple"),
+        ("vdg.language_model={package: no_such_package}", "vdg.language_model: weights: Python package 'no_such_package'"),
+        ("evaluate.attributes=README.md", "evaluate.attributes: README.md"),
     ],
 )
 def test_wrong_configs_name_the_field(config: str, assignment: str, expected: str) -> None:
@@ -140,20 +148,62 @@ def test_init_writes_a_config_that_was_checked_against_the_data(photo_folder: Pa
     arguments = ("--images", str(photo_folder), "--triplets", str(triplets))
     assert "already exists" in fail("init", str(tmp_path / "own"), *arguments)
     triplets.write_text(json.dumps([{"reference": "a", "target": "b", "captions": ["x"]}]))
-    assert "no row names two known images" in fail("init", str(tmp_path / "other"), *arguments)
+    assert "1 unknown_image; the first: reference 'a' is not in the gallery" in fail(
+        "init", str(tmp_path / "other"), *arguments
+    )
 
 
-def test_ls_and_clean_know_what_is_used(config: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("root", ["root", "absolute"])
+def test_ls_and_clean_know_what_is_used(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cluster.app.pipeline import Pipeline
 
-    pipeline = Pipeline(configs.load(config, []))
+    monkeypatch.chdir(tmp_path)
+    given = f"root={root if root == 'root' else tmp_path / root}"
+    pipeline = Pipeline(configs.load("grocery", [given]))
     used = pipeline.output(pipeline.pairs)
     used.write_bytes("part-00000.parquet", b"x")
-    stale = tmp_path / "root" / "mine" / "photos-000000000000"
+    stale = tmp_path / root / "mine" / "photos-000000000000"
     stale.mkdir()
     (stale / "part-00000.parquet").write_bytes(b"x" * 2**20)
-    assert "1.0 MB" in invoke("ls", config)
-    assert "1.0 MB" in invoke("clean", config, "--yes")
+    shown = invoke("ls", "grocery", "--set", given)
+    assert "1.0 MB" in shown
+    assert shown.count("yes") == 1  # used
+    assert "1.0 MB" in invoke("clean", "grocery", "--set", given, "--yes")
     assert not stale.exists()
     assert used.exists("part-00000.parquet")
-    assert "nothing to remove" in invoke("clean", config)
+    assert "nothing to remove" in invoke("clean", "grocery", "--set", given)
+
+
+def test_clean_spares_what_a_finished_run_refers_to(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.app.pipeline import Pipeline
+
+    monkeypatch.chdir(tmp_path)
+    other = configs.load("grocery", ["name=other", f"evaluate.images={photo_folder}"])
+    Output("outputs/runs/other").write_bytes("config.yaml", yaml.safe_dump(other.model_dump(mode="json")).encode())
+    pipeline = Pipeline(other)
+    pipeline.output(pipeline.evaluation).write_bytes("metrics.json", b"{}")
+    assert "nothing to remove" in invoke("clean", "grocery", "--yes")
+    photo_folder.rename(tmp_path / "moved")
+    assert "evaluate.images" in fail("clean", "grocery", "--yes")
+    assert pipeline.output(pipeline.evaluation).exists("metrics.json")
+
+
+def test_a_gallery_indexed_in_place_is_another_one_elsewhere(photo_folder: Path, tmp_path: Path) -> None:
+    from cluster.app.pipeline import Pipeline
+
+    copy = tmp_path / "copy"
+    shutil.copytree(photo_folder, copy)
+    for copied, same in ((True, True), (False, False)):
+        given = f"ingest.galleries.photos.copy_images={copied}"
+        digests = {
+            Pipeline(configs.load("grocery", [given, f"ingest.galleries.photos.images={place}"])).gallery("photos").digest
+            for place in (photo_folder, copy)
+        }
+        assert (len(digests) == 1) is same
+
+
+def test_variants_keep_the_order_of_the_config(config: str) -> None:
+    given = ["train.seeds=[0]"]
+    assert list(configs.load(config, given).train.variants)[:3] == ["supervised", "semi", "shuffled"]

@@ -22,7 +22,6 @@ from cluster.app.report.results import collect_results, headline
 from cluster.app.report.words import duration, signed
 from cluster.artifacts import MANIFEST, Output, Stage
 from mining import tables
-from vdg.generate import SCORER
 
 SCRIPT = "<script>alert(1)</script> & make it oat"
 QUERIES = 12
@@ -47,7 +46,7 @@ def pipeline_of(folder: Path, variants: list[str], **sections: Any) -> Pipeline:
 def write_outputs(pipeline: Pipeline, photos: Photos) -> None:
     """Every output that the report reads, and a manifest for each stage."""
     writers: dict[str, Callable[..., None]] = {"mine": _pairs, "generate": _deltas, "evaluate": _evaluation}
-    writers |= dict.fromkeys(("align", "instruct", "train"), _log)
+    writers |= dict.fromkeys(("align", "instruct"), _log) | {"train": _model}
     for stage in pipeline.stages:
         output = pipeline.output(stage)
         if stage.kind == "ingest":
@@ -101,16 +100,22 @@ def _deltas(pipeline: Pipeline, output: Output) -> None:
     images = pipeline.output(pipeline.gallery("photos")).read_parts(tables.GALLERY, ["image_id"])["image_id"].to_pylist()
     texts = [SCRIPT, "show kiwi", "show kiwi", "make it oat milk"] * 2
     rows = [triplet(i, images, [text], "vdg") for i, text in enumerate(texts)]
-    scores = [{"triplet_id": i, "scorer": SCORER, "value": float(np.log(0.9 - 0.1 * i))} for i in range(len(texts))]
+    scores = [{"triplet_id": i, "scorer": tables.SCORER, "value": float(np.log(0.9 - 0.1 * i))} for i in range(len(texts))]
     output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.TRIPLETS), tables.TRIPLETS)
     output.write_table("scores/part-00000.parquet", pa.Table.from_pylist(scores, tables.SCORES), tables.SCORES)
-    output.write_rejects("part-00000.parquet", [{"key": "9", "stage": "generate", "reason": "empty delta", "detail": ""}])
+    output.write_rejects("part-00000.parquet", [{"key": "9", "stage": "generate", "reason": "empty_delta", "detail": ""}])
 
 
 def _log(pipeline: Pipeline, output: Output) -> None:
     """Step 20 was done twice, by a run that was cut off."""
     lines = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 9.0}, {"step": 20, "loss": 2.0, "val_mrr": 40.0}]
     output.write_bytes("metrics.jsonl", "\n".join(map(json.dumps, lines)).encode())
+
+
+def _model(pipeline: Pipeline, output: Output) -> None:
+    """Of the eight generated triplets the most confident 85 % were used."""
+    _log(pipeline, output)
+    output.write_json("cir.json", {"pseudo_triplets": 7 if "semi" in output.uri else 0})
 
 
 def _evaluation(pipeline: Pipeline, output: Output) -> None:
@@ -167,7 +172,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, photos: Photos) -> str:
 def test_says_what_was_gained(page: str) -> None:
     text = text_of(page)
     sentence = "Pseudo triplets raise R@1 from 57.6 to 63.1 (+5.5, 95 % interval 3.2 to 7.7)"
-    assert f"{sentence} with 12 labelled triplets and 8 generated ones." in text
+    assert f"{sentence} with 12 labelled triplets and 7 generated ones." in text
     assert "semi 63.1 ± 1.4 73.1 ± 1.4 78.1 ± 1.4 +5.5 3.2 to 7.7" in text
     assert "12 labelled triplets and the most confident 85 % of the generated ones" in text
     assert "attributes are exactly the target’s" in text
@@ -252,9 +257,10 @@ def test_walked_groups_are_strips_of_six(tmp_path: Path, photos: Photos) -> None
 )
 def test_headline_is_honest(tmp_path: Path, mean: float, low: float, high: float, expected: str) -> None:
     config = pipeline_of(tmp_path, ["supervised", "semi"]).config
-    rows = {"ingest:labelled": 800, "ingest:queries": 12, "generate:photos": 2950}
+    rows = {"ingest:labelled": 800, "ingest:queries": 12}
     gains = {"semi": {"mean": mean, "low": low, "high": high}}
-    sentence = headline(collect_results(config, metrics_of(["supervised", "semi"]), gains, rows))
+    pseudo = {"supervised": 0, "semi": 2950}
+    sentence = headline(collect_results(config, metrics_of(["supervised", "semi"]), gains, rows, pseudo))
     assert sentence.startswith(expected)
     assert sentence.endswith("with 800 labelled triplets and 2,950 generated ones")
 

@@ -10,9 +10,9 @@ from mlflow.tracking import MlflowClient
 
 from cluster.app import config as configs
 from cluster.app import driver
-from cluster.app.cli import _finish
 from cluster.app.pipeline import Pipeline
 from cluster.errors import UserError
+from tests.cluster.app.test_cli import RUNNER, app, invoke
 
 STEPS = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3}
 COLOURS = ["red", "green", "yellow"]
@@ -83,10 +83,11 @@ def config(world: Path, tower: Any, tiny_bert: dict[str, Any], language_model: A
 
 @pytest.fixture(scope="module")
 def finished(ray_session: None, config: str) -> Pipeline:
-    """The pipeline after one run."""
+    """The pipeline after `vdg run`."""
+    shown = invoke("run", config)
     pipeline = Pipeline(configs.load(config, []))
-    driver.run(pipeline, pipeline.stages)
-    _finish(pipeline)
+    for name in ("metrics.json", "report.html", "log.txt"):
+        assert driver.run_folder(pipeline.config).path(name) in shown
     return pipeline
 
 
@@ -148,14 +149,37 @@ def test_the_same_command_again_does_nothing(finished: Pipeline, config: str) ->
     assert len(children(finished)) == before
 
 
-def test_evaluation_on_other_queries_reuses_the_models(finished: Pipeline, world: Path, config: str) -> None:
+def test_evaluation_on_other_queries_reuses_the_models_and_prints_json_alone(
+    finished: Pipeline, world: Path, config: str
+) -> None:
     other = world / "other.json"
     other.write_text(json.dumps(json.loads((world / "triplets.json").read_text())[:10]))
-    pipeline = Pipeline(configs.load(config, [f"evaluate.triplets={other}"]))
+    kept = driver.run_folder(finished.config).read_bytes("config.yaml")
     before = len(children(finished))
-    driver.run(pipeline, pipeline.select("evaluate", None, None))
+    result = RUNNER.invoke(app, ["evaluate", config, "--set", f"evaluate.triplets={other}", "--json"], catch_exceptions=False)
     assert len(children(finished)) == before + 2  # the queries and the evaluation
-    assert set(driver.metrics_of(pipeline)) == {"supervised", "semi"}
+    printed = json.loads(result.stdout)
+    assert set(printed) == {"supervised", "semi"}
+    assert set(printed["semi"]["R@1"]) == {"mean", "seeds"}
+    assert driver.run_folder(finished.config).read_bytes("config.yaml") == kept  # `vdg clean` still knows the run
+
+
+def test_the_report_is_written_again_from_finished_stages(finished: Pipeline, config: str) -> None:
+    folder = driver.run_folder(finished.config)
+    page = folder.read_bytes("report.html")
+    folder.write_bytes("report.html", b"")
+    invoke("report", config)
+    assert folder.read_bytes("report.html") == page
+
+
+def test_sweep_shows_a_metric_for_each_point(finished: Pipeline, config: str) -> None:
+    shown = invoke("sweep", config, "--grid", "train.hidden=4,8", "--folds", "2", "--metric", "val_R@10")
+    rows = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == ["4", "8"]
+    for _, mean, folds in rows:
+        values = [float(value) for value in folds.split()]
+        assert len(values) == 2
+        assert float(mean) == pytest.approx(sum(values) / 2, abs=1e-3)
 
 
 def test_too_many_rejects_stop_the_run_and_name_the_first(finished: Pipeline, world: Path, config: str) -> None:

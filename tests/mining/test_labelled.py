@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.errors import UserError
+from mining.labelled import read_captions, read_triplets
+
+KNOWN = {f"dev-{i}": i for i in range(8)}
+GOOD = {"pairid": 0, "reference": "dev-0", "target": "dev-1", "captions": ["x"]}
+
+
+def write(folder: Path, rows: Any) -> str:
+    file = folder / "cap.json"
+    file.write_text(json.dumps(rows))
+    return str(file)
+
+
+def cirr(pairid: int, reference: int, target: int, members: list[int], group: int = 36) -> dict[str, Any]:
+    """A row in the form of CIRR's annotations."""
+    return {
+        "pairid": pairid,
+        "reference": f"dev-{reference}",
+        "target_hard": f"dev-{target}",
+        "target_soft": {f"dev-{target}": 1.0},
+        "caption": "show three bottles of soft drink",
+        "img_set": {"id": group, "members": [f"dev-{i}" for i in members], "reference_rank": 2, "target_rank": 3},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"captions": None}, "empty_delta"),
+        ({"captions": []}, "empty_delta"),
+        ({"captions": [None, " "]}, "empty_delta"),
+        ({"captions": 5}, "malformed_row"),
+        ({"captions": ["x", 5]}, "malformed_row"),
+        ({"reference": ["dev-0"]}, "malformed_row"),
+        ({"reference": None}, "malformed_row"),
+        ({"target": {}}, "malformed_row"),
+        ({"group": []}, "malformed_row"),
+        ({"img_set": {"id": 1, "members": 5}}, "malformed_row"),
+        ({"img_set": {"id": 1, "members": ["dev-0", "dev-7"]}}, "malformed_row"),
+        ({"target": "ghost"}, "unknown_image"),
+        ({}, "duplicate_name"),
+    ],
+)
+def test_one_bad_triplet_is_rejected_alone(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    name = 0 if reason == "duplicate_name" else 1
+    triplets, _, rejects = read_triplets(write(tmp_path, [GOOD, {**GOOD, "pairid": name, **changes}]), KNOWN)
+    assert [row["reference_id"] for row in triplets] == [0]
+    assert [(row["key"], row["reason"]) for row in rejects] == [(str(name), reason)]
+
+
+def test_a_row_that_was_rejected_does_not_take_its_name(tmp_path: Path) -> None:
+    triplets, _, rejects = read_triplets(write(tmp_path, [{**GOOD, "captions": []}, GOOD]), KNOWN)
+    assert len(triplets) == len(rejects) == 1
+
+
+def test_groups_are_those_whose_members_are_all_in_the_gallery(tmp_path: Path) -> None:
+    rows = [
+        cirr(1, 4, 2, [0, 1, 2, 3, 4, 5]),
+        cirr(2, 2, 0, [5, 4, 3, 2, 1, 0]),
+        cirr(3, 0, 1, [0, 1, 2, 3, 4, 99], group=37),
+        cirr(4, 0, 1, [0, 1, 2], group=36),
+        {**GOOD, "pairid": 5},
+    ]
+    triplets, groups, rejects = read_triplets(write(tmp_path, rows), KNOWN)
+    assert len(triplets) == 4
+    assert groups == [{"group_id": triplets[0]["group_id"], "image_ids": [0, 1, 2, 3, 4, 5]}]
+    assert [row["group_id"] == triplets[0]["group_id"] for row in triplets] == [True, True, False, False]
+    assert [(row["key"], row["reason"]) for row in rejects] == [("4", "malformed_row"), ("group 37", "incomplete_group")]
+    assert "'dev-99'" in rejects[1]["detail"]
+
+
+def test_nulls_of_a_parquet_file_are_absent_fields(tmp_path: Path) -> None:
+    columns = ("pairid", "reference", "candidate", "target", "captions", "caption", "img_set")
+    rows = [
+        {"reference": "dev-0", "target": "dev-1", "caption": "x"},
+        {"candidate": "dev-1", "target": "dev-2", "captions": ["y"]},
+    ]
+    rows.append({"reference": "dev-0", "target": "dev-3", "caption": "z", "img_set": {"id": 3, "members": ["dev-0", "dev-3"]}})
+    pq.write_table(pa.Table.from_pylist([{c: row.get(c) for c in columns} for row in rows]), tmp_path / "t.parquet")
+    triplets, groups, rejects = read_triplets(str(tmp_path / "t.parquet"), KNOWN)
+    assert [row["deltas"] for row in triplets] == [["x"], ["y"], ["z"]]
+    assert [group["image_ids"] for group in groups] == [[0, 3]]
+    assert rejects == []
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"image": "dev-1", "caption": None}, "empty_caption"),
+        ({"image": "dev-1", "caption": ": x"}, "empty_caption"),
+        ({"image": "dev-1", "caption": 5}, "malformed_row"),
+        ({"image": ["dev-1"], "caption": "x"}, "malformed_row"),
+        ({"caption": "x"}, "malformed_row"),
+        ({"image": "ghost", "caption": "x"}, "unknown_image"),
+    ],
+)
+def test_one_bad_caption_is_rejected_alone(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    captions, rejects = read_captions(write(tmp_path, [{"image": "dev-0", "caption": "apple: red"}, row]), KNOWN, until=":")
+    assert captions == [{"image_id": 0, "caption": "apple"}]
+    assert [(reject["key"], reject["reason"]) for reject in rejects] == [("row 1", reason)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("broken.json", "{", "broken.json: cannot be read as JSON"),
+        ("broken.parquet", "{", "broken.parquet: cannot be read as a Parquet table"),
+        ("object.json", '{"a": 1}', "expected a list of rows"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_triplets(str(tmp_path / name), KNOWN)
