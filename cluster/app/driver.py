@@ -32,7 +32,8 @@ def run(pipeline: Pipeline, stages: list[Stage], keep_config: bool = False) -> N
 
     tracker = Tracker(tracking_uri(config), config.tracking.experiment, config.name, config.model_dump(mode="json"))
     if keep_config:
-        content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        kept = config.model_dump(mode="json") | {"root": Output(config.root).uri}  # it is read from any folder
+        content = yaml.safe_dump(kept, sort_keys=False)
         run_folder(config).write_bytes("config.yaml", content.encode())
     console.print(f"{config.name}: {len(todo)} of {len(stages)} stages to do; library logs go to {log}")
     for stage in stages:

@@ -141,7 +141,6 @@ def test_a_users_mistake_in_local_mode(ray_session: None, tmp_path: Path, monito
     train(Output(str(tmp_path / "next")), RegressionTask(), config(steps=2), 0, LOCAL, monitor)  # nothing is left behind
 
 
-@pytest.mark.slow
 @pytest.mark.workers
 def test_a_users_mistake_reaches_the_driver_at_once(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
@@ -151,7 +150,6 @@ def test_a_users_mistake_reaches_the_driver_at_once(ray_session: None, tmp_path:
     assert built.read_text().splitlines() == ["built"] * 2  # once a worker
 
 
-@pytest.mark.slow
 @pytest.mark.workers
 def test_a_cut_off_run_goes_on_with_other_workers_from_the_weights_alone(
     ray_session: None, tmp_path: Path, monitor: Recorder
