@@ -65,8 +65,26 @@ class Validation(Section):
         return self
 
 
+class LossConfig(Section):
+    """What is minimised (PAPER 3.3). The paper's: info_nce for the Combiner, hn_nce and tdm for BLIP."""
+
+    contrastive: Literal["info_nce", "hn_nce"] = Field("info_nce", description="L_c, of composed queries and targets")
+    alpha: float = Field(1.0, gt=0, description="hn_nce: weight of the positive in the denominator")
+    beta: float = Field(0.5, ge=0, description="hn_nce: how much harder negatives count more; 0: all alike")
+    concat: bool = Field(
+        True, description="the pseudo term is over labelled and pseudo triplets together, or over the pseudo ones alone"
+    )
+    tdm: bool = Field(False, description="blip: add target-delta matching")
+    reference_negative: bool = Field(False, description="each query's own reference image is one of its negatives")
+
+
 class VariantConfig(Section):
     """What one trained model is, but for its seed."""
+
+    model: Literal["fusion", "blip"] = Field(
+        "fusion",
+        description="of image and text features, or BLIP's image-grounded text encoder with train.tower's weights",
+    )
 
     triplets: str = Field("train", description="name of the labelled triplets")
     pseudo: bool = Field(False, description="semi-supervised: add pseudo triplets to each batch (PAPER 3.3, Eq. 2)")
@@ -74,14 +92,17 @@ class VariantConfig(Section):
     selection: PseudoSelection = PseudoSelection()
     shuffle_deltas: bool = Field(False, description="control: permute the deltas of the pseudo triplets")
     zero: Literal["image", "text"] | None = Field(None, description="control: this input is zero in training and evaluation")
-    text: TextTower
+    text: TextTower | None = Field(None, description="fusion: the encoder of deltas")
     fusion: Literal["combiner", "residual"] = Field("combiner", description="the paper's, or one for unequal widths")
     hidden: int | None = Field(None, gt=0, description="None: twice the width (combiner), 1024 (residual)")
     image_hidden: int | None = Field(None, ge=0, description="residual: hidden units that see the reference; None: `hidden`")
     dropout: float | None = Field(None, ge=0, lt=1, description="None: 0.0 (combiner), 0.3 (residual)")
     center: bool = Field(False, description="subtract the training gallery's mean from image features and normalise them")
     augment_target: bool = Field(True, description="targets are drawn views as references are, or always the plain image")
-    temperature: Literal["fixed", "learned"] = Field("fixed", description="0.01, or learned from e^-2.9")
+    temperature: Literal["fixed", "learned"] | None = Field(
+        None, description="0.01, or learned from e^-2.9 (fusion) or 0.07 (blip); None: fixed (fusion), learned (blip)"
+    )
+    loss: LossConfig = LossConfig()
     training: TrainingConfig
     validation: Validation = Validation()
 
@@ -91,6 +112,26 @@ class VariantConfig(Section):
             if getattr(self, name) and not self.pseudo:
                 raise ValueError(f"'{name}' needs 'pseudo: true'")
         return self
+
+    @model_validator(mode="after")
+    def _fields_are_the_models(self) -> Self:
+        if self.model == "fusion":
+            if self.text is None:
+                raise ValueError("model 'fusion' needs 'text': the encoder of deltas")
+            if self.loss.tdm:
+                raise ValueError("'loss.tdm' needs 'model: blip': an image-grounded text encoder")
+            return self
+        for name in ("text", "hidden", "image_hidden", "dropout", "zero"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"'{name}' is of model 'fusion'; model 'blip' takes all from the weights of train.tower")
+        if self.center:
+            raise ValueError("'center' is of model 'fusion': BLIP compares its features as they are")
+        return self
+
+    @property
+    def learns_temperature(self) -> bool:
+        """Whether tau is a parameter."""
+        return self.temperature == "learned" or (self.temperature is None and self.model == "blip")
 
 
 class TrainConfig(VariantConfig):

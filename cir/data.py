@@ -1,5 +1,6 @@
 """What composed retrieval gives the training loop: labelled and pseudo triplets joined with frozen features."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -66,8 +67,8 @@ def selected_pseudo(pseudo: Output, labelled: pa.Table, config: VariantConfig) -
 
 
 @dataclass
-class CirTask:
-    """The `cluster.training.Task` of one variant. Holds settings and paths, loads lazily on the worker.
+class TripletTask(ABC):
+    """The `cluster.training.Task` of one variant, whatever its model takes. Holds settings and paths, loads lazily.
 
     An epoch is the labelled triplets; with pseudo triplets each labelled row brings one of them, drawn uniformly with
     replacement (PAPER 3.3), so |B| = |B'|. With `pseudo_only` the epoch is the pseudo triplets.
@@ -80,6 +81,26 @@ class CirTask:
 
     def __post_init__(self) -> None:
         self.best_metric = "val_mrr" if self.config.validation.folds else None
+
+    @abstractmethod
+    def build(self) -> Any:
+        """The module."""
+
+    @abstractmethod
+    def _drawn(self, image_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A drawn view of each image, as the module takes images."""
+
+    @abstractmethod
+    def _plain(self, image_ids: np.ndarray) -> np.ndarray:
+        """The plain view of images that are trained on, as the module takes images."""
+
+    @abstractmethod
+    def _held_out_references(self, image_ids: np.ndarray) -> np.ndarray:
+        """The plain view of images of the labelled triplets, as the module takes references."""
+
+    @abstractmethod
+    def _text(self, texts: list[str]) -> Any:
+        """Deltas as the module takes them."""
 
     @cached_property
     def _labelled(self) -> pa.Table:
@@ -106,24 +127,10 @@ class CirTask:
     def _validation(self) -> Rows:
         return Rows.of(self._labelled.filter(pa.array(self._is_held_out)))
 
-    @cached_property
-    def _source(self) -> FeatureSource:
-        return self.features.open(np.concatenate([self._rows.reference_ids, self._rows.target_ids]))
-
-    @cached_property
-    def _encoder(self) -> Any:
-        from cir.models.text import load_text_encoder
-
-        return load_text_encoder(self.config.text)
-
-    @cached_property
-    def _text_features(self) -> tuple[dict[str, int], Any]:
-        """Row of each distinct text, and the frozen encoder's features float32 [texts, width]: computed once."""
-        from cir.models.text import encode_texts
-        from cluster.devices import device
-
-        texts = sorted({*self._rows.texts.unique().to_pylist(), *self._validation.first()})
-        return {text: i for i, text in enumerate(texts)}, encode_texts(self._encoder, texts, device())
+    @property
+    def _images(self) -> np.ndarray:
+        """Ids of the images that are trained on, some repeated."""
+        return np.concatenate([self._rows.reference_ids, self._rows.target_ids])
 
     @property
     def size(self) -> int:
@@ -132,56 +139,39 @@ class CirTask:
 
     def check(self) -> tuple[int, int]:
         """Numbers of labelled and of pseudo triplets that are trained on. Raises UserError when an image has no features."""
-        images = np.concatenate([self._rows.reference_ids, self._rows.target_ids])
-        self.features.check(images, f"train.triplets ({self.triplets.uri}) or the pseudo triplets")
+        self.features.check(self._images, f"train.triplets ({self.triplets.uri}) or the pseudo triplets")
         pseudo = len(self._tables[-1]) if self.pseudo is not None else 0
         return len(self._rows) - pseudo, pseudo
 
-    def build(self) -> Any:
-        """The module. A frozen text encoder stays out of it: its outputs are cached here."""
-        from cir.models.composed import ComposedRetrieval
-
-        module = ComposedRetrieval(self.config, self.features.embeddings.read_json(INFO)["dim"], self._encoder)
-        if not self.config.text.trained:
-            module.text = None
-        return module
-
     def batch(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-        """Features [n, dim] of drawn views, and tokens or cached text features; labelled rows first, then pseudo ones."""
+        """Images and texts as the module takes them, and the images' ids; labelled rows first, then pseudo ones."""
         import torch
 
         supervised = len(rows)
         if len(self._tables) == 2:
             rows = np.concatenate([rows, self.size + rng.integers(len(self._tables[1]), size=supervised)])
-        target_ids = self._rows.target_ids[rows]
+        reference_ids, target_ids = self._rows.reference_ids[rows], self._rows.target_ids[rows]
+        reference = self._drawn(reference_ids, rng)
+        target = self._drawn(target_ids, rng) if self.config.augment_target else self._plain(target_ids)
         return {
-            "reference": torch.from_numpy(self._images(self._rows.reference_ids[rows], rng, drawn=True)),
-            "target": torch.from_numpy(self._images(target_ids, rng, drawn=self.config.augment_target)),
+            "reference": torch.from_numpy(reference),
+            "target": torch.from_numpy(target),
+            "reference_id": torch.from_numpy(reference_ids),
             "target_id": torch.from_numpy(target_ids),
             "text": self._text(self._rows.draw(rows, rng)),
             "supervised": supervised,
         }
-
-    def _images(self, image_ids: np.ndarray, rng: np.random.Generator, drawn: bool) -> np.ndarray:
-        views = self._source.draw_views(len(image_ids), rng) if drawn else np.zeros(len(image_ids), np.int64)
-        return self._prepared(self._source.take(image_ids, views))
-
-    def _prepared(self, values: np.ndarray) -> np.ndarray:
-        """[n, 1, dim] as the model takes it: [n, dim], centred on the training gallery's mean when the config says so."""
-        return centred(values[:, 0], self._source.mean) if self.config.center else values[:, 0]
-
-    def _text(self, texts: list[str]) -> Any:
-        if self.config.text.trained:
-            return self._encoder.tokenize(texts)
-        places, features = self._text_features
-        return features[[places[text] for text in texts]]
 
     @cached_property
     def _gallery(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n], prepared plain features [n, dim]) of the images named in the labelled triplets."""
         ids = tables.images_of(self._labelled)
         plain = self.features.open_plain(ids)
-        return ids, self._prepared(plain.take(ids, np.zeros(len(ids), np.int64)))
+        return ids, self._prepared(plain.take(ids, np.zeros(len(ids), np.int64)), plain.mean)
+
+    def _prepared(self, values: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """[n, 1, dim] as queries are compared with it: [n, dim], centred when the config says so."""
+        return centred(values[:, 0], mean) if self.config.center else values[:, 0]
 
     def validate(self, module: Any) -> dict[str, float]:
         """R@1, R@10 and MRR in percent of the held-out triplets' exact targets among `_gallery`, the reference removed."""
@@ -191,11 +181,10 @@ class CirTask:
         if not len(rows):
             return {}
         ids, values = self._gallery
-        place = next(module.parameters()).device
-        references, texts = values[np.searchsorted(ids, rows.reference_ids)], rows.first()
+        place, texts = next(module.parameters()).device, rows.first()
         queries = [
             module.compose(
-                torch.from_numpy(references[i : i + VALIDATION_BATCH]).to(place),
+                torch.from_numpy(self._held_out_references(rows.reference_ids[i : i + VALIDATION_BATCH])).to(place),
                 self._text(texts[i : i + VALIDATION_BATCH]).to(place),
             )
             for i in range(0, len(rows), VALIDATION_BATCH)
@@ -209,3 +198,59 @@ class CirTask:
             "val_R@10": metrics.recall(ranked.target_rank, 10),
             "val_mrr": metrics.mean_reciprocal_rank(ranked.target_rank),
         }
+
+
+class CirTask(TripletTask):
+    """Of a fusion: frozen features of images, and tokens or cached features of texts."""
+
+    @cached_property
+    def _source(self) -> FeatureSource:
+        return self.features.open(self._images)
+
+    @cached_property
+    def _encoder(self) -> Any:
+        from cir.models.text import load_text_encoder
+
+        assert self.config.text is not None
+        return load_text_encoder(self.config.text)
+
+    @cached_property
+    def _text_features(self) -> tuple[dict[str, int], Any]:
+        """Row of each distinct text, and the frozen encoder's features float32 [texts, width]: computed once."""
+        from cir.models.text import encode_texts
+        from cluster.devices import device
+
+        texts = sorted({*self._rows.texts.unique().to_pylist(), *self._validation.first()})
+        return {text: i for i, text in enumerate(texts)}, encode_texts(self._encoder, texts, device())
+
+    @property
+    def _trains_text(self) -> bool:
+        return self.config.text is not None and self.config.text.trained
+
+    def build(self) -> Any:
+        """A frozen text encoder stays out of the module: its outputs are cached here."""
+        from cir.models.composed import ComposedRetrieval
+
+        module = ComposedRetrieval(self.config, self.features.embeddings.read_json(INFO)["dim"], self._encoder)
+        if not self._trains_text:
+            module.text = None
+        return module
+
+    def _drawn(self, image_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self._taken(image_ids, self._source.draw_views(len(image_ids), rng))
+
+    def _plain(self, image_ids: np.ndarray) -> np.ndarray:
+        return self._taken(image_ids, np.zeros(len(image_ids), np.int64))
+
+    def _taken(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
+        return self._prepared(self._source.take(image_ids, views), self._source.mean)
+
+    def _held_out_references(self, image_ids: np.ndarray) -> np.ndarray:
+        ids, values = self._gallery
+        return values[np.searchsorted(ids, image_ids)]
+
+    def _text(self, texts: list[str]) -> Any:
+        if self._trains_text:
+            return self._encoder.tokenize(texts)
+        places, features = self._text_features
+        return features[[places[text] for text in texts]]

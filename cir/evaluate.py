@@ -4,14 +4,15 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
 from cir import metrics
-from cir.config import EvaluateConfig, VariantConfig
+from cir.compose import compose_queries, target_side
+from cir.config import EvaluateConfig
 from cir.data import Rows
 from cir.train import MODEL
 from cluster.artifacts import Output
@@ -20,12 +21,9 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from mining import tables
 from mining.embed import INFO, plain_parts, read_part
-from mining.features import Features, centred, read_mean
+from mining.features import Features
 from mining.gallery import GROUPS, keys
 from mining.sources import read_json
-
-if TYPE_CHECKING:
-    from cir.models.composed import ComposedRetrieval
 
 EVALUATE_VERSION = 2
 RANKINGS = pa.schema(
@@ -47,6 +45,7 @@ class _Inputs:
     output: Output
     embeddings: Output
     queries: Output
+    gallery: Output
     groups: dict[int, np.ndarray]  # ids of every image of a group
     classes: dict[int, int] | None
     config: EvaluateConfig
@@ -75,7 +74,7 @@ def evaluate(
     Features(embeddings).check(_images_of(table, groups), "evaluate.triplets")
     _check_models(models, embeddings)
     classes = _attribute_classes(attributes, gallery, table) if attributes else None
-    inputs = _Inputs(output, embeddings, queries, groups, classes, config)
+    inputs = _Inputs(output, embeddings, queries, gallery, groups, classes, config)
     missing = {name: model for name, model in models.items() if not output.exists(_ranking(name))}
     monitor.start(len(models) * len(table), "ranking", (len(models) - len(missing)) * len(table))
     for _ in _ranked(inputs, missing, resources):
@@ -156,40 +155,20 @@ def _ranked(inputs: _Inputs, models: dict[str, Output], resources: ActorResource
         yield
 
 
-def load_cir(output: Output) -> "ComposedRetrieval":
-    """A trained model on the CPU, ready to compose queries. Its features are centred with the output's own mean."""
-    from safetensors.torch import load
-
-    from cir.models.composed import ComposedRetrieval
-    from cir.models.text import load_text_encoder
-    from cluster.training import WEIGHTS, load_trained
-
-    content = output.read_json(MODEL)
-    config = VariantConfig.model_validate(content["config"])
-    module = ComposedRetrieval(config, content["dim"], load_text_encoder(config.text))
-    load_trained(module, load(output.read_bytes(WEIGHTS)))
-    return module.eval()
-
-
 def _rank_model(name: str, model: Output, inputs: _Inputs, cpus: float) -> None:
     """A Ray task: compose all queries and rank the gallery part by part."""
     from cluster.devices import limit_threads
 
     limit_threads(cpus)
-    module, mean = load_cir(model), read_mean(model)
-    table = inputs.queries.read_parts(tables.TRIPLETS)
+    table, prepared = inputs.queries.read_parts(tables.TRIPLETS), target_side(model)
     rows = Rows.of(table)
-
-    def prepared(values: np.ndarray) -> np.ndarray:
-        values = values[:, 0].astype(np.float32)
-        return centred(values, mean) if module.config.center else values
-
     source = Features(inputs.embeddings).open_plain(_images_of(table, inputs.groups))
 
     def features_of(ids: np.ndarray) -> np.ndarray:
         return prepared(source.take(ids, np.zeros(len(ids), np.int64)))
 
-    queries = _compose(module, features_of(rows.reference_ids), rows.first(), inputs.config.batch_size)
+    batch_size = inputs.config.batch_size
+    queries = compose_queries(model, inputs.embeddings, (inputs.gallery,), rows.reference_ids, rows.first(), batch_size)
     parts = (read_part(inputs.embeddings, part) for part in plain_parts(inputs.embeddings))
     blocks = ((ids, prepared(values)) for ids, values in parts)
     top = max(10, *inputs.config.recalls)
@@ -207,23 +186,6 @@ def _rank_model(name: str, model: Output, inputs: _Inputs, cpus: float) -> None:
         "reference_first": ranked.reference_first,
     }
     inputs.output.write_table(_ranking(name), pa.table(columns, schema=RANKINGS), RANKINGS)
-
-
-def _compose(module: "ComposedRetrieval", references: np.ndarray, texts: list[str], batch_size: int) -> np.ndarray:
-    """Queries float32 [n, dim]."""
-    import torch
-
-    from cluster.devices import device
-
-    module.to(device())
-    assert module.text is not None
-    queries = []
-    with torch.inference_mode():
-        for i in range(0, len(texts), batch_size):
-            tokens = module.text.tokenize(texts[i : i + batch_size]).to(device())
-            reference = torch.from_numpy(references[i : i + batch_size]).to(device())
-            queries.append(module.compose(reference, tokens).cpu().numpy())
-    return np.concatenate(queries)
 
 
 def _subset_ranks(

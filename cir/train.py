@@ -1,7 +1,8 @@
 """The train stage: one variant with one seed."""
 
-from cir.config import VariantConfig
-from cir.data import CirTask
+from cir.config import TextTower, VariantConfig
+from cir.data import CirTask, TripletTask
+from cir.pixels import BlipTask
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
@@ -10,7 +11,7 @@ from cluster.training import train
 from mining.embed import INFO
 from mining.features import Features, copy_mean
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 MODEL = "cir.json"
 RESULT = "result.json"
 
@@ -32,14 +33,22 @@ def train_cir(
     used = pseudo if config.pseudo else None
     info = features.embeddings.read_json(INFO)
     _check_inputs(triplets, used, config, info["tokens"])
-    _check_text_tower(config, info["dim"])
-    labelled, pseudo_triplets = _checked_rows(CirTask(features, triplets, used, config), triplets)
+    _check_text(config, features, info["dim"])
+    labelled, pseudo_triplets = _checked_rows(cir_task(features, triplets, used, config), triplets)
     counts = {"labelled_triplets": labelled, "pseudo_triplets": pseudo_triplets}
     content = {"version": TRAIN_VERSION, "seed": seed, "dim": info["dim"], **counts, "config": config.model_dump(mode="json")}
+    if config.model == "blip" and features.online is not None:
+        content["tower"] = features.online.tower.model_dump(mode="json")
     output.write_json(MODEL, content)
     copy_mean(features.embeddings, output)
-    task = CirTask(features, triplets, used, config)  # a fresh one: the checks filled the other's caches, which would travel
+    task = cir_task(features, triplets, used, config)  # a fresh one: the checks filled the other's caches, which would travel
     output.write_json(RESULT, train(output, task, config.training, seed, resources, monitor))
+
+
+def cir_task(features: Features, triplets: Output, pseudo: Output | None, config: VariantConfig) -> TripletTask:
+    """The task of the variant's model. BLIP's `features` name, in `online`, the galleries and the tower of its weights."""
+    kind = BlipTask if config.model == "blip" else CirTask
+    return kind(features, triplets, pseudo, config)
 
 
 def _check_inputs(triplets: Output, pseudo: Output | None, config: VariantConfig, tokens: int) -> None:
@@ -55,13 +64,21 @@ def _check_inputs(triplets: Output, pseudo: Output | None, config: VariantConfig
         )
 
 
-def _check_text_tower(config: VariantConfig, dim: int) -> None:
-    tower = config.text
+def _check_text(config: VariantConfig, features: Features, dim: int) -> None:
+    if config.text is not None:
+        _check_text_tower(config.text, config.fusion, dim)
+    elif features.online is not None:
+        from cir.models.blip import DeltaTokenizer
+
+        DeltaTokenizer(features.online.tower)
+
+
+def _check_text_tower(tower: TextTower, fusion: str, dim: int) -> None:
     if tower.weights is not None:
         tower.weights.location()
     elif ":" not in (tower.model or ""):
         _check_known(tower.model or "")
-    if config.fusion == "combiner":
+    if fusion == "combiner":
         from cir.models.composed import check_widths
         from cir.models.text import text_width
 
@@ -77,7 +94,7 @@ def _check_known(model: str) -> None:
         raise UserError(f"train.text.model: open_clip knows no {model!r}; `open_clip.list_models()` gives its names")
 
 
-def _checked_rows(task: CirTask, triplets: Output) -> tuple[int, int]:
+def _checked_rows(task: TripletTask, triplets: Output) -> tuple[int, int]:
     """Numbers of labelled and pseudo triplets that are trained on. Read on the driver, so that a mistake costs no worker."""
     validation = task.config.validation
     if not task.size:

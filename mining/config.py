@@ -51,7 +51,9 @@ class TowerConfig(Section):
     model: str = Field(description="the library's name of the model; for transformers unused when weights name it")
     weights: Weights | None = Field(None, description="None: random, for tests only")
     by_order: bool = Field(False, description="the file's tensors match the model's in order, not by name")
-    output: Literal["pooled", "tokens"] = Field("pooled", description="one vector an image, or one a patch")
+    output: Literal["pooled", "tokens", "projected"] = Field(
+        "pooled", description="one vector an image, one a patch, or BLIP's one of its retrieval space (not normalised)"
+    )
     image_size: int = Field(224, gt=0)
     resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
     mean: tuple[float, float, float] | None = Field(
@@ -64,6 +66,8 @@ class TowerConfig(Section):
     def _transformers_needs_weights(self) -> Self:
         if self.library == "transformers" and self.weights is None:
             raise ValueError("a transformers tower needs 'weights': a hub name or a folder")
+        if self.library != "transformers" and self.output == "projected":
+            raise ValueError("output 'projected' needs 'library: transformers' and the weights of a BLIP retrieval model")
         return self
 
 
@@ -76,11 +80,16 @@ class ViewsConfig(Section):
     aspect: tuple[float, float] = Field((0.8, 1.25), description="width by height")
     flip: float = Field(0.3, ge=0, le=1, description="probability of a mirrored view")
     jitter: float = Field(0.1, ge=0, description="strength of brightness, contrast and saturation changes")
+    rand_augment: tuple[int, int] | None = Field(
+        None, description="RandAugment after these: number of operations and magnitude, 0 to 10 (paper: 2, 5)"
+    )
 
     @model_validator(mode="after")
-    def _cached_or_online(self) -> Self:
+    def _check(self) -> Self:
         if self.online and self.count > 1:
             raise ValueError("online views are not cached: set count to 1")
+        if self.rand_augment is not None and not (self.rand_augment[0] > 0 and 0 <= self.rand_augment[1] <= 10):
+            raise ValueError("rand_augment takes at least one operation and a magnitude of 0 to 10")
         return self
 
 

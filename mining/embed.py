@@ -72,6 +72,10 @@ def embed_gallery(
 def _check(tower: TowerConfig) -> None:
     if tower.weights is not None:
         tower.weights.location()
+    if tower.output == "projected":
+        from mining.towers import check_projected
+
+        check_projected(tower)
     if tower.library == "transformers" and not (tower.mean and tower.std):
         from mining.towers import preprocessing
 

@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,18 +133,38 @@ class CachedFeatures:
         return self._values[_places(self.image_ids, image_ids), views].astype(np.float32)
 
 
-class OnlineFeatures:
-    """The tower run on freshly augmented views; the encoded images asked for are held in memory."""
+class Pixels:
+    """Freshly augmented views as a tower takes them; the encoded images asked for are held in memory."""
 
-    def __init__(self, embeddings: Output, online: Online, image_ids: np.ndarray) -> None:
-        info = embeddings.read_json(INFO)
-        self.tokens, self.dim = info["tokens"], info["dim"]
-        self.mean = read_mean(embeddings)
+    def __init__(self, online: Online, image_ids: np.ndarray) -> None:
         self.online, self.image_ids = online, image_ids
 
     @cached_property
     def _images(self) -> dict[int, bytes]:
         return read_images(self.online.galleries, self.image_ids)
+
+    def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """A fresh view each time; the plain one is as rare as any other."""
+        return rng.integers(ONLINE_VIEWS, size=count)
+
+    def take(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Pixels uint8 [count, size, size, 3] of one view of each image, decoded by as many threads as torch has."""
+        import torch
+
+        images, tower, config = self._images, self.online.tower, self.online.views
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            seeds = zip(image_ids.tolist(), views.tolist(), strict=True)
+            return np.stack(list(threads.map(lambda seed: render(images[seed[0]], tower, config, seed), seeds)))
+
+
+class OnlineFeatures:
+    """The tower run on `Pixels`."""
+
+    def __init__(self, embeddings: Output, online: Online, image_ids: np.ndarray) -> None:
+        info = embeddings.read_json(INFO)
+        self.tokens, self.dim = info["tokens"], info["dim"]
+        self.mean = read_mean(embeddings)
+        self.online, self.pixels = online, Pixels(online, image_ids)
 
     @cached_property
     def _tower(self) -> Callable[[Any], Any]:
@@ -152,17 +173,14 @@ class OnlineFeatures:
         return ImageTower(self.online.tower)
 
     def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """A fresh view each time; the plain one is as rare as any other."""
-        return rng.integers(ONLINE_VIEWS, size=count)
+        """As `Pixels`."""
+        return self.pixels.draw_views(count, rng)
 
     def take(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Decode, augment and run the tower."""
         import torch
 
-        online = self.online
-        seeds = zip(image_ids.tolist(), views.tolist(), strict=True)
-        pixels = np.stack([render(self._images[seed[0]], online.tower, online.views, seed) for seed in seeds])
-        return self._tower(torch.from_numpy(pixels)).cpu().numpy()
+        return self._tower(torch.from_numpy(self.pixels.take(image_ids, views))).cpu().numpy()
 
 
 def _remove_unused(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
@@ -62,7 +63,7 @@ def _inside(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float
 
 
 def _augment(image: Image.Image, size: int, views: ViewsConfig, seed: tuple[int, int]) -> Image.Image:
-    """Random crop, mirror and light colour changes; depends on (image_id, view) alone.
+    """Random crop, mirror, light colour changes and RandAugment; depends on (image_id, view) alone.
 
     Distributed as torchvision's RandomResizedCrop, RandomHorizontalFlip and ColorJitter, but drawn from a generator of its
     own: theirs draw from torch's global one, which the training thread draws dropout from at the same time.
@@ -74,7 +75,38 @@ def _augment(image: Image.Image, size: int, views: ViewsConfig, seed: tuple[int,
     changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for i in rng.permutation(len(changes)):
         image = changes[i](image).enhance(rng.uniform(max(0.0, 1 - views.jitter), 1 + views.jitter))
+    return _rand_augment(image, rng, *views.rand_augment) if views.rand_augment else image
+
+
+def _rand_augment(image: Image.Image, rng: np.random.Generator, count: int, magnitude: int) -> Image.Image:
+    """RandAugment (arXiv 1909.13719) with the operations and ranges of BLIP's training: each of `count` operations drawn
+    uniformly and applied with probability 1/2, in a random direction where it has one."""
+    for _ in range(count):
+        operation = _OPERATIONS[rng.integers(len(_OPERATIONS))]
+        applied, sign = rng.random() < 0.5, rng.choice([-1, 1])
+        if applied:
+            image = operation(image, magnitude / 10, sign)
     return image
+
+
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=_GREY)
+
+
+_GREY = (128, 128, 128)
+_SHIFT = 10 / 384  # share of a side: 10 pixels of BLIP's images
+_OPERATIONS: list[Callable[[Image.Image, float, int], Image.Image]] = [  # (image, level 0 to 1, direction)
+    lambda image, level, sign: image,
+    lambda image, level, sign: ImageOps.autocontrast(image),
+    lambda image, level, sign: ImageOps.equalize(image),
+    lambda image, level, sign: ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * level),  # level 0.5 changes nothing
+    lambda image, level, sign: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * level),
+    lambda image, level, sign: _affine(image, 1, sign * 0.3 * level, 0, 0, 1, 0),
+    lambda image, level, sign: _affine(image, 1, 0, 0, sign * 0.3 * level, 1, 0),
+    lambda image, level, sign: _affine(image, 1, 0, sign * level * _SHIFT * image.width, 0, 1, 0),
+    lambda image, level, sign: _affine(image, 1, 0, 0, 0, 1, sign * level * _SHIFT * image.height),
+    lambda image, level, sign: image.rotate(sign * 30 * level, Image.Resampling.BILINEAR, fillcolor=_GREY),
+]
 
 
 def _crop_box(rng: np.random.Generator, width: int, height: int, views: ViewsConfig) -> tuple[int, int, int, int]:

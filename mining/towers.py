@@ -31,17 +31,21 @@ class ImageTower(nn.Module):
         self.dtype = torch.bfloat16 if uses_bf16(config.precision) else torch.float32
         model, mean, std = _LOADERS[config.library](config)
         self.model: Any = model.eval().requires_grad_(False).to(self.dtype)
-        self.mean = torch.tensor(config.mean or mean, device=device()).view(3, 1, 1) * 255
-        self.std = torch.tensor(config.std or std, device=device()).view(3, 1, 1) * 255
+        self.mean, self.std = config.mean or mean, config.std or std
         self.to(device())
 
     @torch.inference_mode()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels are normalised here, on the device."""
-        images = pixels.to(device(), non_blocking=True).permute(0, 3, 1, 2).float()
-        images = (images - self.mean) / self.std
+        images = normalised(pixels.to(device(), non_blocking=True), self.mean, self.std)
         values = _FORWARD[self.config.library](self.model, images.to(self.dtype), self.config.output)
         return values.float() if values.ndim == 3 else values.float().unsqueeze(1)
+
+
+def normalised(pixels: torch.Tensor, mean: _Colour, std: _Colour) -> torch.Tensor:
+    """Images float32 [B, 3, size, size] of pixels uint8 [B, size, size, 3]; mean and deviation are of 0 to 1."""
+    middle, spread = (torch.tensor(colour, device=pixels.device).view(3, 1, 1) * 255 for colour in (mean, std))
+    return (pixels.permute(0, 3, 1, 2).float() - middle) / spread
 
 
 def _load_timm(config: TowerConfig) -> _Loaded:
@@ -116,13 +120,41 @@ def open_clip_source(model: str, weights: Weights | None) -> tuple[str, str | No
 
 
 def _load_transformers(config: TowerConfig) -> _Loaded:
-    from transformers import AutoModel
+    from transformers import AutoModel, BlipForImageTextRetrieval
 
     assert config.weights is not None
     location, revision = config.weights.location(), config.weights.revision
-    model = AutoModel.from_pretrained(location, revision=revision, trust_remote_code=False)
-    colours = (config.mean, config.std) if config.mean and config.std else preprocessing(config)
-    return model, *colours
+    kind: Any = BlipForImageTextRetrieval if config.output == "projected" else AutoModel
+    return kind.from_pretrained(location, revision=revision, trust_remote_code=False), *colours(config)
+
+
+def colours(config: TowerConfig) -> tuple[_Colour, _Colour]:
+    """The mean and deviation of a transformers tower's pixels: the config's, or those it was saved with.
+
+    Raises UserError when there are neither.
+    """
+    return (config.mean, config.std) if config.mean and config.std else preprocessing(config)
+
+
+def check_projected(config: TowerConfig) -> None:
+    """Raises UserError when a tower with output `projected` is no BLIP retrieval model for images of its size."""
+    from transformers import AutoConfig
+
+    assert config.weights is not None
+    location, revision = config.weights.location(), config.weights.revision
+    try:
+        found: Any = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"embed.towers: {location} has no config that transformers can read: {error}") from error
+    if "BlipForImageTextRetrieval" not in (found.architectures or []):
+        raise UserError(
+            f"embed.towers: output 'projected' is of BLIP's retrieval models, {location} is {found.architectures}; give such "
+            "weights (Salesforce/blip-itm-large-coco), or output: pooled"
+        )
+    if found.vision_config.image_size != config.image_size:
+        raise UserError(
+            f"embed.towers: image_size is {config.image_size}, {location} takes images of {found.vision_config.image_size}"
+        )
 
 
 def preprocessing(config: TowerConfig) -> tuple[_Colour, _Colour]:
@@ -157,8 +189,9 @@ def _forward_open_clip(model: Any, images: torch.Tensor, output: str) -> torch.T
 
 def _forward_transformers(model: Any, images: torch.Tensor, output: str) -> torch.Tensor:
     vision = getattr(model, "vision_model", model)
-    if output == "tokens":
-        return vision(pixel_values=images).last_hidden_state
+    if output != "pooled":
+        tokens = vision(pixel_values=images).last_hidden_state
+        return tokens if output == "tokens" else model.vision_proj(tokens[:, 0])
     if hasattr(model, "get_image_features"):
         features = model.get_image_features(pixel_values=images)
         return features if isinstance(features, torch.Tensor) else features.pooler_output

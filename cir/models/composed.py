@@ -7,18 +7,18 @@ from torch import nn
 from torch.nn import functional
 
 from cir.config import VariantConfig
-from cir.losses import gather_blocks, semi_supervised
+from cir.losses import Pairs
 from cir.models.combiner import Combiner
 from cir.models.residual import ResidualFusion
+from cir.models.retrieval import Retrieval
 from cir.models.text import TextEncoder
 from cluster.errors import UserError
 
-FIXED_SCALE = 1 / 0.01  # tau of the paper's Combiner
 FIRST_LOG_SCALE = 2.9
 MAX_SCALE = 100.0
 
 
-class ComposedRetrieval(nn.Module):
+class ComposedRetrieval(Retrieval):
     """Query c = fusion(reference, text(delta)), compared with the target's frozen image features (PAPER 3.1).
 
     `text` may be taken away (None) where a frozen encoder's outputs are given in place of tokens.
@@ -29,8 +29,12 @@ class ComposedRetrieval(nn.Module):
         self.config = config
         self.text: TextEncoder | None = encoder
         self.fusion = _fusion(config, dim, encoder.width)
-        learned = config.temperature == "learned"
-        self.log_scale = nn.Parameter(torch.full((1,), FIRST_LOG_SCALE)) if learned else None
+        self.log_scale = nn.Parameter(torch.full((1,), FIRST_LOG_SCALE)) if config.learns_temperature else None
+
+    def tokenize(self, texts: list[str]) -> torch.Tensor:
+        """Tokens as the text encoder takes them."""
+        assert self.text is not None, "this module was built for cached text features"
+        return self.text.tokenize(texts)
 
     def compose(self, reference: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Queries float32 [B, dim] of norm 1.
@@ -47,25 +51,23 @@ class ComposedRetrieval(nn.Module):
             inputs[self.config.zero] = torch.zeros_like(inputs[self.config.zero])
         return self.fusion(**inputs)
 
-    def scale(self, like: torch.Tensor) -> torch.Tensor:
-        """1 / tau, float32 []."""
-        if self.log_scale is None:
-            return like.new_tensor(FIXED_SCALE, dtype=torch.float32)
+    def learned_scale(self) -> torch.Tensor:
+        """At most 100."""
+        assert self.log_scale is not None
         return self.log_scale.float().exp().clamp(max=MAX_SCALE).squeeze()
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Losses of a batch {"reference" [n, dim], "target" [n, dim], "target_id" [n], "text", "supervised"}.
-
-        The first `supervised` rows are labelled, the rest pseudo triplets; rows of all ranks are each other's negatives.
-        """
-        count = batch["supervised"]
-        queries = gather_blocks(self.compose(batch["reference"], batch["text"]), count)
-        targets = gather_blocks(functional.normalize(batch["target"].float(), dim=-1), count)
-        target_ids = gather_blocks(batch["target_id"], count)
-        scale = self.scale(queries)
-        labelled = count * len(queries) // len(batch["target_id"])
-        losses = semi_supervised(queries, targets, target_ids, labelled, scale)
-        return {**losses, "temperature": 1 / scale.detach()}
+        """Images are features [n, dim], prepared as those of the gallery; texts as in `compose`."""
+        queries = self.compose(batch["reference"], batch["text"])
+        targets, references = (functional.normalize(batch[role].float(), dim=-1) for role in ("target", "reference"))
+        pairs = Pairs(
+            queries,
+            targets,
+            batch["target_id"],
+            batch["reference_id"],
+            references if self.config.loss.reference_negative else None,
+        )
+        return self.losses(pairs, batch["supervised"])
 
 
 def _fusion(config: VariantConfig, dim: int, text_width: int) -> nn.Module:

@@ -48,8 +48,9 @@ def _weights(config: RunConfig) -> Iterator[tuple[str, str, Weights]]:
     for kind in ("align", "instruct", "generate"):
         yield kind, "vdg.language_model", config.vdg.language_model
     for name in config.train.variants:
-        if (text := config.train.variant(name).text.weights) is not None:
-            yield "train", f"train.variants.{name}.text.weights", text
+        text = config.train.variant(name).text
+        if text is not None and text.weights is not None:
+            yield "train", f"train.variants.{name}.text.weights", text.weights
 
 
 def _trainings(config: RunConfig) -> Iterator[tuple[str, TrainingConfig, WorkerResources]]:

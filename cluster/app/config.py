@@ -120,6 +120,17 @@ class RunConfig(Section):
                 raise ValueError(f"ingest: the name {name!r} is part of a folder's name: use letters, digits, '_' and '-'")
         return self
 
+    @model_validator(mode="after")
+    def _blip_sees_through_itself(self) -> Self:
+        tower = self.embed.towers[self.train.tower]
+        for name in self.train.variants:
+            if self.train.variant(name).model == "blip" and tower.output != "projected":
+                raise ValueError(
+                    f"train.variants.{name}: model 'blip' needs a train.tower with output: projected, the weights of a BLIP "
+                    f"retrieval model; '{self.train.tower}' has output: {tower.output}"
+                )
+        return self
+
     def _galleries_named(self) -> list[tuple[str, str]]:
         """(name of a file of triplets or captions, gallery it names)."""
         triplets = [(name, source.gallery) for name, source in self.ingest.triplets.items()]

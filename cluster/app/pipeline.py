@@ -127,11 +127,15 @@ class Pipeline:
         """`embed:<tower>.<gallery>`; images to search in are embedded plain, training images in every cached view."""
         config, images = self.config, self.gallery(gallery)
         views = ViewsConfig() if gallery == "evaluate" else config.embed.views
+        settings = {
+            "tower": content_identity(config.embed.towers[tower]),
+            "views": views.model_dump(mode="json", exclude_none=True),  # a field that is off leaves digests as they were
+        }
         return self._make(
             Stage(
                 f"embed:{tower}.{gallery}",
                 EMBED_VERSION,
-                {"tower": content_identity(config.embed.towers[tower]), "views": views.model_dump(mode="json")},
+                settings,
                 lambda output, monitor: embed_gallery(
                     output, self.output(images), tower, config.embed, views, config.resources.embed, monitor
                 ),
@@ -140,14 +144,14 @@ class Pipeline:
             )
         )
 
-    def _features(self, tower: str, *galleries: str) -> tuple[Features, dict[str, Stage]]:
-        """Features of the images of some galleries, and the stages they come from."""
+    def _features(self, tower: str, *galleries: str, pixels: bool = False) -> tuple[Features, dict[str, Stage]]:
+        """Features of the images of some galleries, and the stages they come from; with `pixels` the images too."""
         config = self.config.embed
         names = list(dict.fromkeys(galleries))
         parents = {f"embeddings.{name}": self.embeddings(tower, name) for name in names}
         first, *more = (self.output(stage) for stage in parents.values())
         online = None
-        if config.views.online:
+        if config.views.online or pixels:
             outputs = tuple(self.output(self.gallery(name)) for name in names)
             online = Online(outputs, config.towers[tower], config.views)
         return Features(first, online, tuple(more)), parents
@@ -262,7 +266,7 @@ class Pipeline:
         triplets = self.triplets(variant.triplets)
         pseudo = self.pseudo_triplets if variant.pseudo else None
         galleries = [config.ingest.triplets[variant.triplets].gallery, *([config.mine.gallery] if pseudo else [])]
-        features, parents = self._features(config.train.tower, *galleries)
+        features, parents = self._features(config.train.tower, *galleries, pixels=variant.model == "blip")
         return self._make(
             Stage(
                 f"train:{name}.s{seed}",

@@ -126,18 +126,13 @@ def test_a_zeroed_input_does_not_matter(tiny_bert: dict[str, Any], zero: str) ->
 
 def semi_batch() -> dict[str, Any]:
     """Four labelled and four pseudo rows."""
-    images = {"reference": rows(8, 16), "target": rows(8, 16, 1), "target_id": torch.arange(8)}
-    return {**images, "text": rows(8, 32), "supervised": 4}
+    images = {"reference": rows(8, 16), "target": rows(8, 16, 1)}
+    ids = {"reference_id": torch.arange(8) + 8, "target_id": torch.arange(8)}
+    return {**images, **ids, "text": rows(8, 32), "supervised": 4}
 
 
 def test_forward_gives_losses_and_temperature(tiny_bert: dict[str, Any]) -> None:
-    batch = {
-        "reference": rows(8, 16),
-        "target": rows(8, 16, 1),
-        "target_id": torch.arange(8),
-        "text": rows(8, 32),
-        "supervised": 4,
-    }
+    batch = semi_batch()
     found = model(tiny_bert)(batch)
     assert set(found) == {"loss", "loss_supervised", "loss_joint", "temperature"}
     assert float(found["temperature"]) == pytest.approx(np.exp(-2.9), rel=1e-5)
@@ -153,16 +148,17 @@ def test_the_learned_scale_stops_at_100(tiny_bert: dict[str, Any]) -> None:
 
 
 def test_a_bf16_module_takes_fp32_inputs(tiny_bert: dict[str, Any]) -> None:
-    batch = {
-        "reference": rows(4, 16),
-        "target": rows(4, 16),
-        "target_id": torch.arange(4),
-        "text": rows(4, 32),
-        "supervised": 4,
-    }
-    found = model(tiny_bert).bfloat16()(batch)
+    found = model(tiny_bert).bfloat16()(semi_batch())
     assert found["loss"].dtype == torch.float32
     assert torch.isfinite(found["loss"])
+
+
+def test_the_reference_as_a_negative_costs_a_query_that_stays_near_it(tiny_bert: dict[str, Any]) -> None:
+    plain, harder = model(tiny_bert), model(tiny_bert, loss={"reference_negative": True})
+    batch = semi_batch()
+    assert float(harder(batch)["loss"]) > float(plain(batch)["loss"])
+    batch["reference_id"] = batch["target_id"]
+    torch.testing.assert_close(harder(batch)["loss"], plain(batch)["loss"])
 
 
 def test_the_combiner_refuses_unequal_widths(tiny_bert: dict[str, Any]) -> None:

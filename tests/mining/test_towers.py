@@ -83,7 +83,7 @@ def test_a_transformers_tower(clip: TowerConfig, output: str) -> None:
 
 
 def colours(tower: ImageTower) -> list[list[float]]:
-    return [[round(x / 255, 3) for x in values.flatten().tolist()] for values in (tower.mean, tower.std)]
+    return [[round(x, 3) for x in values] for values in (tower.mean, tower.std)]
 
 
 def test_pixels_are_normalised_as_the_library_says_unless_the_config_does(clip: TowerConfig, tmp_path: Path) -> None:

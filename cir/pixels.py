@@ -1,0 +1,45 @@
+"""What composed retrieval with BLIP gives the training loop: triplets joined with pixels, which its ViT sees online."""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from cir.data import TripletTask
+from mining.features import Pixels
+
+
+class BlipTask(TripletTask):
+    """Of BLIP: pixels of fresh views of images, and tokens of texts. Validation compares with cached features."""
+
+    @cached_property
+    def _pixels(self) -> Pixels:
+        """Of the images that are trained on and of the held-out references."""
+        assert self.features.online is not None, "BLIP sees images: the features name their galleries"
+        return Pixels(self.features.online, np.union1d(self._images, self._validation.reference_ids))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from cir.models.blip import DeltaTokenizer
+
+        assert self.features.online is not None
+        return DeltaTokenizer(self.features.online.tower)
+
+    def build(self) -> Any:
+        """BLIP whole, its frozen parts included."""
+        from cir.models.blip import BlipRetrieval
+
+        assert self.features.online is not None
+        return BlipRetrieval(self.config, self.features.online.tower)
+
+    def _drawn(self, image_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self._pixels.take(image_ids, self._pixels.draw_views(len(image_ids), rng))
+
+    def _plain(self, image_ids: np.ndarray) -> np.ndarray:
+        return self._pixels.take(image_ids, np.zeros(len(image_ids), np.int64))
+
+    def _held_out_references(self, image_ids: np.ndarray) -> np.ndarray:
+        return self._plain(image_ids)
+
+    def _text(self, texts: list[str]) -> Any:
+        return self._tokenizer(texts)
