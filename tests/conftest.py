@@ -79,6 +79,15 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_blip(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tower's config of a tiny BLIP retrieval model."""
+    from mining.config import TowerConfig
+    from tests import tiny
+
+    return TowerConfig(**tiny.blip(tmp_path_factory.mktemp("blip")))
+
+
+@pytest.fixture(scope="session")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny image tower's config."""
     from mining.config import TowerConfig

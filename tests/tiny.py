@@ -7,7 +7,17 @@ import timm
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    BlipImageProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from cluster.weights import Weights
 
@@ -31,6 +41,26 @@ def text_tower(folder: Path) -> dict[str, Any]:
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
     return {"library": "transformers", "weights": {"folder": str(folder)}}
+
+
+def blip(folder: Path) -> dict[str, Any]:
+    """A two-layer BLIP retrieval model with MiniLM's tokeniser and a space of 16, as a config section of its tower."""
+    tokenizer = AutoTokenizer.from_pretrained(MINILM.location())
+    tokenizer.save_pretrained(folder)
+    BlipImageProcessor().save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    spread = {"initializer_range": 0.2}  # so that images and texts differ clearly
+    config = BlipConfig(
+        text_config={**shape, **spread, "vocab_size": len(tokenizer), "bos_token_id": 101, "pad_token_id": 0},
+        vision_config={**shape, **spread, "image_size": 32, "patch_size": 8},
+        image_text_hidden_size=16,
+        **spread,
+    )
+    BlipForImageTextRetrieval(config).save_pretrained(folder)
+    weights = {"folder": str(folder)}
+    tower = {"library": "transformers", "model": "blip", "weights": weights, "output": "projected"}
+    return {**tower, "image_size": 32, "resize": "squash", "precision": "fp32"}
 
 
 def language_model(folder: Path) -> Weights:

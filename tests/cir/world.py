@@ -1,5 +1,6 @@
 """A tiny gallery whose features and deltas are known: images of shapes in colours, in any stage's output form."""
 
+from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,49 @@ def gallery(folder: Path) -> Output:
     output = Output(str(folder))
     output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)
     return output
+
+
+def picture(image: int) -> bytes:
+    """PNG of a shape in its colour, each photo of it at another place."""
+    from PIL import Image, ImageDraw
+
+    colour, shape = look(image)
+    canvas = Image.new("RGB", (32, 32), "grey")
+    left = 2 + 4 * (image % PHOTOS)
+    box = (left, 6, left + 20, 26)
+    draw = ImageDraw.Draw(canvas)
+    {
+        "ball": lambda: draw.ellipse(box, fill=colour),
+        "cube": lambda: draw.rectangle(box, fill=colour),
+        "cone": lambda: draw.polygon([(left + 10, 6), (left, 26), (left + 20, 26)], fill=colour),
+        "ring": lambda: draw.ellipse(box, outline=colour, width=5),
+    }[shape]()
+    stream = BytesIO()
+    canvas.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def blip_features(folder: Path, tower: TowerConfig) -> Features:
+    """The gallery's pictures through the embed stage with BLIP's projected output, and their pixels."""
+    rows = [{"image_id": int(IDS[i]), "key": f"image{i}", "image": picture(i)} for i in range(COUNT)]
+    images = Output(str(folder / "pictures"))
+    images.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)
+    output = Output(str(folder / "projected"))
+    config = EmbedConfig(towers={"blip": tower}, batch_size=16)
+    embed_gallery(output, images, "blip", config, ViewsConfig(), EmbedResources(), Silent())
+    views = ViewsConfig(crop=(0.9, 1.0), flip=0.5, jitter=0.0, rand_augment=(2, 5))
+    return Features(output, Online((images,), tower, views))
+
+
+def blip_variant(**changes: Any) -> VariantConfig:
+    """The paper's losses with a fast schedule."""
+    fields: dict[str, Any] = {
+        "model": "blip",
+        "loss": {"contrastive": "hn_nce", "tdm": True},
+        "training": {"steps": 40, "batch_size": 16, "learning_rate": 2e-3},
+        **changes,
+    }
+    return VariantConfig.model_validate(fields)
 
 
 def attributes() -> dict[str, dict[str, str]]:
