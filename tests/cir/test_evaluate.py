@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cir.benchmarks import triplets
+from cir.benchmarks.triplets import check_attributes
 from cir.config import EvaluateConfig
-from cir.evaluate import RANKINGS, check_attributes, evaluate
+from cir.evaluate import RANKINGS, evaluate
 from cir.train import train_cir
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
@@ -52,7 +54,9 @@ def steps(count: int) -> dict[str, Any]:
 def score(folder: Path, arguments: dict[str, Any], **fields: Any) -> Output:
     output = Output(str(folder / "evaluation"))
     config = EvaluateConfig.model_validate({"resamples": 500, **fields})
-    evaluate(output, **arguments, config=config, resources=ActorResources(actors=2), monitor=Silent())
+    benchmark = triplets.load(arguments["queries"], arguments["gallery"], arguments["attributes"], config)
+    embeddings, models, text = arguments["embeddings"], arguments["models"], arguments.get("text")
+    evaluate(output, benchmark, embeddings, models, text, config, ActorResources(actors=2), Silent())
     return output
 
 

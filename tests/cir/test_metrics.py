@@ -58,12 +58,12 @@ def test_several_answers_are_right_when_their_attributes_equal_the_targets() -> 
     assert found.tolist() == [[True, False, False], [False, True, False]]
 
 
-def test_subset_ranks_leave_the_reference_out() -> None:
+def test_groups_are_ranked_without_the_reference() -> None:
     queries = np.array([[1.0, 0.0], [0.0, 1.0]])
     members = [np.array([1, 2, 3]), np.array([4, 5])]
-    features = np.array([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0], [1.0, 0.2]])
-    ranks = metrics.subset_ranks(queries, members, features, np.array([1, 4]), np.array([3, 5]))
-    assert ranks.tolist() == [2, 1]
+    features = np.array([[1.0, 0.0], [0.5, 0.5], [0.9, 0.1], [0.0, 1.0], [1.0, 0.2]])
+    ranked = metrics.rank_groups(queries, members, features, np.array([1, 4]))
+    assert [ids.tolist() for ids in ranked] == [[3, 2], [5]]
 
 
 def test_bootstrap_gives_the_mean_gain_and_the_normal_interval() -> None:

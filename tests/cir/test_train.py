@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from cir.compose import load_cir
 from cir.config import VariantConfig
-from cir.evaluate import load_cir
 from cir.train import train_cir
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
