@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -77,7 +76,7 @@ def of_references(benchmark: Benchmark, queries: np.ndarray, gallery: dict[int, 
     return np.stack([gallery[query.reference] for query in benchmark.queries])
 
 
-def score(folder: Path, benchmark: Benchmark, compose: Compose | None = None, **fields: Any) -> Output:
+def score(folder: Path, benchmark: Benchmark, compose: Compose | None = None) -> Output:
     """The evaluate stage on random image vectors, and on queries that are random too or made from them."""
     queries, gallery = random_vectors(benchmark)
     folder.mkdir(exist_ok=True)
@@ -85,7 +84,7 @@ def score(folder: Path, benchmark: Benchmark, compose: Compose | None = None, **
         folder / "vectors.parquet", benchmark, compose(benchmark, queries, gallery) if compose else queries, gallery
     )
     output = Output(str(folder / "evaluation"))
-    evaluate_given(output, benchmark, file, EvaluateConfig(**fields), ActorResources(actors=2), Silent())
+    evaluate_given(output, benchmark, file, EvaluateConfig(), ActorResources(actors=2), Silent())
     return output
 
 

@@ -57,7 +57,7 @@ def test_rankings_by_hand(val: Circo) -> None:
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_the_submission_is_in_the_servers_form(folder: str, tmp_path: Path, ray_session: None, part: str) -> None:
     benchmark = circo.load(folder, part)  # type: ignore[arg-type]
-    output = official.score(tmp_path, benchmark, official.of_references, benchmark="circo", part=part)
+    output = official.score(tmp_path, benchmark, official.of_references)
     content = output.read_json(f"submissions/embeddings/{part}.json")
     assert list(content) == [str(i) for i in range(len(benchmark.queries))]
     for query in benchmark.queries:

@@ -75,7 +75,7 @@ def test_a_gallery_of_references_alone_caps_the_recall(tmp_path: Path, ray_sessi
 def test_hidden_labels_give_submission_files_alone_in_the_servers_form(tmp_path: Path, ray_session: None) -> None:
     folder = official.annotations("cirr")
     benchmark = cirr.load(folder, "test")
-    output = official.score(tmp_path, benchmark, part="test", benchmark="cirr")
+    output = official.score(tmp_path, benchmark)
     assert output.read_json("metrics.json") == {}
     members = {query.key: {benchmark.names[i] for i in query.members} for query in benchmark.queries}
     for name, metric, count in (
