@@ -44,52 +44,45 @@ def _config(model: Output) -> VariantConfig:
 
 
 def target_side(model: Output) -> Callable[[np.ndarray], np.ndarray]:
-    """What turns cached features [n, 1, dim] into those [n, dim] that the model's queries are compared with.
+    """What turns raw image vectors float32 [n, dim] into those that the model's queries are compared with.
 
     They are centred with the mean of the gallery that the model was trained on, when its config says so.
     """
-    mean = read_mean(model) if _config(model).center else None
-
-    def prepared(values: np.ndarray) -> np.ndarray:
-        vectors = values[:, 0].astype(np.float32)
-        return vectors if mean is None else centred(vectors, mean)
-
-    return prepared
+    if not _config(model).center:
+        return lambda values: values
+    mean = read_mean(model)
+    return lambda values: centred(values, mean)
 
 
-def compose_queries(
-    model: Output,
-    embeddings: Output,
-    galleries: tuple[Output, ...],
-    reference_ids: np.ndarray,
-    texts: list[str],
-    batch_size: int,
-) -> np.ndarray:
-    """Queries float32 [n, dim] of a trained model for references (ids [n]) and deltas, on this process's device.
+class Composer:
+    """A trained model on this process's device, composing queries.
 
-    A fusion takes the references' plain features from `embeddings`, BLIP their pixels from the images of `galleries`.
+    A fusion takes the references' plain features from `embeddings`, BLIP their pixels from the images of `gallery`.
     """
-    import torch
 
-    from cluster.devices import device
+    def __init__(self, model: Output, embeddings: Output, gallery: Output) -> None:
+        from cluster.devices import device
 
-    module, place = load_cir(model).to(device()), device()
-    take = _reference_inputs(model, embeddings, galleries, reference_ids)
-    queries = []
-    with torch.inference_mode():
-        for rows in (slice(i, i + batch_size) for i in range(0, len(texts), batch_size)):
-            reference = torch.from_numpy(take(reference_ids[rows])).to(place)
-            queries.append(module.compose(reference, module.tokenize(texts[rows]).to(place)).cpu().numpy())
-    return np.concatenate(queries)
+        self.model, self.embeddings, self.gallery = model, embeddings, gallery
+        self.module, self.device = load_cir(model).to(device()), device()
 
+    def queries(self, reference_ids: np.ndarray, texts: list[str], batch_size: int) -> np.ndarray:
+        """Queries float32 [n, dim] for references (ids [n]) and deltas."""
+        import torch
 
-def _reference_inputs(
-    model: Output, embeddings: Output, galleries: tuple[Output, ...], image_ids: np.ndarray
-) -> Callable[[np.ndarray], np.ndarray]:
-    """What gives the plain inputs of a model for some of these images."""
-    if _config(model).model == "blip":
-        tower = TowerConfig.model_validate(model.read_json(MODEL)["tower"])
-        pixels = Pixels(Online(galleries, tower, ViewsConfig()), image_ids)
-        return lambda ids: pixels.take(ids, np.zeros(len(ids), np.int64))
-    source, prepared = Features(embeddings).open_plain(image_ids), target_side(model)
-    return lambda ids: prepared(source.take(ids, np.zeros(len(ids), np.int64)))
+        take, queries = self._references(reference_ids), []
+        with torch.inference_mode():
+            for rows in (slice(i, i + batch_size) for i in range(0, len(texts), batch_size)):
+                reference = torch.from_numpy(take(reference_ids[rows])).to(self.device)
+                tokens = self.module.tokenize(texts[rows]).to(self.device)
+                queries.append(self.module.compose(reference, tokens).cpu().numpy())
+        return np.concatenate(queries)
+
+    def _references(self, image_ids: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """What gives the model's plain inputs of some of these images."""
+        if _config(self.model).model == "blip":
+            tower = TowerConfig.model_validate(self.model.read_json(MODEL)["tower"])
+            pixels = Pixels(Online((self.gallery,), tower, ViewsConfig()), image_ids)
+            return lambda ids: pixels.take(ids, np.zeros(len(ids), np.int64))
+        source, prepare = Features(self.embeddings).open_plain(image_ids), target_side(self.model)
+        return lambda ids: prepare(source.take(ids, np.zeros(len(ids), np.int64))[:, 0])

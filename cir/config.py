@@ -169,13 +169,41 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+BenchmarkName = Literal["triplets", "cirr", "fashioniq", "circo"]
+Part = Literal["val", "test"]
+
+
 class EvaluateConfig(Section):
     """How trained models are scored."""
 
-    recalls: list[int] = Field([1, 5, 10], min_length=1, description="K of Recall@K")
+    benchmark: BenchmarkName = Field("triplets", description="an official protocol, or 'triplets': a file of one's own")
+    part: Part = Field("val", description="test: its labels are hidden, and submission files are all that is written")
+    remove_reference: bool | None = Field(
+        None, description="fashioniq: take the query's reference out of its ranking; None: the usual protocol, which keeps it"
+    )
+    recalls: list[int] = Field([1, 5, 10], min_length=1, description="K of Recall@K of 'triplets'")
     subset_recalls: list[int] = Field(
-        [1, 2, 3], description="K of the recall among the other members of a query's group, where the queries list them"
+        [1, 2, 3], description="K of the recall among the other members of a query's group, where the triplets list them"
     )
     batch_size: int = Field(256, gt=0, description="queries a forward pass")
     baseline: str = Field("supervised", description="variant that the others' gains are measured against")
     resamples: int = Field(10_000, gt=0, description="of the paired bootstrap")
+
+    @model_validator(mode="after")
+    def _protocol_is_open(self) -> Self:
+        if self.part == "test" and self.benchmark not in ("cirr", "circo"):
+            raise ValueError(f"part 'test': {self.benchmark} has no server that scores hidden labels; set it to val")
+        if self.remove_reference is not None and self.benchmark != "fashioniq":
+            raise ValueError("'remove_reference' is for fashioniq alone: the other protocols say what happens to it")
+        return self
+
+    @property
+    def is_official(self) -> bool:
+        """Whether the queries come from a benchmark's own files."""
+        return self.benchmark != "triplets"
+
+    @property
+    def headline(self) -> str:
+        """The metric that gains are measured in; FashionIQ's R@10 is the mean over its categories."""
+        fixed = {"cirr": "R@1", "fashioniq": "R@10", "circo": "mAP@5"}
+        return fixed.get(self.benchmark, f"R@{self.recalls[0]}")

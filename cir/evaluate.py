@@ -1,105 +1,92 @@
-"""The evaluate stage: every trained model on one gallery and query file. The driver stays free of torch."""
+"""The evaluate stage: everything that can be ranked, on one benchmark. The driver stays free of torch."""
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from cir import metrics
-from cir.compose import compose_queries, target_side
-from cir.config import EvaluateConfig
-from cir.data import Rows
+from cir import figures, metrics
+from cir.benchmarks.benchmark import Benchmark, Figures, Protocol
+from cir.config import EvaluateConfig, TextTower
+from cir.entrants import Entrant, GivenQueries, Trained, controls
 from cir.train import MODEL
+from cir.vectors import Embedded, Given, Take, Vectors
 from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from mining import tables
-from mining.embed import INFO, plain_parts, read_part
-from mining.features import Features
-from mining.gallery import GROUPS, keys
-from mining.sources import read_json
+from mining.embed import INFO
 
-EVALUATE_VERSION = 2
+EVALUATE_VERSION = 3
+CONTROLS = "controls"  # folder of the control rows' rankings
+GIVEN = "embeddings"  # name of given embeddings among the variants
+SUBMISSIONS = "submissions"
 RANKINGS = pa.schema(
     [
         ("triplet_id", pa.int64()),
-        ("image_ids", pa.list_(pa.int64())),  # best first, at least ten, the reference removed; -1 past the gallery's end
-        ("correct", pa.list_(pa.bool_())),  # of each of image_ids: the target itself, or the same attributes
-        ("target_rank", pa.int32()),  # 1 is best
+        ("image_ids", pa.list_(pa.int64())),  # best first, at least ten; -1 past the gallery's end
+        ("correct", pa.list_(pa.bool_())),  # of each of image_ids
+        ("target_rank", pa.int32()),  # 1 is best; null where the target is not known, or not in the gallery
         ("subset_rank", pa.int32()),  # of the target inside the query's group; null where its members are not known
-        ("reference_first", pa.bool_()),  # the reference would have ranked first
+        ("reference_first", pa.bool_()),  # the reference ranks first, or would have, had it not been removed
     ]
 )
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What each model is scored on; travels to the Ray tasks."""
+    """What each entrant is ranked on; travels to the Ray tasks."""
 
     output: Output
-    embeddings: Output
-    queries: Output
-    gallery: Output
-    groups: dict[int, np.ndarray]  # ids of every image of a group
-    classes: dict[int, int] | None
-    config: EvaluateConfig
+    benchmark: Benchmark
+    vectors: Vectors
+    batch_size: int
 
 
 def evaluate(
     output: Output,
+    benchmark: Benchmark,
     embeddings: Output,
-    queries: Output,
     gallery: Output,
-    attributes: str | None,
     models: dict[str, Output],
+    text: TextTower | None,
     config: EvaluateConfig,
     resources: ActorResources,
     monitor: Monitor,
 ) -> None:
-    """Rank the gallery for every query with each model ("<variant>.s<seed>"), and write metrics, gains and rankings.
+    """Rank the gallery for every query with each model ("<variant>.s<seed>") and control row, and write the figures.
 
-    A ranking that exists is kept. R@K counts an image as right when its attributes equal the target's, where
-    `attributes` (JSON: key -> dict) are given; else the target alone. Rs@K is reported where the queries list the members
-    of their groups: a group known through its triplets alone would be too easy. Raises UserError when an input does not fit.
+    `text` is the encoder of the control rows, where its vectors can be compared with the gallery's. A ranking that exists
+    is kept. Written are rankings, `metrics.json`, `gain.json`, `controls.json`, `protocols.json` (what each number is)
+    and, for benchmarks with a server, submission files: these alone where labels are hidden. Raises UserError when an
+    input does not fit.
     """
-    table, groups = queries.read_parts(tables.TRIPLETS), _groups(queries)
-    if not len(table):
-        raise UserError(f"evaluate.triplets: {queries.uri} has no triplets")
-    Features(embeddings).check(_images_of(table, groups), "evaluate.triplets")
+    Embedded(embeddings).check(benchmark)
     _check_models(models, embeddings)
-    classes = _attribute_classes(attributes, gallery, table) if attributes else None
-    inputs = _Inputs(output, embeddings, queries, gallery, groups, classes, config)
-    missing = {name: model for name, model in models.items() if not output.exists(_ranking(name))}
-    monitor.start(len(models) * len(table), "ranking", (len(models) - len(missing)) * len(table))
-    for _ in _ranked(inputs, missing, resources):
-        monitor.advance(len(table))
-    hits = {
-        name: _metrics_of(output.read_table(_ranking(name), RANKINGS), config, exact=classes is not None) for name in models
-    }
-    output.write_json("metrics.json", _by_variant(hits))
-    output.write_json("gain.json", _gains(hits, config))
+    rows, left_out = controls(text)
+    trained: dict[str, Entrant] = {name: Trained(model, embeddings, gallery) for name, model in models.items()}
+    inputs = _Inputs(output, benchmark, Embedded(embeddings), config.batch_size)
+    found, extra = _figures(inputs, trained, {} if benchmark.hidden else rows, resources, monitor)
+    output.write_json("metrics.json", figures.by_variant(found))
+    output.write_json("gain.json", figures.gains(found, config))
+    _write_controls(output, extra, left_out)
 
 
-def _ranking(name: str) -> str:
-    return f"rankings/{name}.parquet"
-
-
-def _groups(queries: Output) -> dict[int, np.ndarray]:
-    """Ids of every image of each group whose members the queries list."""
-    if not queries.exists(GROUPS):
-        return {}
-    table = queries.read_table(GROUPS, tables.GROUPS)
-    return dict(zip(table["group_id"].to_pylist(), table["image_ids"].to_numpy(), strict=True))
-
-
-def _images_of(table: pa.Table, groups: dict[int, np.ndarray]) -> np.ndarray:
-    return np.concatenate([tables.images_of(table), *groups.values()])
+def evaluate_given(
+    output: Output, benchmark: Benchmark, file: str, config: EvaluateConfig, resources: ActorResources, monitor: Monitor
+) -> None:
+    """As `evaluate`, of the query and gallery vectors of a file (vectors.Given), without images or a model."""
+    vectors = Given(file)
+    vectors.check(benchmark)
+    rows, left_out = controls(None, given=True)
+    inputs = _Inputs(output, benchmark, vectors, config.batch_size)
+    found, extra = _figures(inputs, {GIVEN: GivenQueries(vectors)}, {} if benchmark.hidden else rows, resources, monitor)
+    output.write_json("metrics.json", {name: figures.summary([values]) for name, values in found.items()})
+    output.write_json("gain.json", {})
+    _write_controls(output, extra, left_out)
 
 
 def _check_models(models: dict[str, Output], embeddings: Output) -> None:
@@ -113,144 +100,111 @@ def _check_models(models: dict[str, Output], embeddings: Output) -> None:
             )
 
 
-def check_attributes(file: str) -> dict[str, Any]:
-    """Attributes by key. Raises UserError when the file is not a JSON object."""
-    try:
-        content = read_json(file)
-    except UserError as error:
-        raise UserError(f"evaluate.attributes: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"evaluate.attributes: {file} holds a {type(content).__name__}, expected an object: key -> attributes")
-    return content
+def _figures(
+    inputs: _Inputs, main: dict[str, Entrant], rows: dict[str, Entrant], resources: ActorResources, monitor: Monitor
+) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    """Metrics of the entrants and of the control rows; none where labels are hidden. Writes `protocols.json`."""
+    benchmark, output = inputs.benchmark, inputs.output
+    names = {name: name for name in main} | {row: f"{CONTROLS}/{row}" for row in rows}
+    entrants = {names[name]: entrant for name, entrant in (main | rows).items()}
+    missing = {name: entrant for name, entrant in entrants.items() if not output.exists(_ranking(benchmark.protocols[0], name))}
+    count = len(benchmark.queries)
+    monitor.start(len(entrants) * count, "ranking", (len(entrants) - len(missing)) * count)
+    for _ in _ranked(inputs, missing, resources):
+        monitor.advance(count)
+    if benchmark.hidden:
+        output.write_json("protocols.json", figures.protocols(benchmark, []))
+        return {}, {}
+    found = {name: _figures_of(inputs, name) for name in entrants}
+    output.write_json("protocols.json", figures.protocols(benchmark, list(found.values())))
+    by_name = {name: figures.flat(found[names[name]]) for name in names}
+    return {name: by_name[name] for name in main}, {name: by_name[name] for name in rows}
 
 
-def _attribute_classes(file: str, gallery: Output, queries: pa.Table) -> dict[int, int]:
-    """A number for each image's attributes. Raises UserError when the file is unreadable or a target has none."""
-    content = check_attributes(file)
-    ids = keys(gallery)
-    texts = {ids[key]: json.dumps(value, sort_keys=True) for key, value in content.items() if key in ids}
-    without = set(queries["target_id"].to_pylist()) - set(texts)
-    if without:
-        name = next(key for key, image in ids.items() if image in without)
-        raise UserError(f"evaluate.attributes: {file} has no attributes of {len(without)} target images, such as {name!r}")
-    numbers = {text: i for i, text in enumerate(sorted(set(texts.values())))}
-    return {image: numbers[text] for image, text in texts.items()}
+def _figures_of(inputs: _Inputs, name: str) -> dict[str, Figures]:
+    found: dict[str, Figures] = {}
+    for protocol in inputs.benchmark.protocols:
+        found |= inputs.benchmark.figures(protocol, inputs.output.read_table(_ranking(protocol, name), RANKINGS))
+    return {label: found[label] for label in inputs.benchmark.descriptions()}
 
 
-def _ranked(inputs: _Inputs, models: dict[str, Output], resources: ActorResources) -> Iterator[None]:
-    """Score models in Ray tasks, `resources.actors` at a time; yields as each is finished."""
-    task = ray.remote(_rank_model).options(
+def _write_controls(output: Output, rows: dict[str, Figures], left_out: dict[str, str]) -> None:
+    table = {name: figures.summary([values]) for name, values in rows.items()}
+    output.write_json("controls.json", {"metrics": table, "left_out": left_out})
+
+
+def _ranking(protocol: Protocol, name: str) -> str:
+    return f"rankings/{f'{protocol.name}/' if protocol.label else ''}{name}.parquet"
+
+
+def _ranked(inputs: _Inputs, entrants: dict[str, Entrant], resources: ActorResources) -> Iterator[None]:
+    """Rank entrants in Ray tasks, `resources.actors` at a time; yields as each is finished."""
+    task = ray.remote(_rank).options(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         memory=resources.memory_gb and int(resources.memory_gb * 2**30),
         accelerator_type=resources.accelerator_type,
     )
-    waiting = list(models.items())
+    waiting = list(entrants.items())
     running: list[ray.ObjectRef] = []
+    shared = ray.put(inputs)
     while waiting or running:
         while waiting and len(running) < resources.actors:
-            running.append(task.remote(*waiting.pop(0), inputs, resources.cpus))
+            running.append(task.remote(*waiting.pop(0), shared, resources.cpus))
         (finished, *_), running = ray.wait(running)
         ray.get(finished)
         yield
 
 
-def _rank_model(name: str, model: Output, inputs: _Inputs, cpus: float) -> None:
-    """A Ray task: compose all queries and rank the gallery part by part."""
+def _rank(name: str, entrant: Entrant, inputs: _Inputs, cpus: float) -> None:
+    """A Ray task: compose all queries and rank the gallery part by part. The benchmark's own ranking is written last."""
     from cluster.devices import limit_threads
 
     limit_threads(cpus)
-    table, prepared = inputs.queries.read_parts(tables.TRIPLETS), target_side(model)
-    rows = Rows.of(table)
-    source = Features(inputs.embeddings).open_plain(_images_of(table, inputs.groups))
+    benchmark = inputs.benchmark
+    take = inputs.vectors.open(benchmark.query_images)
+    queries, prepare = entrant.compose(benchmark.queries, take, inputs.batch_size)
+    searches = [protocol.search(benchmark.queries) for protocol in benchmark.protocols]
+    targets = np.zeros_like(queries)
+    known = np.flatnonzero(searches[0].target_ids != metrics.NO_IMAGE)
+    if len(known):
+        targets[known] = prepare(take(searches[0].target_ids[known]))
+    blocks = ((ids, prepare(values)) for ids, values in inputs.vectors.blocks())
+    ranked = metrics.rank_all(queries, blocks, searches, targets, benchmark.top)
+    groups = _groups(benchmark, queries, lambda ids: prepare(take(ids)))
+    for protocol, found in reversed(list(zip(benchmark.protocols, ranked, strict=True))):
+        if not name.startswith(f"{CONTROLS}/"):
+            _write_submissions(inputs, name, benchmark.submissions(protocol, found.image_ids, groups))
+        inputs.output.write_table(_ranking(protocol, name), _table(benchmark, found, groups), RANKINGS)
 
-    def features_of(ids: np.ndarray) -> np.ndarray:
-        return prepared(source.take(ids, np.zeros(len(ids), np.int64)))
 
-    batch_size = inputs.config.batch_size
-    queries = compose_queries(model, inputs.embeddings, (inputs.gallery,), rows.reference_ids, rows.first(), batch_size)
-    parts = (read_part(inputs.embeddings, part) for part in plain_parts(inputs.embeddings))
-    blocks = ((ids, prepared(values)) for ids, values in parts)
-    top = max(10, *inputs.config.recalls)
-    ranked = metrics.rank(queries, blocks, rows.reference_ids, rows.target_ids, features_of(rows.target_ids), top)
-    if inputs.classes is None:
-        correct = ranked.image_ids == rows.target_ids[:, None]
-    else:
-        correct = metrics.correct_by_attributes(ranked.image_ids, rows.target_ids, inputs.classes)
+def _groups(benchmark: Benchmark, queries: np.ndarray, features_of: Take) -> list[np.ndarray]:
+    """Ids of each query's group, best first, without the reference; empty where the members are not known."""
+    grouped = [i for i, query in enumerate(benchmark.queries) if query.members]
+    if not grouped:
+        return [np.empty(0, np.int64)] * len(queries)
+    members = [np.array(benchmark.queries[i].members, np.int64) for i in grouped]
+    references = np.array([benchmark.queries[i].reference for i in grouped])
+    ranked = metrics.rank_groups(queries[grouped], members, features_of(np.concatenate(members)), references)
+    found = dict(zip(grouped, ranked, strict=True))
+    return [found.get(i, np.empty(0, np.int64)) for i in range(len(queries))]
+
+
+def _table(benchmark: Benchmark, ranked: metrics.Ranked, groups: list[np.ndarray]) -> pa.Table:
+    pairs = zip(benchmark.queries, groups, strict=True)
+    subset = [group.tolist().index(query.targets[0]) + 1 if query.targets and len(group) else None for query, group in pairs]
     columns = {
-        "triplet_id": table["triplet_id"],
+        "triplet_id": [query.query_id for query in benchmark.queries],
         "image_ids": list(ranked.image_ids),
-        "correct": list(correct),
-        "target_rank": ranked.target_rank,
-        "subset_rank": _subset_ranks(queries, table, inputs.groups, features_of),
+        "correct": list(benchmark.correct(ranked.image_ids)),
+        "target_rank": pa.array(ranked.target_rank, mask=ranked.target_rank == metrics.UNRANKED),
+        "subset_rank": subset,
         "reference_first": ranked.reference_first,
     }
-    inputs.output.write_table(_ranking(name), pa.table(columns, schema=RANKINGS), RANKINGS)
+    return pa.table(columns, schema=RANKINGS)
 
 
-def _subset_ranks(
-    queries: np.ndarray, table: pa.Table, groups: dict[int, np.ndarray], features_of: Callable[[np.ndarray], np.ndarray]
-) -> list[int | None]:
-    """Rank of each query's target among the members of its group other than the reference; None without members."""
-    rows = {i: groups[group] for i, group in enumerate(table["group_id"].to_pylist()) if group in groups}
-    if not rows:
-        return [None] * len(table)
-    grouped, members = np.array(list(rows)), list(rows.values())
-    references, targets = table["reference_id"].to_numpy()[grouped], table["target_id"].to_numpy()[grouped]
-    ranks = metrics.subset_ranks(queries[grouped], members, features_of(np.concatenate(members)), references, targets)
-    found = dict(zip(rows, ranks.tolist(), strict=True))
-    return [found.get(i) for i in range(len(table))]
-
-
-def _metrics_of(ranking: pa.Table, config: EvaluateConfig, exact: bool) -> dict[str, np.ndarray]:
-    """Metric -> hits in 0..1 of each query [queries]."""
-    correct = np.stack(ranking["correct"].to_numpy())
-    ranks = ranking["target_rank"].to_numpy()
-    hits: dict[str, np.ndarray] = {f"R@{k}": np.asarray(correct[:, :k].any(axis=1)) for k in config.recalls}
-    if exact:
-        hits |= {f"exact R@{k}": ranks <= k for k in config.recalls}
-    subset = ranking["subset_rank"].drop_null().to_numpy()
-    if len(subset):
-        hits |= {f"Rs@{k}": subset <= k for k in config.subset_recalls}
-    hits["reference first"] = ranking["reference_first"].to_numpy()
-    return {name: values.astype(np.float64) for name, values in hits.items()}
-
-
-def _seeds(hits: dict[str, dict[str, np.ndarray]]) -> dict[str, list[dict[str, np.ndarray]]]:
-    """The models of each variant, in order of seed."""
-    variants: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
-    for name in sorted(hits, key=lambda name: int(name.rpartition(".s")[2])):
-        variants[name.rpartition(".s")[0]].append(hits[name])
-    return {name.rpartition(".s")[0]: variants[name.rpartition(".s")[0]] for name in hits}
-
-
-def _by_variant(hits: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """variant -> metric -> {"mean", "seeds"}, in percent."""
-    return {
-        variant: {
-            metric: {"mean": float(np.mean(means)), "seeds": means}
-            for metric in models[0]
-            if (means := [100.0 * float(model[metric].mean()) for model in models])
-        }
-        for variant, models in _seeds(hits).items()
-    }
-
-
-def _gains(hits: dict[str, dict[str, np.ndarray]], config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """variant -> its gain over the baseline in the first recall, hits averaged over seeds; empty without a baseline."""
-    metric = f"R@{config.recalls[0]}"
-    means = {variant: _mean([model[metric] for model in models]) for variant, models in _seeds(hits).items()}
-    if (baseline := means.pop(config.baseline, None)) is None:
-        return {}
-    return {
-        variant: {
-            "baseline": config.baseline,
-            "metric": metric,
-            **asdict(metrics.paired_bootstrap(values, baseline, config.resamples)),
-        }
-        for variant, values in means.items()
-    }
-
-
-def _mean(hits: list[np.ndarray]) -> np.ndarray:
-    return np.stack(hits).mean(axis=0)
+def _write_submissions(inputs: _Inputs, name: str, files: dict[str, dict[str, object]]) -> None:
+    for file, content in files.items():
+        text = json.dumps(content, separators=(",", ":"))  # the servers take 5 MB
+        inputs.output.write_bytes(f"{SUBMISSIONS}/{name}/{file}", text.encode())

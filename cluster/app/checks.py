@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from cir.evaluate import check_attributes
+from cir.benchmarks.triplets import check_attributes
 from cluster.app.config import RunConfig
 from cluster.artifacts import Stage
 from cluster.config import WorkerResources

@@ -73,7 +73,7 @@ def evaluate(config: Config, assignments: Set = [], dry_run: DryRun = False, as_
     if as_json:
         print(json.dumps(driver.metrics_of(pipeline), indent=1))
     else:
-        _show_metrics(driver.metrics_of(pipeline))
+        _show_metrics(pipeline)
 
 
 @app.command()
@@ -99,18 +99,39 @@ def _finish(pipeline: Any) -> None:
 
     folder = driver.run_folder(pipeline.config)
     folder.write_json("metrics.json", driver.metrics_of(pipeline))
-    write_report(pipeline, folder)
-    _show_metrics(driver.metrics_of(pipeline))
-    console.print(f"metrics: {folder.path('metrics.json')}\nreport:  {folder.path('report.html')}")
+    _show_metrics(pipeline)
+    console.print(f"metrics: {folder.path('metrics.json')}")
+    if pipeline.config.evaluate.scores_models:
+        write_report(pipeline, folder)
+        console.print(f"report:  {folder.path('report.html')}")
 
 
-def _show_metrics(metrics: dict[str, Any]) -> None:
-    names = [name for name in next(iter(metrics.values())) if name.startswith(("R@", "Rs@"))]
-    table = Table("variant", *names)
-    for variant, row in metrics.items():
-        spread = {name: f" ± {_deviation(row[name]['seeds']):.1f}" if len(row[name]["seeds"]) > 1 else "" for name in names}
-        table.add_row(variant, *(f"{row[name]['mean']:.1f}{spread[name]}" for name in names))
+def _show_metrics(pipeline: Any) -> None:
+    """A table for each variant of the protocol, the control rows last; and where submission files are."""
+    output = pipeline.output(pipeline.evaluation)
+    rows, controls = output.read_json("metrics.json"), output.read_json("controls.json")
+    for protocol in output.read_json("protocols.json"):
+        if rows:
+            _show_protocol(protocol, rows, controls["metrics"])
+    for row, reason in controls["left_out"].items() if rows else ():
+        console.print(f"no row {row}: {reason}")
+    if output.exists("submissions"):
+        console.print(f"submission files: {output.path('submissions')}")
+
+
+def _show_protocol(protocol: dict[str, Any], rows: dict[str, Any], controls: dict[str, Any]) -> None:
+    names = protocol["metrics"]
+    table = Table("variant", *names.values(), title=protocol["description"], title_justify="left")
+    for section in (rows, controls):
+        for variant, row in section.items():
+            table.add_row(variant, *(_cell(row[name]) for name in names))
+        table.add_section()
     console.print(table)
+
+
+def _cell(value: dict[str, Any]) -> str:
+    spread = f" ± {_deviation(value['seeds']):.1f}" if len(value["seeds"]) > 1 else ""
+    return f"{value['mean']:.1f}{spread}"
 
 
 def _deviation(values: list[float]) -> float:

@@ -54,10 +54,37 @@ class TrainSection(TrainConfig):
 class EvaluateSection(EvaluateConfig):
     """The gallery and queries that every model is scored on."""
 
-    images: str = Field(description="as in ingest.galleries")
-    split: str | None = Field(None, description="as in ingest.galleries")
-    triplets: str = Field(description="queries: reference, target, captions, optional group")
-    attributes: str | None = Field(None, description="JSON of key to attributes: every image with the target's is right")
+    images: str | None = Field(None, description="as in ingest.galleries; not read where embeddings are given")
+    split: str | None = Field(None, description="of 'triplets': as in ingest.galleries")
+    triplets: str | None = Field(None, description="of 'triplets', the queries: reference, target, captions, optional group")
+    attributes: str | None = Field(
+        None, description="of 'triplets', JSON of key to attributes: every image with the target's is right"
+    )
+    annotations: str | None = Field(None, description="folder of a benchmark's own files, laid out as they are published")
+    embeddings: str | None = Field(
+        None, description="Parquet of a benchmark's query and gallery vectors (kind, key, vector): scored without a model"
+    )
+
+    @model_validator(mode="after")
+    def _fields_fit_the_benchmark(self) -> Self:
+        own, official = ["images", "triplets", "split", "attributes"], ["annotations", "embeddings"]
+        if self.benchmark == "triplets":
+            needed, forbidden = own[:2], official
+        else:
+            needed = ["annotations"] + ([] if self.embeddings else ["images"])
+            forbidden = own[1:]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"benchmark '{self.benchmark}' needs '{name}'")
+        for name in forbidden:
+            if getattr(self, name) is not None:
+                raise ValueError(f"'{name}' is not for benchmark '{self.benchmark}': set it to null")
+        return self
+
+    @property
+    def scores_models(self) -> bool:
+        """Whether there are figures of trained models to report."""
+        return self.part == "val" and self.embeddings is None
 
 
 class ReportConfig(Section):

@@ -122,5 +122,6 @@ def metrics_of(pipeline: Pipeline) -> dict[str, Any]:
 def _headline(pipeline: Pipeline) -> Mapping[str, float]:
     if pipeline.output(pipeline.evaluation).manifest() is None:
         return {}
-    table = metrics_of(pipeline)
-    return {f"{variant}/{name}": value["mean"] for variant, row in table.items() for name, value in row.items()}
+    table = metrics_of(pipeline)  # MLflow takes no parentheses: further protocols are in metrics.json alone
+    means = {f"{variant}/{name}": value["mean"] for variant, row in table.items() for name, value in row.items()}
+    return {name: mean for name, mean in means.items() if "(" not in name}

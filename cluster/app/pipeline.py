@@ -5,11 +5,15 @@ from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any
 
-from cir.evaluate import EVALUATE_VERSION, evaluate
+from cir.benchmarks import official, triplets
+from cir.benchmarks.benchmark import Benchmark
+from cir.config import TextTower
+from cir.evaluate import EVALUATE_VERSION, evaluate, evaluate_given
 from cir.train import TRAIN_VERSION, train_cir
 from cluster.app.config import RunConfig
-from cluster.artifacts import Output, Stage
+from cluster.artifacts import Output, Stage, Work
 from cluster.errors import UserError
+from cluster.monitor import Monitor
 from cluster.weights import content_identity
 from mining.config import GalleryConfig, TripletsConfig, ViewsConfig
 from mining.embed import EMBED_VERSION, embed_gallery
@@ -69,6 +73,8 @@ class Pipeline:
     def gallery(self, name: str) -> Stage:
         """`ingest:<gallery>`; the gallery `evaluate` comes from the evaluate section."""
         config, options = self.config, self.config.ingest
+        if name == "evaluate" and config.evaluate.is_official:
+            return self._benchmark_images
         source = self._gallery_config(name)
         field = "evaluate" if name == "evaluate" else f"ingest.galleries.{name}"
         in_place = None if source.copy_images else Output(source.images).uri  # such a gallery holds paths
@@ -86,13 +92,56 @@ class Pipeline:
     def _gallery_config(self, name: str) -> GalleryConfig:
         evaluation = self.config.evaluate
         if name == "evaluate":
+            assert evaluation.images is not None
             return GalleryConfig(images=evaluation.images, split=evaluation.split)
         return self.config.ingest.galleries[name]
 
+    @property
+    def _benchmark_images(self) -> Stage:
+        """`ingest:evaluate` of an official benchmark: exactly the images that its split files list, where they are."""
+        section, options = self.config.evaluate, self.config.ingest
+        annotations, images = section.annotations, section.images
+        assert annotations is not None
+        assert images is not None
+        settings = {"benchmark": section.benchmark, "part": section.part, "in_place": Output(images).uri}
+        return self._make(
+            Stage(
+                "ingest:evaluate",
+                INGEST_VERSION,
+                {**settings, "rows": options.shard_rows, "max_pixels": options.max_pixels},
+                lambda output, monitor: official.ingest_images(
+                    output,
+                    official.names(section.benchmark, section.part, annotations),
+                    images,
+                    options,
+                    self.config.resources.ingest,
+                    monitor,
+                ),
+                sources={"evaluate.images": images, **self._benchmark_files},
+            )
+        )
+
+    @property
+    def _benchmark_files(self) -> dict[str, str]:
+        section = self.config.evaluate
+        assert section.annotations is not None
+        paths = official.files(section.benchmark, section.part, section.annotations)
+        return {f"evaluate.annotations ({path.rpartition('/')[2]})": path for path in paths}
+
+    def _benchmark(self) -> Benchmark:
+        """The benchmark of the evaluate section, from its files or from the ingested triplets."""
+        section = self.config.evaluate
+        if section.annotations is not None:
+            return official.load(section.benchmark, section.part, section.annotations, section.remove_reference)
+        return triplets.load(
+            self.output(self.triplets("queries")), self.output(self.gallery("evaluate")), section.attributes, section
+        )
+
     def triplets(self, name: str) -> Stage:
         """`ingest:<triplets>`; the triplets `queries` come from the evaluate section."""
-        queries = TripletsConfig(gallery="evaluate", file=self.config.evaluate.triplets)
-        source = queries if name == "queries" else self.config.ingest.triplets[name]
+        if name == "queries" and self.config.evaluate.is_official:
+            return self._benchmark_queries
+        source = self._queries_config if name == "queries" else self.config.ingest.triplets[name]
         gallery = self.gallery(source.gallery)
         field = "evaluate.triplets" if name == "queries" else f"ingest.triplets.{name}.file"
         return self._make(
@@ -104,6 +153,25 @@ class Pipeline:
                 {"gallery": gallery},
                 {field: source.file},
                 self.config.ingest.max_reject_fraction,
+            )
+        )
+
+    @property
+    def _queries_config(self) -> TripletsConfig:
+        assert self.config.evaluate.triplets is not None
+        return TripletsConfig(gallery="evaluate", file=self.config.evaluate.triplets)
+
+    @property
+    def _benchmark_queries(self) -> Stage:
+        """`ingest:queries` of an official benchmark."""
+        section = self.config.evaluate
+        return self._make(
+            Stage(
+                "ingest:queries",
+                official.BENCHMARK_VERSION,
+                {"benchmark": section.benchmark, "part": section.part},
+                lambda output, monitor: official.ingest_queries(output, self._benchmark(), monitor),
+                sources=self._benchmark_files,
             )
         )
 
@@ -140,7 +208,7 @@ class Pipeline:
                     output, self.output(images), tower, config.embed, views, config.resources.embed, monitor
                 ),
                 {"gallery": images},
-                max_reject_fraction=config.ingest.max_reject_fraction,
+                max_reject_fraction=images.max_reject_fraction,
             )
         )
 
@@ -294,30 +362,49 @@ class Pipeline:
 
     @property
     def evaluation(self) -> Stage:
-        """`evaluate:all`."""
-        config, section = self.config, self.config.evaluate
-        queries, gallery, models = self.triplets("queries"), self.gallery("evaluate"), self.models
-        embeddings = self.embeddings(config.train.tower, "evaluate")
-        return self._make(
-            Stage(
-                "evaluate:all",
-                EVALUATE_VERSION,
-                section.model_dump(mode="json", exclude={"images", "split", "triplets", "attributes"}),
-                lambda output, monitor: evaluate(
-                    output,
-                    self.output(embeddings),
-                    self.output(queries),
-                    self.output(gallery),
-                    section.attributes,
-                    {name: self.output(model) for name, model in models.items()},
-                    section,
-                    config.resources.evaluate,
-                    monitor,
-                ),
-                {"queries": queries, "gallery": gallery, "embeddings": embeddings, **models},
-                _given({"evaluate.attributes": section.attributes}),
-            )
+        """`evaluate:all`; of given embeddings without a model."""
+        section, queries = self.config.evaluate, self.triplets("queries")
+        if section.embeddings is not None:
+            return self._evaluation(self._evaluate_given, {"queries": queries})
+        gallery, embeddings = self.gallery("evaluate"), self.embeddings(self.config.train.tower, "evaluate")
+        parents = {"queries": queries, "gallery": gallery, "embeddings": embeddings, **self.models}
+        return self._evaluation(self._evaluate_models, parents)
+
+    def _evaluation(self, work: Work, parents: dict[str, Stage]) -> Stage:
+        section, text = self.config.evaluate, self._shared_text
+        paths = {"images", "split", "triplets", "attributes", "annotations", "embeddings"}
+        settings = section.model_dump(mode="json", exclude=paths) | {"text": content_identity(text) if text else None}
+        sources = _given({"evaluate.attributes": section.attributes, "evaluate.embeddings": section.embeddings})
+        return self._make(Stage("evaluate:all", EVALUATE_VERSION, settings, work, parents, sources))
+
+    def _evaluate_models(self, output: Output, monitor: Monitor) -> None:
+        config = self.config
+        evaluate(
+            output,
+            self._benchmark(),
+            self.output(self.embeddings(config.train.tower, "evaluate")),
+            self.output(self.gallery("evaluate")),
+            {name: self.output(model) for name, model in self.models.items()},
+            self._shared_text,
+            config.evaluate,
+            config.resources.evaluate,
+            monitor,
         )
+
+    def _evaluate_given(self, output: Output, monitor: Monitor) -> None:
+        section = self.config.evaluate
+        assert section.embeddings is not None
+        evaluate_given(output, self._benchmark(), section.embeddings, section, self.config.resources.evaluate, monitor)
+
+    @property
+    def _shared_text(self) -> TextTower | None:
+        """The text encoder, where it and the image tower are the two sides of one model: both are open_clip's, of one
+        architecture and the same weights.
+        """
+        tower, text = self.config.embed.towers[self.config.train.tower], self.config.train.text
+        sides = [(side.library, side.model, side.weights) for side in (tower, text)]
+        same = sides[0] == sides[1] and tower.library == "open_clip" and tower.weights is not None
+        return text if same else None
 
 
 def _given(sources: dict[str, str | None]) -> dict[str, str]:

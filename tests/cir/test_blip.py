@@ -13,7 +13,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load
 from transformers import AutoTokenizer, BlipForImageTextRetrieval, BlipImageProcessor
 
-from cir.compose import compose_queries, load_cir
+from cir.benchmarks import triplets
+from cir.compose import Composer, load_cir
 from cir.config import EvaluateConfig, VariantConfig
 from cir.evaluate import RANKINGS, evaluate
 from cir.models.blip import BlipRetrieval
@@ -241,7 +242,8 @@ def test_a_reloaded_model_composes_the_queries_of_its_images(pictures: Features,
     output = train(tmp_path, pictures, world.blip_variant(pseudo=True, pseudo_only=True, training=training))
     assert pictures.online is not None
     ids, texts = world.IDS[[5, 1, 5]], ["make it red", "in blue", "in green please"]
-    queries = compose_queries(output, pictures.embeddings, pictures.online.galleries, ids, texts, batch_size=2)
+    (gallery,) = pictures.online.galleries
+    queries = Composer(output, pictures.embeddings, gallery).queries(ids, texts, batch_size=2)
     model = load_cir(output)
     images = Pixels(pictures.online, ids).take(ids, np.zeros(3, int))
     with torch.no_grad():
@@ -258,12 +260,13 @@ def test_a_trained_model_is_evaluated_on_cached_features(pictures: Features, tmp
     queries = world.triplets(tmp_path / "queries", world.triplet_rows(20, 2))
     output, config = Output(str(tmp_path / "evaluation")), EvaluateConfig(resamples=100)
     models = {"blip.s0": model}
-    evaluate(output, pictures.embeddings, queries, gallery, None, models, config, ActorResources(), Silent())
+    benchmark = triplets.load(queries, gallery, None, config)
+    evaluate(output, benchmark, pictures.embeddings, gallery, models, None, config, ActorResources(), Silent())
     found = output.read_json("metrics.json")["blip"]
     assert 0 <= found["R@1"]["mean"] <= found["R@10"]["mean"] <= 100
     rows = queries.read_parts(tables.TRIPLETS)
     references, texts = rows["reference_id"].to_numpy(), [deltas[0] for deltas in rows["deltas"].to_pylist()]
-    composed = compose_queries(model, pictures.embeddings, (gallery,), references, texts, 256)
+    composed = Composer(model, pictures.embeddings, gallery).queries(references, texts, 256)
     values = pictures.open_plain(world.IDS).take(np.sort(world.IDS), np.zeros(world.COUNT, int))[:, 0]
     scores = composed @ (values / np.linalg.norm(values, axis=1, keepdims=True)).T
     scores[np.sort(world.IDS)[None] == references[:, None]] = -np.inf

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from safetensors.numpy import save
 
-from cir.config import EvaluateConfig
-from cir.evaluate import RANKINGS, check_attributes, evaluate
+from cir.benchmarks import cirr, triplets
+from cir.benchmarks.triplets import check_attributes
+from cir.config import EvaluateConfig, TextTower
+from cir.evaluate import RANKINGS, evaluate
 from cir.train import train_cir
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
@@ -18,6 +21,7 @@ from cluster.monitor import Silent
 from mining import tables
 from mining.gallery import GROUPS
 from tests.cir import world
+from tests.cir.benchmarks import official
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,9 @@ def steps(count: int) -> dict[str, Any]:
 def score(folder: Path, arguments: dict[str, Any], **fields: Any) -> Output:
     output = Output(str(folder / "evaluation"))
     config = EvaluateConfig.model_validate({"resamples": 500, **fields})
-    evaluate(output, **arguments, config=config, resources=ActorResources(actors=2), monitor=Silent())
+    benchmark = triplets.load(arguments["queries"], arguments["gallery"], arguments["attributes"], config)
+    embeddings, gallery, models = (arguments[name] for name in ("embeddings", "gallery", "models"))
+    evaluate(output, benchmark, embeddings, gallery, models, arguments.get("text"), config, ActorResources(actors=2), Silent())
     return output
 
 
@@ -122,6 +128,50 @@ def test_groups_without_their_members_give_no_subset_recall(run: dict[str, Any],
     queries = world.triplets(tmp_path / "queries", world.triplet_rows(50, 2, grouped=5))
     output = score(tmp_path, {**run, "queries": queries})
     assert not [name for name in output.read_json("metrics.json")["semi"] if name.startswith("Rs@")]
+
+
+def test_control_rows_need_no_training(run: dict[str, Any], tiny_clip: dict[str, Any], tmp_path: Path) -> None:
+    clip = TextTower.model_validate({**tiny_clip, "max_length": 16})  # as wide as the images' vectors
+    output = score(tmp_path / "clip", {**run, "text": clip})
+    controls = output.read_json("controls.json")
+    assert list(controls["metrics"]) == ["image_only", "text_only", "sum"]
+    assert controls["left_out"] == {}
+    assert controls["metrics"]["image_only"]["reference first"]["mean"] == 100
+    assert controls["metrics"]["text_only"]["reference first"]["mean"] < 20
+    assert set(controls["metrics"]["sum"]) == set(output.read_json("metrics.json")["semi"])
+    assert set(output.read_json("metrics.json")) == {"supervised", "semi"}  # gains and reports are of trained models
+    alone = score(tmp_path / "alone", run).read_json("controls.json")
+    assert list(alone["metrics"]) == ["image_only"]
+    assert set(alone["left_out"]) == {"text_only", "sum"}
+
+
+def test_models_are_scored_on_an_official_benchmark(run: dict[str, Any], tiny_clip: dict[str, Any], tmp_path: Path) -> None:
+    """With vectors of its images that mean nothing to the models."""
+    benchmark = cirr.load(official.annotations("cirr"), "val")
+    ids, schema = np.array(list(benchmark.names)), tables.embeddings(1, world.DIM)
+    embeddings = Output(str(tmp_path / "embeddings"))
+    for part, chosen in enumerate(np.array_split(ids, 3)):
+        values = np.random.default_rng(part).normal(size=(len(chosen), world.DIM)).astype(np.float16)
+        ones = np.ones(len(chosen), np.int16)
+        columns = {"image_id": chosen, "view": 0 * ones, "tokens": ones, "values": list(values)}
+        embeddings.write_table(f"part-0000{part}.v0.parquet", pa.table(columns, schema=schema), schema)
+    embeddings.write_json("info.json", {"tokens": 1, "dim": world.DIM, "views": 1})
+    embeddings.write_bytes("mean.safetensors", save({"mean": np.zeros(world.DIM, np.float32)}))
+    output, config = Output(str(tmp_path / "evaluation")), EvaluateConfig(benchmark="cirr", resamples=50)
+    evaluate(output, benchmark, embeddings, run["gallery"], run["models"], None, config, ActorResources(actors=2), Silent())
+    metrics = output.read_json("metrics.json")
+    assert list(metrics) == ["supervised", "semi"]
+    assert len(metrics["semi"]["R@50"]["seeds"]) == 2
+    assert metrics["semi"]["Rs@1"]["mean"] == pytest.approx(20, abs=3)
+    assert output.read_json("gain.json")["semi"]["metric"] == "R@1"
+    names = {name for protocol in output.read_json("protocols.json") for name in protocol["metrics"]}
+    assert names == set(metrics["semi"])
+    for model in run["models"]:
+        assert len(output.read_json(f"submissions/{model}/recall.json")) == 2 + 4181
+    rejected = embeddings.read_table("part-00000.v0.parquet", schema).slice(1)
+    embeddings.write_table("part-00000.v0.parquet", rejected, schema)
+    with pytest.raises(UserError, match="evaluate.annotations: 1 image.* have no embeddings"):
+        evaluate(output, benchmark, embeddings, run["gallery"], run["models"], None, config, ActorResources(actors=2), Silent())
 
 
 def test_a_cut_off_evaluation_keeps_its_rankings(run: dict[str, Any], tmp_path: Path) -> None:

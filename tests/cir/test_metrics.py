@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cir import metrics
+from cir.benchmarks.benchmark import recalls
 
 
 def brute_force(
@@ -58,12 +59,12 @@ def test_several_answers_are_right_when_their_attributes_equal_the_targets() -> 
     assert found.tolist() == [[True, False, False], [False, True, False]]
 
 
-def test_subset_ranks_leave_the_reference_out() -> None:
+def test_groups_are_ranked_without_the_reference() -> None:
     queries = np.array([[1.0, 0.0], [0.0, 1.0]])
     members = [np.array([1, 2, 3]), np.array([4, 5])]
-    features = np.array([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0], [1.0, 0.2]])
-    ranks = metrics.subset_ranks(queries, members, features, np.array([1, 4]), np.array([3, 5]))
-    assert ranks.tolist() == [2, 1]
+    features = np.array([[1.0, 0.0], [0.5, 0.5], [0.9, 0.1], [0.0, 1.0], [1.0, 0.2]])
+    ranked = metrics.rank_groups(queries, members, features, np.array([1, 4]))
+    assert [ids.tolist() for ids in ranked] == [[3, 2], [5]]
 
 
 def test_bootstrap_gives_the_mean_gain_and_the_normal_interval() -> None:
@@ -81,3 +82,46 @@ def test_bootstrap_gives_the_mean_gain_and_the_normal_interval() -> None:
 def test_equal_models_gain_nothing() -> None:
     hits = np.array([0.0, 1.0, 1.0])
     assert metrics.paired_bootstrap(hits, hits, resamples=10) == metrics.Gain(0.0, 0.0, 0.0)
+
+
+def test_recalls_and_average_precision_agree_with_trec_eval() -> None:
+    import pytrec_eval
+
+    rng = np.random.default_rng(0)
+    queries, gallery, ks = 60, 80, (5, 10, 25, 50)
+    ranked = np.stack([rng.permutation(gallery)[:50] for _ in range(queries)])
+    right = [rng.choice(gallery, size=rng.integers(1, 15), replace=False) for _ in range(queries)]
+    correct = np.stack([np.isin(row, ids) for row, ids in zip(ranked, right, strict=True)])
+    judged = {str(i): {str(image): 1 for image in ids} for i, ids in enumerate(right)}
+    run = {str(i): {str(image): 50.0 - place for place, image in enumerate(row)} for i, row in enumerate(ranked.tolist())}
+    cuts = ",".join(map(str, ks))
+    found = pytrec_eval.RelevanceEvaluator(judged, {f"map_cut.{cuts}", f"success.{cuts}"}).evaluate(run)
+    counts = np.array([len(ids) for ids in right])
+    for k in ks:
+        theirs = (
+            np.array([found[str(i)][f"map_cut_{k}"] for i in range(queries)]) * counts
+        )  # trec_eval divides by all right ones
+        assert metrics.average_precision(correct, counts, k) == pytest.approx(theirs / np.minimum(counts, k))
+        success = np.array([found[str(i)][f"success_{k}"] for i in range(queries)])
+        assert recalls(correct, [k])[f"R@{k}"] == pytest.approx(success)
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_galleries_are_searched_apart(removed: bool) -> None:
+    rng = np.random.default_rng(0)
+    gallery, ids = rng.normal(size=(40, 8)).astype(np.float32), np.arange(100, 140)
+    queries, half = rng.normal(size=(6, 8)).astype(np.float32), (ids[:25], ids[15:])
+    references, targets = ids[[0, 1, 2, 30, 31, 32]], ids[[5, 20, 35, 35, 20, 5]]  # the third and last targets are elsewhere
+    search = metrics.Search(references, targets, removed, half, np.array([0, 0, 0, 1, 1, 1]))
+    blocks = [(ids[i : i + 7], gallery[i : i + 7]) for i in range(0, 40, 7)]
+    (found,) = metrics.rank_all(queries, blocks, [search], gallery[targets - 100], top=40)
+    expected = [
+        [i for i in order if i in set(half[row // 3].tolist()) and not (removed and i == references[row])]
+        for row, order in enumerate(brute_force(queries, ids, gallery, np.full(6, -1), targets))
+    ]
+    assert [[i for i in row if i != metrics.NO_IMAGE] for row in found.image_ids.tolist()] == expected
+    ranks = [
+        order.index(t) + 1 if t in order else metrics.UNRANKED for order, t in zip(expected, targets.tolist(), strict=True)
+    ]
+    assert found.target_rank.tolist() == ranks
+    assert ranks.count(metrics.UNRANKED) == 2

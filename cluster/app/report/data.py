@@ -128,7 +128,10 @@ def _results(run: _Run) -> Results:
     seed = run.config.train.seeds[0]
     models = {name: run.output(f"train:{name}.s{seed}").read_json(MODEL) for name in run.config.train.variants}
     pseudo = {name: model["pseudo_triplets"] for name, model in models.items()}
-    return collect_results(run.config, evaluation.read_json("metrics.json"), evaluation.read_json("gain.json"), rows, pseudo)
+    official = run.config.evaluate.is_official
+    protocol = evaluation.read_json("protocols.json")[0]["description"] if official else None
+    metrics, gains = evaluation.read_json("metrics.json"), evaluation.read_json("gain.json")
+    return collect_results(run.config, metrics, gains, rows, pseudo, protocol)
 
 
 def _rng(run: _Run, section: int) -> np.random.Generator:

@@ -10,6 +10,7 @@ from cluster.app.config import RunConfig
 from cluster.app.report import words
 
 Role = Literal["baseline", "semi", "labelled", "shuffled", "control", "reference"]
+HEADLINES = ("mAP@", "R@", "Rs@", "Avg")
 BANDS: list[tuple[str, tuple[Role, ...]]] = [
     ("", ("baseline", "labelled", "semi")),
     ("Controls", ("shuffled", "control")),
@@ -61,13 +62,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """The metric table. `metric` is the recall that gains are measured in; counts are of triplets."""
+    """The metric table. `metric` is the one that gains are measured in; counts are of triplets.
+
+    `protocol` says how an official benchmark is scored; None for triplets of one's own.
+    """
 
     metric: str
     rows: list[Row]
     labelled: int
     queries: int
     by_attributes: bool
+    protocol: str | None
 
     @property
     def metrics(self) -> list[str]:
@@ -76,8 +81,8 @@ class Results:
 
     @property
     def recalls(self) -> list[str]:
-        """The metrics of the main table."""
-        return [name for name in self.metrics if name.startswith(("R@", "Rs@"))]
+        """The metrics of the main table: of the benchmark's own protocol, over all queries."""
+        return [name for name in self.metrics if name.startswith(HEADLINES) and " " not in name]
 
     @property
     def seeds(self) -> int:
@@ -107,7 +112,12 @@ class Results:
 
 
 def collect_results(
-    config: RunConfig, metrics: dict[str, Any], gains: dict[str, Any], rows: Mapping[str, int], pseudo: Mapping[str, int]
+    config: RunConfig,
+    metrics: dict[str, Any],
+    gains: dict[str, Any],
+    rows: Mapping[str, int],
+    pseudo: Mapping[str, int],
+    protocol: str | None = None,
 ) -> Results:
     """The metric table from `metrics.json`, `gain.json`, the number of rows of each ingest instance, and the number of
     generated triplets that each variant was trained on.
@@ -115,11 +125,12 @@ def collect_results(
     baseline = config.evaluate.baseline
     labels = config.train.variant(baseline).triplets if baseline in config.train.variants else config.train.triplets
     return Results(
-        metric=f"R@{config.evaluate.recalls[0]}",
+        metric=config.evaluate.headline,
         rows=[_row(name, table, gains.get(name), config, labels, rows, pseudo[name]) for name, table in metrics.items()],
         labelled=rows[f"ingest:{labels}"],
         queries=rows["ingest:queries"],
         by_attributes=config.evaluate.attributes is not None,
+        protocol=protocol,
     )
 
 

@@ -1,0 +1,140 @@
+"""The vectors that are searched: a gallery's cached embeddings, or those of a file."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cir.benchmarks.benchmark import Benchmark, image_id
+from cluster.artifacts import Output, filesystem
+from cluster.errors import UserError
+from mining.embed import plain_parts, read_part
+from mining.features import Features
+
+BLOCK = 1024  # rows of a file that are read at a time
+COLUMNS = ["kind", "key", "vector"]
+Take = Callable[[np.ndarray], np.ndarray]
+Blocks = Iterator[tuple[np.ndarray, np.ndarray]]
+
+
+class Vectors(Protocol):
+    """One vector an image. Travels to the Ray tasks."""
+
+    def check(self, benchmark: Benchmark) -> None:
+        """Raises UserError when an image that the benchmark needs has no vector."""
+
+    def open(self, image_ids: np.ndarray) -> Take:
+        """A function from ids [n], all of them in `image_ids`, to float32 [n, dim]."""
+
+    def blocks(self) -> Blocks:
+        """(ids [m], float32 [m, dim]) of the whole gallery, part by part."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The plain view of a gallery that went through the embed stage."""
+
+    embeddings: Output
+
+    def check(self, benchmark: Benchmark) -> None:
+        """By ids alone."""
+        Features(self.embeddings).check(benchmark.images, benchmark.field)
+
+    def open(self, image_ids: np.ndarray) -> Take:
+        """Memory-mapped, once a node."""
+        source = Features(self.embeddings).open_plain(image_ids)
+        return lambda ids: source.take(ids, np.zeros(len(ids), np.int64))[:, 0]
+
+    def blocks(self) -> Blocks:
+        """A part of the output each."""
+        for part in plain_parts(self.embeddings):
+            ids, values = read_part(self.embeddings, part)
+            yield ids, values[:, 0].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A Parquet file of vectors, made by any model: columns `kind` ("query" or "gallery"), `key` and `vector` (floats).
+
+    A query's key is CIRR's pairid, FashionIQ's category and row counted from 0 ("dress.17"), or CIRCO's id; an image's is
+    its name in the split files, CIRCO's with 12 digits. Vectors are compared by cosine.
+    """
+
+    file: str
+
+    def check(self, benchmark: Benchmark) -> None:
+        """Also that vectors are finite, not zero, of one width, and that no key comes twice."""
+        keys: dict[str, Counter[str]] = {"query": Counter(), "gallery": Counter()}
+        widths: set[int] = set()
+        for batch in self._batches():
+            for kind, found in keys.items():
+                found.update(batch.filter(pc.equal(batch["kind"], kind))["key"].to_pylist())
+            values = self._vectors(batch)
+            widths.add(values.shape[1])
+            if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=1) | ~values.any(axis=1))):
+                raise self._wrong(f"the vector of {batch['key'][int(bad[0])].as_py()!r} is zero or not finite")
+        if len(widths) > 1:
+            raise self._wrong(f"vectors of widths {sorted(widths)}; queries and images need one width")
+        for kind, found in keys.items():
+            if twice := [key for key, count in found.items() if count > 1]:
+                raise self._wrong(f"{len(twice)} {kind} keys come more than once, such as {twice[0]!r}")
+        self._check_complete(benchmark, keys)
+
+    def _check_complete(self, benchmark: Benchmark, keys: dict[str, Counter[str]]) -> None:
+        known = {image_id(key) for key in keys["gallery"]}
+        images = [benchmark.names[i] for i in benchmark.images.tolist() if i not in known]
+        queries = [query.key for query in benchmark.queries if query.key not in keys["query"]]
+        for kind, missing in (("query", queries), ("gallery", images)):
+            if missing:
+                raise self._wrong(f"{len(missing):,} {kind} vectors are missing, such as that of {missing[0]!r}")
+
+    def _wrong(self, detail: str) -> UserError:
+        return UserError(f"evaluate.embeddings: {self.file}: {detail}")
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        try:
+            system, path = filesystem(self.file)
+            with system.open_input_file(path) as stream:
+                file = pq.ParquetFile(stream)
+                if missing := set(COLUMNS) - set(file.schema_arrow.names):
+                    raise self._wrong(f"no column {', '.join(sorted(missing))}; it needs {', '.join(COLUMNS)}")
+                yield from file.iter_batches(BLOCK, columns=COLUMNS)
+        except (OSError, pa.ArrowException) as error:
+            raise self._wrong(f"cannot be read as Parquet: {error}") from error
+
+    def _vectors(self, batch: pa.RecordBatch) -> np.ndarray:
+        """float32 [rows, dim] of a batch with rows."""
+        widths = pc.unique(pc.list_value_length(batch["vector"])).to_pylist()
+        if len(widths) != 1 or not widths[0]:
+            raise self._wrong(f"vectors of widths {widths}; queries and images need one width")
+        return pc.list_flatten(batch["vector"]).to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, widths[0])
+
+    def _rows(self, kind: Literal["query", "gallery"]) -> Blocks:
+        """(keys [n], float32 [n, dim]) of one kind, block by block."""
+        for batch in self._batches():
+            chosen = batch.filter(pc.equal(batch["kind"], kind))
+            if len(chosen):
+                yield np.array(chosen["key"].to_pylist()), self._vectors(chosen)
+
+    def queries(self, keys: list[str]) -> np.ndarray:
+        """Query vectors float32 [keys, dim]."""
+        found = {key: vector for names, values in self._rows("query") for key, vector in zip(names, values, strict=True)}
+        return np.stack([found[key] for key in keys])
+
+    def open(self, image_ids: np.ndarray) -> Take:
+        """Of the images asked for, held in memory."""
+        wanted = np.unique(image_ids)
+        kept = [(ids[here], values[here]) for ids, values in self.blocks() if (here := np.isin(ids, wanted)).any()]
+        ids, values = (np.concatenate(column) for column in zip(*kept, strict=True))
+        order = np.argsort(ids)
+        return lambda asked: values[order[np.searchsorted(ids, asked, sorter=order)]]
+
+    def blocks(self) -> Blocks:
+        """Some rows of the file each."""
+        for keys, values in self._rows("gallery"):
+            yield np.array([image_id(key) for key in keys], np.int64), values

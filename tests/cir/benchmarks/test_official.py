@@ -1,0 +1,79 @@
+"""Images of official benchmarks, and what mining must leave out."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from cir.benchmarks import official as benchmarks
+from cluster.artifacts import Output
+from cluster.config import DecodeResources
+from cluster.errors import UserError
+from cluster.monitor import Silent
+from mining import tables
+from mining.config import IngestConfig
+from mining.gallery import read_images
+from tests.cir.benchmarks import official
+
+OPTIONS = IngestConfig(galleries={}, triplets={}, shard_rows=1500)
+Photos = list[tuple[str, bytes]]
+
+
+def _images(folder: Path, names: list[str], photos: Photos) -> str:
+    """A folder of real photos under the names of a split."""
+    for place, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(photos[place % 8][1])
+    return str(folder)
+
+
+def test_exactly_the_images_of_the_split_are_taken_in_place(tmp_path: Path, photos: Photos, ray_session: None) -> None:
+    known = benchmarks.names("cirr", "val", official.annotations("cirr"))
+    images = _images(tmp_path / "img_raw", [*map(str, known.values()), "dev/dev-0-9-img9.png"], photos)
+    output = Output(str(tmp_path / "gallery"))
+    benchmarks.ingest_images(output, known, images, OPTIONS, DecodeResources(), Silent())
+    table = output.read_parts(tables.GALLERY)
+    assert sorted(table["key"].to_pylist()) == sorted(known)
+    assert table["image"].null_count == len(known)
+    benchmark = benchmarks.load("cirr", "val", official.annotations("cirr"))
+    assert set(table["image_id"].to_pylist()) == set(benchmark.names)
+    assert not len(output.rejects())
+
+
+def test_absent_images_are_counted_and_the_first_is_named(tmp_path: Path, photos: Photos) -> None:
+    known = benchmarks.names("cirr", "val", official.annotations("cirr"))
+    images = _images(tmp_path / "img_raw", [str(path) for path in known.values()][1:4], photos)
+    message = r"2,294 of the benchmark's 2,297 images are not in .*img_raw, the first: .*img_raw/dev/dev-244-0-img0\.png"
+    with pytest.raises(UserError, match=message):
+        benchmarks.ingest_images(Output(str(tmp_path / "g")), known, images, OPTIONS, DecodeResources(), Silent())
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "prefixes"), [("cirr", 2297 + 2315, ["dev-", "test1-"]), ("fashioniq", 15_415 + 15_417 - 266, [])]
+)
+def test_names_of_val_and_test_are_excluded(tmp_path: Path, name: str, count: int, prefixes: list[str]) -> None:
+    output = Output(str(tmp_path))
+    folder = official.annotations(name)
+    benchmarks.ingest_excluded(output, "excluded-x", name, folder, None, OPTIONS, DecodeResources(), Silent())
+    rows = output.read_table(benchmarks.EXCLUDED, tables.EXCLUDED).to_pylist()
+    assert [row["name"] for row in rows if row["is_prefix"]] == prefixes
+    names = {row["name"] for row in rows if not row["is_prefix"]}
+    assert len(names) == count
+    assert names >= set(benchmarks.names(name, "test", folder))
+    assert not any(row["sha256"] for row in rows)
+    assert len(output.read_parts(tables.GALLERY)) == 0
+    assert all(Path(file).is_file() for file in benchmarks.excluded_files(name, folder))
+
+
+def test_images_that_are_there_are_excluded_by_content_too(tmp_path: Path, photos: Photos, ray_session: None) -> None:
+    folder = official.annotations("cirr")
+    paths = ["dev/dev-244-0-img0.png", "test1/test1-147-1-img1.png"]
+    images, output = _images(tmp_path / "img_raw", paths, photos), Output(str(tmp_path / "output"))
+    benchmarks.ingest_excluded(output, "excluded-cirr", "cirr", folder, images, OPTIONS, DecodeResources(), Silent())
+    rows = output.read_table(benchmarks.EXCLUDED, tables.EXCLUDED).to_pylist()
+    hashes = {row["name"]: row["sha256"] for row in rows if row["sha256"]}
+    assert hashes == {Path(p).stem: hashlib.sha256(photos[i][1]).hexdigest() for i, p in enumerate(paths)}
+    ids = output.read_parts(tables.GALLERY, ["image_id"])["image_id"].to_pylist()
+    assert sorted(read_images([output], ids).values()) == sorted(photos[i][1] for i in range(2))
+    assert len(output.rejects()) == 2297 + 2315 - 2
