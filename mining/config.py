@@ -29,7 +29,10 @@ class CaptionsConfig(Section):
     """A file of image-caption pairs over one gallery."""
 
     gallery: str = Field(description="name of the gallery that holds the images")
-    file: str = Field(description="JSON list or Parquet: image, caption")
+    file: str = Field(
+        description="JSON list or Parquet of image (or key) and caption, LLaVA's JSON of conversations, a WebDataset's tar, "
+        "or a folder of Parquet or tar files"
+    )
     until: str | None = Field(None, description="keep the text before this separator, such as ':'")
 
 
@@ -51,7 +54,9 @@ class TowerConfig(Section):
     model: str = Field(description="the library's name of the model; for transformers unused when weights name it")
     weights: Weights | None = Field(None, description="None: random, for tests only")
     by_order: bool = Field(False, description="the file's tensors match the model's in order, not by name")
-    output: Literal["pooled", "tokens"] = Field("pooled", description="one vector an image, or one a patch")
+    output: Literal["pooled", "tokens", "qformer"] = Field(
+        "pooled", description="one vector an image, one a patch, or one a query of InstructBLIP's or BLIP-2's Q-Former"
+    )
     image_size: int = Field(224, gt=0)
     resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
     mean: tuple[float, float, float] | None = Field(
@@ -64,6 +69,8 @@ class TowerConfig(Section):
     def _transformers_needs_weights(self) -> Self:
         if self.library == "transformers" and self.weights is None:
             raise ValueError("a transformers tower needs 'weights': a hub name or a folder")
+        if self.output == "qformer" and self.library != "transformers":
+            raise ValueError("output 'qformer' is that of InstructBLIP and BLIP-2: set library to transformers")
         return self
 
 

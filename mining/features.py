@@ -30,6 +30,7 @@ class FeatureSource(Protocol):
     mean: np.ndarray  # float32 [dim], of the training gallery
     tokens: int
     dim: int
+    views: int  # number of different views, the plain one included
 
     def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """`count` random views; 0 is the plain image."""
@@ -137,7 +138,7 @@ class OnlineFeatures:
 
     def __init__(self, embeddings: Output, online: Online, image_ids: np.ndarray) -> None:
         info = embeddings.read_json(INFO)
-        self.tokens, self.dim = info["tokens"], info["dim"]
+        self.tokens, self.dim, self.views = info["tokens"], info["dim"], ONLINE_VIEWS
         self.mean = read_mean(embeddings)
         self.online, self.image_ids = online, image_ids
 
@@ -153,7 +154,7 @@ class OnlineFeatures:
 
     def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """A fresh view each time; the plain one is as rare as any other."""
-        return rng.integers(ONLINE_VIEWS, size=count)
+        return rng.integers(self.views, size=count)
 
     def take(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Decode, augment and run the tower."""

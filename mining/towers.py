@@ -119,10 +119,17 @@ def _load_transformers(config: TowerConfig) -> _Loaded:
     from transformers import AutoModel
 
     assert config.weights is not None
+    if config.output == "qformer":
+        from mining.qformer import load_qformer
+
+        return load_qformer(config.weights), *_colours(config)
     location, revision = config.weights.location(), config.weights.revision
     model = AutoModel.from_pretrained(location, revision=revision, trust_remote_code=False)
-    colours = (config.mean, config.std) if config.mean and config.std else preprocessing(config)
-    return model, *colours
+    return model, *_colours(config)
+
+
+def _colours(config: TowerConfig) -> tuple[_Colour, _Colour]:
+    return (config.mean, config.std) if config.mean and config.std else preprocessing(config)
 
 
 def preprocessing(config: TowerConfig) -> tuple[_Colour, _Colour]:
@@ -156,6 +163,8 @@ def _forward_open_clip(model: Any, images: torch.Tensor, output: str) -> torch.T
 
 
 def _forward_transformers(model: Any, images: torch.Tensor, output: str) -> torch.Tensor:
+    if output == "qformer":
+        return model(images)
     vision = getattr(model, "vision_model", model)
     if output == "tokens":
         return vision(pixel_values=images).last_hidden_state

@@ -33,29 +33,35 @@ def text_tower(folder: Path) -> dict[str, Any]:
     return {"library": "transformers", "weights": {"folder": str(folder)}}
 
 
-def language_model(folder: Path) -> Weights:
-    """A two-layer Llama with a byte-level BPE tokenizer."""
+def tokenizer(special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that knows WORDS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=320, special_tokens=["<s>", "</s>", *special], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([f"Change: {word}" for word in WORDS], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "initializer_range": 0.3,  # so that random logits differ clearly
+}
+
+
+def language_model(folder: Path, layers: int = 2) -> Weights:
+    """A Llama with a byte-level BPE tokenizer."""
+    words = tokenizer()
+    words.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.3,  # so that random logits differ clearly
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**{**LLAMA, "vocab_size": len(words), "num_hidden_layers": layers})).save_pretrained(folder)
     return Weights(folder=str(folder))
