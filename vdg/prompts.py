@@ -61,7 +61,7 @@ def _ids(tokenizer: Any, pieces: Sequence[str | None], image_tokens: int) -> lis
 def conversation(prompt: Prompt) -> list[dict[str, Any]]:
     """The two-image prompt as the one message of a chat, for a model's own template; the images stand where theirs do."""
     pieces = _PAIR[prompt]
-    content = [{"type": "image"} if piece is _SLOT else {"type": "text", "text": piece.strip()} for piece in pieces]
+    content = [{"type": "image"} if piece is _SLOT else {"type": "text", "text": piece} for piece in pieces]
     return [{"role": "user", "content": content}]
 
 
