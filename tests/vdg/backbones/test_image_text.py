@@ -145,7 +145,7 @@ def test_weights_that_do_not_see_are_refused(language_model: Weights, vdg):
 
 def test_a_model_without_a_chat_template_is_refused(weights, vdg, pictures, tmp_path: Path):
     processor = AutoProcessor.from_pretrained(weights.location())
-    processor.chat_template = None
+    processor.chat_template = processor.tokenizer.chat_template = None
     processor.save_pretrained(tmp_path)
     config = vdg(backbone="image_text", language_model=Weights(folder=str(tmp_path)))
     with pytest.raises(UserError, match="chat template"):
