@@ -29,7 +29,10 @@ class CaptionsConfig(Section):
     """A file of image-caption pairs over one gallery."""
 
     gallery: str = Field(description="name of the gallery that holds the images")
-    file: str = Field(description="JSON list or Parquet: image, caption")
+    file: str = Field(
+        description="JSON list or Parquet of image (or key) and caption, LLaVA's JSON of conversations, a WebDataset's tar, "
+        "or a folder of Parquet or tar files"
+    )
     until: str | None = Field(None, description="keep the text before this separator, such as ':'")
 
 
@@ -51,8 +54,10 @@ class TowerConfig(Section):
     model: str = Field(description="the library's name of the model; for transformers unused when weights name it")
     weights: Weights | None = Field(None, description="None: random, for tests only")
     by_order: bool = Field(False, description="the file's tensors match the model's in order, not by name")
-    output: Literal["pooled", "tokens", "projected"] = Field(
-        "pooled", description="one vector an image, one a patch, or BLIP's one of its retrieval space (not normalised)"
+    output: Literal["pooled", "tokens", "qformer", "projected"] = Field(
+        "pooled",
+        description="one vector an image, one a patch, one a query of InstructBLIP's or BLIP-2's Q-Former, "
+        "or BLIP's one of its retrieval space (not normalised)",
     )
     image_size: int = Field(224, gt=0)
     resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
@@ -66,8 +71,9 @@ class TowerConfig(Section):
     def _transformers_needs_weights(self) -> Self:
         if self.library == "transformers" and self.weights is None:
             raise ValueError("a transformers tower needs 'weights': a hub name or a folder")
-        if self.library != "transformers" and self.output == "projected":
-            raise ValueError("output 'projected' needs 'library: transformers' and the weights of a BLIP retrieval model")
+        for output, models in (("qformer", "InstructBLIP or BLIP-2"), ("projected", "a BLIP retrieval model")):
+            if self.output == output and self.library != "transformers":
+                raise ValueError(f"output '{output}' needs 'library: transformers' and the weights of {models}")
         return self
 
 

@@ -31,6 +31,7 @@ class FeatureSource(Protocol):
     mean: np.ndarray  # float32 [dim], of the training gallery
     tokens: int
     dim: int
+    views: int  # number of different views, the plain one included
 
     def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """`count` random views; 0 is the plain image."""
@@ -162,7 +163,7 @@ class OnlineFeatures:
 
     def __init__(self, embeddings: Output, online: Online, image_ids: np.ndarray) -> None:
         info = embeddings.read_json(INFO)
-        self.tokens, self.dim = info["tokens"], info["dim"]
+        self.tokens, self.dim, self.views = info["tokens"], info["dim"], ONLINE_VIEWS
         self.mean = read_mean(embeddings)
         self.online, self.pixels = online, Pixels(online, image_ids)
 

@@ -20,7 +20,7 @@ from mining.images import BadImage, decode
 from mining.labelled import read_captions, read_triplets
 from mining.sources import BytesReader, list_images, reject
 
-INGEST_VERSION = 2
+INGEST_VERSION = 3
 GROUPS = "groups.parquet"
 _Row = dict[str, Any]
 

@@ -1,16 +1,20 @@
 """Labelled files: triplets and captions in the forms that the field uses, checked row by row."""
 
-from collections.abc import Callable, Mapping
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow.parquet as pq
+from pyarrow import fs as pafs
 from pydantic import AliasChoices, AliasPath, BaseModel, Field, ValidationError, field_validator
 
 from cluster.artifacts import filesystem
 from cluster.errors import UserError
 from mining import tables
 from mining.images import BadImage
-from mining.sources import read_json, reject
+from mining.sources import IMAGE_SUFFIXES, read_json, reject
 
 _Row = dict[str, Any]
 
@@ -23,7 +27,7 @@ def read_triplets(file: str, known: Mapping[str, int]) -> tuple[list[_Row], list
     the benchmark. Its triplets stay and have no rank inside the group. Raises UserError when the file cannot be read.
     """
     maker = _TripletMaker(file.rsplit("/", 1)[-1], known)
-    triplets, rejects = _accepted(file, maker.row)
+    triplets, rejects = _accepted(read_rows(file), maker.row)
     groups = []
     for group, members in maker.members.items():
         if missing := [key for key in members if key not in known]:
@@ -34,26 +38,87 @@ def read_triplets(file: str, known: Mapping[str, int]) -> tuple[list[_Row], list
 
 
 def read_captions(file: str, known: Mapping[str, int], until: str | None) -> tuple[list[_Row], list[_Row]]:
-    """Captions, cut before `until`, and rejects (malformed_row, unknown_image, empty_caption) of a file.
+    """Captions, cut before `until`, and rejects (malformed_row, unknown_image, empty_caption) of a file or folder.
 
-    `known` maps a key to its image's id. Raises UserError when the file cannot be read.
+    `known` maps a key to its image's id; a row may name an image by its key or by its path, as LLaVA's do. Raises UserError
+    when the file cannot be read.
     """
 
     def row(entry: _Row, name: str) -> _Row:
         pair = _Caption.model_validate(entry)
-        text = (pair.caption.split(until)[0] if until else pair.caption).strip()
-        image_id = _known(pair.image, "image", known)
+        text = (pair.text().split(until)[0] if until else pair.text()).strip()
+        image_id = _known(pair.image if pair.image in known else _without_suffix(pair.image), "image", known)
         if not text:
             raise BadImage("empty_caption", "the row has no text")
         return {"image_id": image_id, "caption": text}
 
-    return _accepted(file, row)
+    return _accepted(_caption_rows(file), row)
 
 
-def _accepted(file: str, make: Callable[[_Row, str], _Row]) -> tuple[list[_Row], list[_Row]]:
-    """What `make` gives for each row of a file and its name, and the rows that it rejects."""
+def _without_suffix(path: str) -> str:
+    image = PurePosixPath(path)
+    return str(image.with_suffix("")) if image.suffix.lower() in IMAGE_SUFFIXES else path
+
+
+def _caption_rows(file: str) -> list[_Row]:
+    """Rows of an image's key or path and its caption, whichever of the forms they come in."""
+    system, path = filesystem(file)
+    if system.get_file_info(path).type == pafs.FileType.Directory:
+        infos = system.get_file_info(pafs.FileSelector(path, recursive=True))
+        names = sorted(info.path for info in infos if info.is_file and info.extension in ("tar", "parquet"))
+        if not names:
+            raise UserError(f"{file}: the folder has no tar or Parquet file of captions")
+        return [row for name in names for row in _rows_in(system, name)]
+    return read_rows(file) if path.endswith(".json") else _rows_in(system, path)
+
+
+def _rows_in(system: pafs.FileSystem, path: str) -> list[_Row]:
+    try:
+        with system.open_input_file(path) as stream:
+            return _tar_rows(stream) if path.endswith(".tar") else _parquet_rows(pq.ParquetFile(stream))
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise UserError(f"{path}: cannot be read as captions: {error}; give a JSON, Parquet or tar file") from error
+
+
+def _parquet_rows(file: pq.ParquetFile) -> list[_Row]:
+    """Rows of image and caption; where there is a `key`, it names the image, and `image` is its bytes, which are not read."""
+    names = file.schema_arrow.names
+    name = "key" if "key" in names else "image"
+    if not {name, "caption"} <= set(names):
+        raise ValueError(f"expected the columns image (or key) and caption, found {names}")
+    return file.read(columns=[name, "caption"]).rename_columns({name: "image"}).to_pylist()
+
+
+def _tar_rows(stream: Any) -> list[_Row]:
+    """A WebDataset's rows: a member without its suffix is the key, its .txt (else its .json's "caption") the caption."""
+    texts: dict[str, str] = {}
+    with tarfile.open(fileobj=stream, mode="r|") as archive:  # one pass, whatever the store
+        for member in archive:
+            path = PurePosixPath(member.name)
+            if not member.isfile() or path.suffix not in (".txt", ".json"):
+                continue
+            key, content = str(path.with_suffix("")), archive.extractfile(member)
+            assert content is not None  # of a file
+            if path.suffix == ".txt":
+                texts[key] = content.read().decode(errors="replace")
+            else:
+                texts.setdefault(key, _json_caption(content.read()))
+    return [{"image": key, "caption": text} for key, text in texts.items()]
+
+
+def _json_caption(content: bytes) -> str:
+    """The caption of a WebDataset's JSON; empty where it has none, so that its row is rejected."""
+    try:
+        caption = json.loads(content)["caption"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return caption if isinstance(caption, str) else ""
+
+
+def _accepted(entries: Iterable[_Row], make: Callable[[_Row, str], _Row]) -> tuple[list[_Row], list[_Row]]:
+    """What `make` gives for each row and its name, and the rows that it rejects."""
     rows, rejects = [], []
-    for position, entry in enumerate(read_rows(file)):
+    for position, entry in enumerate(entries):
         given = {field: value for field, value in entry.items() if value is not None}  # a Parquet row has every field
         name = str(given.get("pairid", f"row {position}"))
         try:
@@ -94,9 +159,21 @@ def _known(key: str, role: str, known: Mapping[str, int]) -> int:
     return known[key]
 
 
+class _Turn(BaseModel):
+    speaker: str = Field(validation_alias="from")
+    value: str
+
+
 class _Caption(BaseModel):
+    """A row with a caption, or LLaVA's with a conversation about the image."""
+
     image: str
     caption: str = ""
+    conversations: list[_Turn] = []
+
+    def text(self) -> str:
+        """The caption: in a conversation what the model is to say first."""
+        return self.caption or next((turn.value for turn in self.conversations if turn.speaker == "gpt"), "")
 
 
 class _Triplet(BaseModel):

@@ -123,6 +123,10 @@ def _load_transformers(config: TowerConfig) -> _Loaded:
     from transformers import AutoModel, BlipForImageTextRetrieval
 
     assert config.weights is not None
+    if config.output == "qformer":
+        from mining.qformer import load_qformer
+
+        return load_qformer(config.weights), *colours(config)
     location, revision = config.weights.location(), config.weights.revision
     kind: Any = BlipForImageTextRetrieval if config.output == "projected" else AutoModel
     return kind.from_pretrained(location, revision=revision, trust_remote_code=False), *colours(config)
@@ -188,6 +192,8 @@ def _forward_open_clip(model: Any, images: torch.Tensor, output: str) -> torch.T
 
 
 def _forward_transformers(model: Any, images: torch.Tensor, output: str) -> torch.Tensor:
+    if output == "qformer":
+        return model(images)
     vision = getattr(model, "vision_model", model)
     if output != "pooled":
         tokens = vision(pixel_values=images).last_hidden_state

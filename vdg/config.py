@@ -1,8 +1,8 @@
 """Config of the stages align, instruct and generate, and the description that is kept beside a trained generator."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from cluster.artifacts import Output
 from cluster.config import Section
@@ -17,15 +17,22 @@ Stage = Literal["align", "instruct"]
 class VdgConfig(Section):
     """The Visual Delta Generator's architecture (paper, section 3.1 and supplement)."""
 
-    language_model: Weights = Field(description="any causal language model of transformers; `file` may name a GGUF")
+    backbone: Literal["features", "image_text"] = Field(
+        "features", description="a projection of an image tower's tokens into a language model, or a model that sees pixels"
+    )
+    language_model: Weights = Field(
+        description="features: any causal language model of transformers (`file` may name a GGUF); "
+        "image_text: any of its image-text-to-text models that has a processor and a chat template"
+    )
     lora_rank: int = Field(64, gt=0)
     lora_alpha: int = Field(16, gt=0, description="LoRA is scaled by alpha / rank")
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     lora_targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1, description="the model's query and value layers")
-    tokens_per_feature: int = Field(1, gt=0, description="language-model embeddings made of each image-tower token")
     prompt: Literal["paper", "short"] = Field("paper", description="the paper's two-image prompt, or one of ten words")
-    center: bool = Field(False, description="subtract the training gallery's mean, then scale to norm sqrt(dim)")
-    feature_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the features, in training")
+    projection: Literal["linear", "mlp"] = Field("linear", description="features: one linear layer, or two as LLaVA's")
+    tokens_per_feature: int = Field(1, gt=0, description="features: language-model embeddings made of an image-tower token")
+    center: bool = Field(False, description="features: subtract the training gallery's mean, then scale to norm sqrt(dim)")
+    feature_dropout: float = Field(0.0, ge=0, lt=1, description="features: dropout on them, in training")
 
 
 class AlignConfig(Section):
@@ -43,6 +50,7 @@ class InstructConfig(Section):
     held_out: float = Field(
         0.0, ge=0, lt=1, description="share of the triplets kept for the validation loss; 0: the last step is kept"
     )
+    crop: bool = Field(True, description="image_text: train on random crops (features: see embed.views)")
 
 
 class GenerateConfig(Section):
@@ -54,15 +62,27 @@ class GenerateConfig(Section):
     top_k: int = Field(50, gt=0)
     precision: Literal["fp32", "bf16", "auto"] = Field("auto", description="auto: bf16 where the processor is fast at it")
     max_new_tokens: int = Field(32, gt=0, description="end of text included; a text cut off here loses its last token")
+    samples: int = Field(1, gt=0, description="above 1: sample so many deltas a pair and keep the one that agrees best")
+    views: bool = Field(False, description="sample i sees view i of both images: agreement then measures robustness to crops")
+    drop_no_change: bool = Field(False, description="reject pairs whose delta says that nothing changes")
+    max_reject_fraction: float = Field(
+        0.5, ge=0, le=1, description="share of pairs with an empty or no-change delta above which the stage fails"
+    )
+
+    @model_validator(mode="after")
+    def _views_need_samples(self) -> Self:
+        if self.views and self.samples == 1:
+            raise ValueError("views: a single delta sees the plain images; set samples above 1")
+        return self
 
 
 class Description(Section):
     """What `vdg.json` says of a trained generator: all that is needed to build it again."""
 
     stage: Stage
-    tokens: int = Field(gt=0, description="image-tower tokens an image")
-    dim: int = Field(gt=0, description="width of an image-tower token")
     vdg: VdgConfig
+    tokens: int | None = Field(None, gt=0, description="features: image-tower tokens an image")
+    dim: int | None = Field(None, gt=0, description="features: width of an image-tower token")
 
 
 def read_description(model: Output) -> Description:

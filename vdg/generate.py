@@ -1,6 +1,6 @@
 """The stage generate: pairs to pseudo triplets, one pairs part to one part, on a pool of actors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ from cluster.monitor import Monitor
 from cluster.parts import run_parts
 from cluster.training import stable_seed
 from mining import tables
-from mining.features import Features, read_mean
+from vdg.agreement import medoid
 from vdg.config import GenerateConfig, read_description
+from vdg.images import ImageSource
+from vdg.prompts import says_no_change
 
-GENERATE_VERSION = 1
+GENERATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,24 @@ class Generation:
     """What an actor needs to turn a pairs part into a part of pseudo triplets."""
 
     output: Output
-    embeddings: Output
+    images: ImageSource
     pairs: Output
     model: Output
     config: GenerateConfig
     seed: int
 
 
+@dataclass(frozen=True)
+class Delta:
+    """A delta and what speaks for it: scorer to value."""
+
+    text: str
+    scores: Mapping[str, float]
+
+
 def generate(
     output: Output,
-    embeddings: Output,
+    images: ImageSource,
     pairs: Output,
     model: Output,
     config: GenerateConfig,
@@ -42,13 +52,14 @@ def generate(
     resources: ActorResources,
     monitor: Monitor,
 ) -> None:
-    """Write a delta and its score for every pair; pairs whose delta is empty are rejected.
+    """Write a delta and its scores for every pair; pairs whose delta is empty, or says no change if so asked, are rejected.
 
-    Raises UserError when `model` holds no trained generator or its language model is missing, before an actor starts.
+    `images` are features or pixels, whichever the model's backbone sees. Raises UserError when `model` holds no trained
+    generator or its language model is missing, before an actor starts.
     """
     read_description(model).vdg.language_model.location()
-    Features(embeddings).check(_image_ids(pairs), f"mine: {pairs.uri}")
-    job = Generation(output, embeddings, pairs, model, config, seed)
+    images.check(_image_ids(pairs), f"mine: {pairs.uri}")
+    job = Generation(output, images, pairs, model, config, seed)
 
     def dataset(names: list[str]) -> ray.data.Dataset:
         return ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names)).map_batches(
@@ -73,51 +84,78 @@ class PartGenerator:
 
         from cluster.devices import device, limit_threads, uses_bf16
         from cluster.environment import record_environment
-        from vdg.model import load_vdg
+        from vdg.backbones import load_generator
 
         limit_threads(cpus)
         self.job = job
-        self.mean = read_mean(job.model)
-        self.features = Features(job.embeddings).open_plain(_image_ids(job.pairs))
+        open_images = job.images.open if job.config.views else job.images.open_plain
+        self.images = open_images(_image_ids(job.pairs))
         dtype = torch.bfloat16 if uses_bf16(job.config.precision) else torch.float32
-        self.generator = load_vdg(job.model, device(), dtype)
+        self.generator, self.inputs = load_generator(job.model, device(), dtype)
         record_environment(job.output, job.config.precision)
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Make and write the part that `row` names."""
         name = str(row["part"][0])
         pairs = self.job.pairs.read_table(name, tables.PAIRS)
-        deltas = list(self._deltas(name, pairs))
-        triplets = [_triplet(pair, text) for pair, (text, _) in zip(pairs.to_pylist(), deltas, strict=True)]
-        self._write(name, triplets, [score for _, score in deltas])
+        self._write(name, pairs.to_pylist(), list(self._deltas(name, pairs)))
         return {"part": [name], "rows": [len(pairs)]}
 
-    def _deltas(self, name: str, pairs: pa.Table) -> Iterator[tuple[str, float]]:
-        from vdg.data import prepare
+    def _deltas(self, name: str, pairs: pa.Table) -> Iterator[Delta]:
+        size = self.job.config.batch_size
+        for index, first in enumerate(range(0, len(pairs), size)):
+            batch, seed = pairs.slice(first, size), [self.job.seed, tables.stable_id(name), index]
+            if self.job.config.samples == 1:
+                yield from self._decoded(batch, self.job.config, 0, stable_seed(*seed))
+            else:
+                yield from map(_best, zip(*self._candidates(batch, seed), strict=True))
 
-        references, targets = pairs["reference_id"].to_numpy(), pairs["target_id"].to_numpy()
-        for index, first in enumerate(range(0, len(pairs), self.job.config.batch_size)):
-            chosen = slice(first, first + self.job.config.batch_size)
-            plain = np.zeros(len(references[chosen]), np.int64)
-            images = [self.features.take(ids[chosen], plain) for ids in (references, targets)]
-            reference, target = (prepare(values, self.mean, self.generator.config) for values in images)
-            seed = stable_seed(self.job.seed, tables.stable_id(name), index)
-            yield from zip(*self.generator.generate(reference, target, self.job.config, seed), strict=True)
+    def _candidates(self, pairs: pa.Table, seed: list[int]) -> Iterator[list[Delta]]:
+        """Each several deltas of every pair: the greedy one where the config is greedy, then the samples."""
+        config = self.job.config
+        if config.greedy:
+            yield self._decoded(pairs, config, 0, 0)
+        sampled = config.model_copy(update={"greedy": False})
+        for sample in range(config.samples):
+            view = sample % self.images.views if config.views else 0
+            yield self._decoded(pairs, sampled, view, stable_seed(*seed, sample))
 
-    def _write(self, name: str, triplets: list[dict[str, Any]], scores: list[float]) -> None:
+    def _decoded(self, pairs: pa.Table, config: GenerateConfig, view: int, seed: int) -> list[Delta]:
+        """One delta of every pair, its images seen in one view."""
+        views = np.full(len(pairs), view)
+        references, targets = (self.images.take(pairs[name].to_numpy(), views) for name in ("reference_id", "target_id"))
+        texts, scores = self.generator.generate(self.inputs.pairs(references, targets), config, seed)
+        return [Delta(text, {tables.SCORER: score}) for text, score in zip(texts, scores, strict=True)]
+
+    def _write(self, name: str, pairs: list[dict[str, Any]], deltas: list[Delta]) -> None:
         """Write rejects and scores, then the triplets: the part's own file says that all is there."""
-        empty = [triplet for triplet in triplets if not triplet["deltas"][0]]
-        self.job.output.write_rejects(name, [_reject(triplet) for triplet in empty])
-        kept = [(t, s) for t, s in zip(triplets, scores, strict=True) if t["deltas"][0]]
-        rows = [{"triplet_id": t["triplet_id"], "scorer": tables.SCORER, "value": s} for t, s in kept]
-        self.job.output.write_table(f"scores/{name}", pa.Table.from_pylist(rows, tables.SCORES), tables.SCORES)
-        self.job.output.write_table(name, pa.Table.from_pylist([t for t, _ in kept], tables.TRIPLETS), tables.TRIPLETS)
+        triplets, scores, rejects = [], [], []
+        for pair, delta in zip(pairs, deltas, strict=True):
+            if reason := self._rejected(delta.text):
+                rejects.append(_reject(pair, reason, delta.text))
+                continue
+            triplets.append(_triplet(pair, delta.text))
+            triplet_id = triplets[-1]["triplet_id"]
+            scores += [{"triplet_id": triplet_id, "scorer": s, "value": value} for s, value in delta.scores.items()]
+        self.job.output.write_rejects(name, rejects)
+        self.job.output.write_table(f"scores/{name}", pa.Table.from_pylist(scores, tables.SCORES), tables.SCORES)
+        self.job.output.write_table(name, pa.Table.from_pylist(triplets, tables.TRIPLETS), tables.TRIPLETS)
+
+    def _rejected(self, text: str) -> str | None:
+        if not text:
+            return "empty_delta"
+        return "no_change" if self.job.config.drop_no_change and says_no_change(text) else None
+
+
+def _best(candidates: tuple[Delta, ...]) -> Delta:
+    """The delta that agrees best with the others of its pair, and how well."""
+    place, agreement = medoid([delta.text for delta in candidates])
+    return Delta(candidates[place].text, {**candidates[place].scores, tables.AGREEMENT: agreement})
 
 
 def _image_ids(pairs: Output) -> np.ndarray:
     """All images of all pairs: opened once, so that the actors of a node share one join of pairs and features."""
-    table = pairs.read_parts(tables.PAIRS, ["reference_id", "target_id"])
-    return np.unique(np.concatenate([column.to_numpy() for column in table.columns]))
+    return tables.images_of(pairs.read_parts(tables.PAIRS, ["reference_id", "target_id"]))
 
 
 def _triplet(pair: dict[str, Any], text: str) -> dict[str, Any]:
@@ -125,10 +163,6 @@ def _triplet(pair: dict[str, Any], text: str) -> dict[str, Any]:
     return {"triplet_id": tables.stable_id("vdg", pair["pair_id"]), **carried, "deltas": [text], "source": "vdg"}
 
 
-def _reject(triplet: dict[str, Any]) -> dict[str, str]:
-    return {
-        "key": str(triplet["pair_id"]),
-        "stage": "generate",
-        "reason": "empty_delta",
-        "detail": "the generator wrote no text",
-    }
+def _reject(pair: dict[str, Any], reason: str, text: str) -> dict[str, str]:
+    detail = f"the generator wrote {text!r}"[:200]
+    return {"key": str(pair["pair_id"]), "stage": "generate", "reason": reason, "detail": detail}

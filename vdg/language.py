@@ -1,4 +1,4 @@
-"""Pretrained causal language models and their tokenizers, from a hub, a folder, or a GGUF file."""
+"""Pretrained language models, and image-text models, with what turns texts into their ids: from a hub, a folder, or a GGUF."""
 
 import hashlib
 import tempfile
@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import HfDeepSpeedConfig
 
 from cluster.errors import UserError
@@ -15,15 +23,34 @@ from cluster.weights import Weights
 
 
 def load_language_model(weights: Weights, dtype: torch.dtype, partitioned: bool = False) -> PreTrainedModel:
-    """The model in `dtype`; if `partitioned`, each rank of the process group holds a share of every weight (ZeRO-3).
+    """A causal language model, frozen, in `dtype`.
 
-    The weights' own generation defaults (temperature, penalties) are dropped: ours alone count.
+    If `partitioned`, each rank of the process group holds a share of every weight (ZeRO-3). The weights' own generation
+    defaults (temperature, penalties) are dropped: ours alone count.
     """
+    return _load(AutoModelForCausalLM, weights, dtype, partitioned)
+
+
+def load_image_text_model(weights: Weights, dtype: torch.dtype, partitioned: bool = False) -> PreTrainedModel:
+    """A model that answers texts and images with text, as `load_language_model` loads one.
+
+    Raises UserError when transformers has no such model for the weights.
+    """
+    try:
+        return _load(AutoModelForImageTextToText, weights, dtype, partitioned)
+    except ValueError as error:
+        raise UserError(
+            f"vdg.language_model: {weights.location()} is no image-text-to-text model; take one, or backbone: features"
+        ) from error
+
+
+def _load(kind: Any, weights: Weights, dtype: torch.dtype, partitioned: bool) -> PreTrainedModel:
     source = _source(weights)
     zero3 = HfDeepSpeedConfig(_zero3(dtype)) if partitioned else None  # transformers partitions while this is alive
-    model = AutoModelForCausalLM.from_pretrained(dtype=dtype, **source)
+    model: PreTrainedModel = kind.from_pretrained(dtype=dtype, **source)
     del zero3
     model.generation_config = GenerationConfig()
+    model.requires_grad_(False)
     return model
 
 
@@ -34,7 +61,21 @@ def _zero3(dtype: torch.dtype) -> dict[str, Any]:
 
 def load_tokenizer(weights: Weights) -> Any:
     """The model's tokenizer. Raises UserError when it has no end-of-text token to close a delta with."""
-    tokenizer = AutoTokenizer.from_pretrained(**_source(weights))
+    return _with_end(AutoTokenizer.from_pretrained(**_source(weights)), weights)
+
+
+def load_processor(weights: Weights) -> Any:
+    """An image-text model's processor. Raises UserError when it lacks a chat template, or an end-of-text token."""
+    processor = AutoProcessor.from_pretrained(**_source(weights))
+    if not getattr(processor, "chat_template", None):
+        raise UserError(f"vdg.language_model: {weights.location()} has no processor with a chat template; take another model")
+    tokenizer = _with_end(processor.tokenizer, weights)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def _with_end(tokenizer: Any, weights: Weights) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(f"language_model: the tokenizer of {weights.location()} has no end-of-text token; take another model")
     return tokenizer

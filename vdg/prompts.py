@@ -1,5 +1,6 @@
-"""The prompts of both training stages as token ids, with a placeholder for every projected image embedding."""
+"""The prompts of both training stages, as token ids with places for image embeddings or as a chat, and their answers."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -57,13 +58,21 @@ def _ids(tokenizer: Any, pieces: Sequence[str | None], image_tokens: int) -> lis
     return ids
 
 
-def answer_ids(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
+def conversation(prompt: Prompt) -> list[dict[str, Any]]:
+    """The two-image prompt as the one message of a chat, for a model's own template; the images stand where theirs do."""
+    pieces = _PAIR[prompt]
+    content = [{"type": "image"} if piece is _SLOT else {"type": "text", "text": piece} for piece in pieces]
+    return [{"role": "user", "content": content}]
+
+
+def answer_ids(tokenizer: Any, text: str, max_tokens: int, before: str = ":", gap: str = " ") -> list[int]:
     """Ids of a caption or delta and the end of text, at most `max_tokens`.
 
-    The text is tokenised as it reads after the prompt's last colon, so that its first word is a word's usual token
-    both where tokens carry their leading space (GPT, Llama 3) and where the tokenizer adds one itself (Llama 2).
+    The text is tokenised as it reads after the prompt's last character (`before`) and a `gap`, so that its first word is a
+    word's usual token both where tokens carry their leading space (GPT, Llama 3) and where the tokenizer adds one itself
+    (Llama 2).
     """
-    ids = encode(tokenizer, f": {text}")[len(encode(tokenizer, ":")) :]
+    ids = encode(tokenizer, f"{before}{gap}{text}")[len(encode(tokenizer, before)) :]
     return [*ids[: max_tokens - 1], tokenizer.eos_token_id]
 
 
@@ -81,3 +90,21 @@ def clean(tokenizer: Any, ids: Sequence[int]) -> str:
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids) - 1
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     return " ".join(text.rpartition(":")[2].split())
+
+
+_NO_CHANGE = re.compile(
+    r"(there (is|are) )?no (visible |real |other )?(changes?|differences?)( (is|are) \w+)?"
+    r"|nothing( else)?( (has|is|was))?( (changes?|changed|different))?"
+    r"|(do not|don't|does not|doesn't) change( anything)?"
+    r"|((it|they|everything|(both|the) (two )?(images?|photos?|pictures?)) )?(is |are |stays? |remains? )?"
+    r"((exactly|completely|almost) )?(the same|identical|unchanged)( (images?|photos?|pictures?|thing|one|as before))?"
+)
+
+
+def says_no_change(text: str) -> bool:
+    """Whether a delta says, as a whole, that nothing changes: "no change", "the same image", "is identical", nothing at all.
+
+    "The same bag in red" and "no change in colour, but larger" do say something.
+    """
+    words = " ".join(re.findall(r"[\w']+", text.lower()))
+    return not words or _NO_CHANGE.fullmatch(words) is not None

@@ -30,7 +30,15 @@ PRESETS = Path(__file__).parent / "presets"
 class VdgSection(VdgConfig):
     """The generator, and the image tower it sees through."""
 
-    tower: str = Field(description="name of a tower of embed.towers")
+    tower: str | None = Field(None, description="features: name of a tower of embed.towers")
+
+    @model_validator(mode="after")
+    def _features_need_a_tower(self) -> Self:
+        if self.backbone == "features" and self.tower is None:
+            raise ValueError("tower: backbone 'features' needs the name of a tower of embed.towers")
+        if self.backbone == "image_text" and self.tower is not None:
+            raise ValueError(f"tower: backbone 'image_text' sees with its own; found {self.tower!r}, set it to null")
+        return self
 
 
 class AlignSection(AlignConfig):
@@ -158,6 +166,15 @@ class RunConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _fits_the_backbone(self) -> Self:
+        features = self.vdg.backbone == "features"
+        if self.align and not features:
+            raise ValueError("align: backbone 'image_text' has no projection to align; set align to null")
+        if self.generate.views and features and not (self.embed.views.online or self.embed.views.count > 1):
+            raise ValueError("generate.views: the plain view alone is cached; set embed.views.count above 1 or online")
+        return self
+
     def _galleries_named(self) -> list[tuple[str, str]]:
         """(name of a file of triplets or captions, gallery it names)."""
         triplets = [(name, source.gallery) for name, source in self.ingest.triplets.items()]
@@ -170,7 +187,8 @@ class RunConfig(Section):
         for name, gallery in self._galleries_named():
             found.append((f"ingest.{name}.gallery", gallery, galleries))
         found += [("mine.gallery", self.mine.gallery, galleries), ("mine.tower", self.mine.tower, towers)]
-        found += [("vdg.tower", self.vdg.tower, towers), ("train.tower", self.train.tower, towers)]
+        found += [("train.tower", self.train.tower, towers)]
+        found += [("vdg.tower", self.vdg.tower, towers)] if self.vdg.tower else []
         found += [("instruct.triplets", self.instruct.triplets, triplets)]
         found += [("mine.triplets", self.mine.triplets, triplets)] if self.mine.triplets else []
         found += [("align.captions", self.align.captions, self.ingest.captions)] if self.align else []

@@ -21,6 +21,7 @@ from mining.features import Features, Online
 from mining.gallery import INGEST_VERSION, ingest_captions, ingest_gallery, ingest_triplets
 from mining.mine import MINE_VERSION, mine_pairs
 from vdg.generate import GENERATE_VERSION, generate
+from vdg.images import Images
 from vdg.train import ALIGN_VERSION, INSTRUCT_VERSION, align, instruct
 
 KINDS = ("ingest", "embed", "mine", "align", "instruct", "generate", "train", "evaluate")
@@ -257,6 +258,7 @@ class Pipeline:
         if section is None:
             return None
         captions = self.captions(section.captions)
+        assert config.vdg.tower is not None
         features, parents = self._features(config.vdg.tower, config.ingest.captions[section.captions].gallery)
         return self._make(
             Stage(
@@ -275,7 +277,7 @@ class Pipeline:
         """`instruct:vdg`."""
         config, section = self.config, self.config.instruct
         triplets, aligned = self.triplets(section.triplets), self.aligned
-        features, parents = self._features(config.vdg.tower, config.ingest.triplets[section.triplets].gallery)
+        images, parents = self._vdg_images(config.ingest.triplets[section.triplets].gallery, section.crop)
         return self._make(
             Stage(
                 "instruct:vdg",
@@ -283,7 +285,7 @@ class Pipeline:
                 self._settings("vdg", "instruct"),
                 lambda output, monitor: instruct(
                     output,
-                    features,
+                    images,
                     self.output(triplets),
                     self.output(aligned) if aligned else None,
                     config.vdg,
@@ -296,6 +298,13 @@ class Pipeline:
             )
         )
 
+    def _vdg_images(self, gallery: str, crop: bool = True) -> tuple[Features | Images, dict[str, Stage]]:
+        """What the generator sees of a gallery's images, and the stage it comes from."""
+        if self.config.vdg.tower is not None:
+            return self._features(self.config.vdg.tower, gallery)
+        stage = self.gallery(gallery)
+        return Images((self.output(stage),), crop), {"gallery": stage}
+
     def _settings(self, *sections: str) -> dict[str, Any]:
         dumped = {name: content_identity(getattr(self.config, name)) for name in sections}
         return {**dumped, "seed": self.config.seed, "online": self.config.embed.views.online}
@@ -305,15 +314,15 @@ class Pipeline:
         """`generate:<gallery>`."""
         config = self.config
         pairs, model = self.pairs, self.generator
-        embeddings = self.embeddings(config.vdg.tower, config.mine.gallery)
+        images, parents = self._vdg_images(config.mine.gallery)
         return self._make(
             Stage(
                 f"generate:{config.mine.gallery}",
                 GENERATE_VERSION,
-                {**config.generate.model_dump(mode="json"), "seed": config.seed},
+                {**config.generate.model_dump(mode="json", exclude={"max_reject_fraction"}), "seed": config.seed},
                 lambda output, monitor: generate(
                     output,
-                    self.output(embeddings),
+                    images,
                     self.output(pairs),
                     self.output(model),
                     config.generate,
@@ -321,8 +330,8 @@ class Pipeline:
                     config.resources.generate,
                     monitor,
                 ),
-                {"pairs": pairs, "vdg": model, "embeddings": embeddings},
-                max_reject_fraction=config.ingest.max_reject_fraction,
+                {"pairs": pairs, "vdg": model, **parents},
+                max_reject_fraction=config.generate.max_reject_fraction,
             )
         )
 

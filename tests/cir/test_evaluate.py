@@ -170,7 +170,7 @@ def test_models_are_scored_on_an_official_benchmark(run: dict[str, Any], tiny_cl
         assert len(output.read_json(f"submissions/{model}/recall.json")) == 2 + 4181
     rejected = embeddings.read_table("part-00000.v0.parquet", schema).slice(1)
     embeddings.write_table("part-00000.v0.parquet", rejected, schema)
-    with pytest.raises(UserError, match="evaluate.annotations: 1 image.* have no embeddings"):
+    with pytest.raises(UserError, match=r"evaluate.annotations: 1 image.* have no embeddings"):
         evaluate(output, benchmark, embeddings, run["gallery"], run["models"], None, config, ActorResources(actors=2), Silent())
 
 

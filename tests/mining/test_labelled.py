@@ -1,4 +1,6 @@
 import json
+import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import UserError
+from mining.config import GalleryConfig
 from mining.labelled import read_captions, read_triplets
+from mining.sources import list_images
 
 KNOWN = {f"dev-{i}": i for i in range(8)}
 GOOD = {"pairid": 0, "reference": "dev-0", "target": "dev-1", "captions": ["x"]}
@@ -106,6 +110,92 @@ def test_one_bad_caption_is_rejected_alone(tmp_path: Path, row: dict[str, Any], 
     captions, rejects = read_captions(write(tmp_path, [{"image": "dev-0", "caption": "apple: red"}, row]), KNOWN, until=":")
     assert captions == [{"image_id": 0, "caption": "apple"}]
     assert [(reject["key"], reject["reason"]) for reject in rejects] == [("row 1", reason)]
+
+
+def captions_of(file: Path, known: dict[str, int] = KNOWN) -> tuple[dict[int, str], list[tuple[str, str]]]:
+    """Caption by image, and key and reason of the rejects."""
+    captions, rejects = read_captions(str(file), known, until=None)
+    return {row["image_id"]: row["caption"] for row in captions}, [(row["key"], row["reason"]) for row in rejects]
+
+
+def test_llavas_conversations_are_captions(tmp_path: Path) -> None:
+    def talk(image: str, *turns: tuple[str, str]) -> dict[str, Any]:
+        return {"id": image, "image": image, "conversations": [{"from": who, "value": text} for who, text in turns]}
+
+    rows = [
+        talk("GCC/dev-1.jpg", ("human", "<image>\nDescribe it."), ("gpt", "a red bag"), ("human", "More."), ("gpt", "no")),
+        talk("GCC/dev-2", ("human", "Describe it.\n<image>"), ("gpt", "two apples")),
+        talk("GCC/dev-2.jpg", ("human", "Describe it.")),
+        {"image": "GCC/dev-1.jpg", "conversations": [{"from": "gpt"}]},
+        talk("GCC/ghost.jpg", ("gpt", "a bag")),
+    ]
+    captions, rejects = captions_of(Path(write(tmp_path, rows)), {"GCC/dev-1": 1, "GCC/dev-2": 2})
+    assert captions == {1: "a red bag", 2: "two apples"}
+    assert rejects == [("row 2", "empty_caption"), ("row 3", "malformed_row"), ("row 4", "unknown_image")]
+
+
+def test_a_dot_in_a_key_is_no_suffix(tmp_path: Path) -> None:
+    rows = [{"image": "v1.2", "caption": "x"}, {"image": "a.jpg", "caption": "y"}]
+    assert captions_of(Path(write(tmp_path, rows)), {"v1.2": 1, "a.jpg": 2}) == ({1: "x", 2: "y"}, [])
+
+
+def tar(file: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(file, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, BytesIO(content))
+    return file
+
+
+def test_a_webdatasets_keys_are_those_of_its_gallery(tmp_path: Path, photos: list[tuple[str, bytes]]) -> None:
+    folder, images = tmp_path / "wds", [content for _, content in photos[:6]]
+    folder.mkdir()
+    first = {
+        "00/a.jpg": images[0],
+        "00/a.txt": b"a red bag\n",
+        "00/a.json": b'{"caption": "of the json", "width": 3}',
+        "./b.v2.jpg": images[1],
+        "./b.v2.json": b'{"caption": "two apples"}',
+        "c.jpg": images[2],
+        "c.json": b"{broken",
+        "d.jpg": images[3],
+        "d.json": b'{"caption": null}',
+    }
+    second = {"e.txt": b"no image", "f.jpg": images[4], "f.txt": "grün".encode(), "g.jpg": images[5]}
+    tar(folder / "0.tar", first)
+    tar(folder / "1.tar", second)
+    index, _ = list_images(GalleryConfig(images=str(folder)), "images")
+    known = {key: place for place, key in enumerate(index["key"].to_pylist())}
+    assert set(known) == {"00/a", "b.v2", "c", "d", "f", "g"}
+    captions, rejects = captions_of(folder, known)
+    assert captions == {known["00/a"]: "a red bag", known["b.v2"]: "two apples", known["f"]: "grün"}
+    assert [reason for _, reason in rejects] == ["empty_caption", "empty_caption", "unknown_image"]
+    assert captions_of(folder / "1.tar", known)[0] == {known["f"]: "grün"}
+
+
+def test_one_parquet_file_is_gallery_and_captions(tmp_path: Path, photos: list[tuple[str, bytes]]) -> None:
+    rows = [{"key": key, "image": content, "caption": f"photo {key}"} for key, content in photos[:3]]
+    file = tmp_path / "pairs.parquet"
+    pq.write_table(pa.Table.from_pylist([*rows, {"key": "ghost", "image": b"", "caption": None}]), file)
+    index, _ = list_images(GalleryConfig(images=str(file)), "images")
+    known = {key: place for place, key in enumerate(index["key"].to_pylist()) if key != "ghost"}
+    captions, rejects = captions_of(file, known)
+    assert captions == {known[row["key"]]: row["caption"] for row in rows}
+    assert rejects == [("row 3", "unknown_image")]
+    assert captions_of(tmp_path, known)[0] == captions  # a folder of such files
+
+
+@pytest.mark.parametrize("name", ["broken.tar", "broken.parquet", "none.parquet", "captions.csv"])
+def test_unreadable_captions(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{" * 2000)
+    if name == "none.parquet":
+        pq.write_table(pa.table({"image": ["dev-1"]}), tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read as captions"):
+        captions_of(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no tar or Parquet file"):
+        captions_of(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(

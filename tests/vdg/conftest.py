@@ -23,29 +23,43 @@ def vdg(language_model: Weights) -> Callable[..., VdgConfig]:
     """Makes a config of the tiny generator."""
 
     def make(**fields: Any) -> VdgConfig:
-        defaults = {"lora_rank": 4, "lora_dropout": 0.0, "tokens_per_feature": 3, "prompt": "short", "center": True}
-        return VdgConfig(language_model=language_model, **{**defaults, **fields})
+        defaults = {"language_model": language_model, "tokens_per_feature": 3, "prompt": "short", "center": True}
+        return VdgConfig(**{**defaults, "lora_rank": 4, "lora_dropout": 0.0, **fields})
 
     return make
 
 
 @pytest.fixture
-def embeddings(tmp_path: Path) -> Output:
-    """Two views of twelve images with ids 0 to 11."""
-    output, rng = Output(str(tmp_path / "embeddings")), np.random.default_rng(0)
-    values = rng.normal(size=(2, IMAGES, TOKENS, DIM)).astype(np.float16)
-    schema = tables.embeddings(TOKENS, DIM)
-    for view in range(2):
+def gallery(tmp_path: Path, photos: list[tuple[str, bytes]]) -> Output:
+    """Twelve real photos with ids 0 to 11."""
+    output = Output(str(tmp_path / "gallery"))
+    rows = [{"image_id": i, "key": key, "image": content} for i, (key, content) in enumerate(photos[:IMAGES])]
+    output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)
+    return output
+
+
+def write_embeddings(output: Output, values: np.ndarray) -> Output:
+    """Embeddings, as `embed` writes them, of values [views, images, tokens, dim]."""
+    views, images, tokens, dim = values.shape
+    schema = tables.embeddings(tokens, dim)
+    for view in range(views):
         rows = {
-            "image_id": range(IMAGES),
-            "view": [view] * IMAGES,
-            "tokens": [TOKENS] * IMAGES,
-            "values": list(values[view].reshape(IMAGES, -1)),
+            "image_id": range(images),
+            "view": [view] * images,
+            "tokens": [tokens] * images,
+            "values": list(values[view].astype(np.float16).reshape(images, -1)),
         }
         output.write_table(f"part-00000.v{view}.parquet", pa.table(rows, schema), schema)
-    output.write_json("info.json", {"tokens": TOKENS, "dim": DIM, "views": 2})
+    output.write_json("info.json", {"tokens": tokens, "dim": dim, "views": views})
     output.write_bytes("mean.safetensors", save({"mean": values[0].astype(np.float32).mean((0, 1))}))
     return output
+
+
+@pytest.fixture
+def embeddings(tmp_path: Path) -> Output:
+    """Two views of twelve images with ids 0 to 11."""
+    values = np.random.default_rng(0).normal(size=(2, IMAGES, TOKENS, DIM)).astype(np.float16)
+    return write_embeddings(Output(str(tmp_path / "embeddings")), values)
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ import torch
 
 from cluster.training import TrainingConfig
 from mining.features import Features, read_mean
+from vdg.backbones.base import IGNORED, collate
+from vdg.backbones.features import prepare
 from vdg.config import AlignConfig, InstructConfig
-from vdg.data import AlignTask, InstructTask, collate, prepare
-from vdg.model import IGNORED
+from vdg.data import AlignTask, InstructTask
 from vdg.prompts import IMAGE
+from vdg.train import describe
 
 TOKENS, DIM = 2, 8  # of the `embeddings` fixture
 
@@ -36,7 +38,9 @@ def test_prepared_features_are_centred_to_norm_sqrt_dim(vdg):
 
 
 def _instruct(embeddings, triplets, vdg, held_out: float = 0.0) -> InstructTask:
-    return InstructTask(Features(embeddings), triplets, None, vdg(), InstructConfig(training=TRAINING, held_out=held_out))
+    features = Features(embeddings)
+    config = InstructConfig(training=TRAINING, held_out=held_out)
+    return InstructTask(features, triplets, None, describe("instruct", features, vdg()), config)
 
 
 def test_instruct_batch_holds_both_images_of_each_triplet(embeddings, triplets, vdg):
@@ -52,7 +56,8 @@ def test_instruct_batch_holds_both_images_of_each_triplet(embeddings, triplets, 
 
 
 def test_batches_depend_on_the_generator_alone(embeddings, triplets, captions, vdg):
-    align = AlignTask(Features(embeddings), captions, vdg(), AlignConfig(training=TRAINING))
+    features = Features(embeddings)
+    align = AlignTask(features, captions, describe("align", features, vdg()), AlignConfig(training=TRAINING))
     for task in (_instruct(embeddings, triplets, vdg), align):
         first = task.batch(ROWS, np.random.default_rng(4))
         again = pickle.loads(pickle.dumps(task)).batch(ROWS, np.random.default_rng(4))

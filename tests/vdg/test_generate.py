@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
 from cluster.artifacts import Output
@@ -15,12 +17,11 @@ from cluster.monitor import Monitor
 from cluster.training import WEIGHTS
 from mining import tables
 from mining.features import Features, copy_mean, read_mean
-from vdg.config import DESCRIPTION, Description, GenerateConfig
-from vdg.data import prepare
+from vdg.agreement import medoid
+from vdg.backbones import build, load_generator
+from vdg.config import DESCRIPTION, GenerateConfig
 from vdg.generate import Generation, PartGenerator, generate
-from vdg.model import VisualDeltaGenerator, load_vdg
-
-TOKENS, DIM = 2, 8  # of the `embeddings` fixture
+from vdg.train import describe
 
 CONFIG = GenerateConfig(batch_size=3, temperature=2.0, max_new_tokens=7)
 PARTS = ["part-00000.parquet", "part-00001.parquet"]
@@ -30,11 +31,11 @@ PARTS = ["part-00000.parquet", "part-00001.parquet"]
 def model(embeddings, vdg, tmp_path: Path) -> Output:
     """A generator as `instruct` leaves it, untrained."""
     output = Output(str(tmp_path / "model"))
-    description = Description(stage="instruct", tokens=TOKENS, dim=DIM, vdg=vdg())
+    description = describe("instruct", Features(embeddings), vdg())
     output.write_json(DESCRIPTION, description.model_dump(mode="json"))
     copy_mean(embeddings, output)
     torch.manual_seed(0)
-    module = VisualDeltaGenerator(vdg(), DIM, "instruct")
+    module = build(description)
     output.write_bytes(WEIGHTS, save({name: p.detach() for name, p in module.named_parameters() if p.requires_grad}))
     return output
 
@@ -45,7 +46,7 @@ def run(tmp_path: Path, embeddings: Output, pairs: Output, model: Output, monito
 
     def run_stage() -> Output:
         output = Output(str(tmp_path / "pseudo"))
-        generate(output, embeddings, pairs, model, CONFIG, 0, ActorResources(), monitor)
+        generate(output, Features(embeddings), pairs, model, CONFIG, 0, ActorResources(), monitor)
         return output
 
     return run_stage
@@ -83,40 +84,114 @@ def test_a_second_run_makes_only_what_is_missing_and_makes_it_the_same(run, moni
 def test_another_seed_makes_other_deltas(embeddings, pairs, model, tmp_path):
     outputs = [Output(str(tmp_path / str(seed))) for seed in range(2)]
     for seed, output in enumerate(outputs):
-        PartGenerator(Generation(output, embeddings, pairs, model, CONFIG, seed), 1)({"part": np.array(PARTS[:1])})
+        PartGenerator(Generation(output, Features(embeddings), pairs, model, CONFIG, seed), 1)({"part": np.array(PARTS[:1])})
     assert outputs[0].read_bytes(PARTS[0]) != outputs[1].read_bytes(PARTS[0])
 
 
-def test_the_models_own_mean_centres_another_gallery(embeddings, pairs, model, tmp_path):
-    job = Generation(Output(str(tmp_path / "out")), embeddings, pairs, model, CONFIG.model_copy(update={"greedy": True}), 0)
-    mean = read_mean(model)
-    from safetensors.numpy import save as save_arrays
+def _job(output: Output, embeddings: Output, pairs: Output, model: Output, **fields: Any) -> Generation:
+    return Generation(output, Features(embeddings), pairs, model, CONFIG.model_copy(update=fields), 0)
 
-    embeddings.write_bytes("mean.safetensors", save_arrays({"mean": mean + 5}))
+
+def test_the_models_own_mean_centres_another_gallery(embeddings, pairs, model, tmp_path):
+    job = _job(Output(str(tmp_path / "out")), embeddings, pairs, model, greedy=True)
+    embeddings.write_bytes("mean.safetensors", save_arrays({"mean": read_mean(model) + 5}))
     actor = PartGenerator(job, 1)
     actor({"part": np.array(PARTS[:1])})
     asked = pairs.read_table(PARTS[0], tables.PAIRS)
     source = Features(embeddings).open(np.arange(12))
     images = [source.take(asked[name].to_numpy(), np.zeros(7, int)) for name in ("reference_id", "target_id")]
-    expected = load_vdg(model, dtype=actor.generator.projection.weight.dtype).generate(
-        *(prepare(values, mean, actor.generator.config) for values in images), job.config, 0
-    )
+    generator, inputs = load_generator(model, dtype=actor.generator.projection.weight.dtype)
+    texts, _ = generator.generate(inputs.pairs(*images), job.config, 0)
     made = job.output.read_table(PARTS[0], tables.TRIPLETS)["deltas"].to_pylist()
-    assert [deltas[0] for deltas in made] == [text for text in expected[0] if text]
+    assert [deltas[0] for deltas in made] == [text for text in texts if text]
 
 
 def test_an_empty_delta_is_rejected(embeddings, pairs, model, tmp_path):
     output = Output(str(tmp_path / "out"))
-    actor = PartGenerator(Generation(output, embeddings, pairs, model, CONFIG, 0), 1)
-    actor.generator.generate = lambda reference, *_: (["red"] * (len(reference) - 1) + [""], [-1.0] * len(reference))
+    actor = PartGenerator(Generation(output, Features(embeddings), pairs, model, CONFIG, 0), 1)
+    actor.generator.generate = lambda batch, *_: (["red"] * (len(batch["ids"]) - 1) + [""], [-1.0] * len(batch["ids"]))
     assert actor({"part": np.array(PARTS[:1])}) == {"part": PARTS[:1], "rows": [7]}
     assert len(output.read_table(PARTS[0], tables.TRIPLETS)) == len(output.read_table(f"scores/{PARTS[0]}", tables.SCORES)) == 4
     assert output.rejects()["key"].to_pylist() == ["2", "5", "6"]
     assert set(output.rejects()["reason"].to_pylist()) == {"empty_delta"}
 
 
+def _scores(output: Output, scorer: str) -> dict[int, float]:
+    table = output.read_table(f"scores/{PARTS[0]}", tables.SCORES).to_pylist()
+    return {row["triplet_id"]: row["value"] for row in table if row["scorer"] == scorer}
+
+
+def _watched(actor: PartGenerator) -> list[tuple[list[str], list[float], bool, torch.Tensor]]:
+    """What each call of the actor's generator gives: texts, scores, whether greedy, and the features it saw."""
+    calls, decode = [], actor.generator.generate
+
+    def watch(batch, config, seed):
+        texts, scores = decode(batch, config, seed)
+        calls.append((texts, scores, config.greedy, batch["features"]))
+        return texts, scores
+
+    actor.generator.generate = watch
+    return calls
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_of_several_samples_the_one_is_kept_that_agrees_best(greedy, embeddings, pairs, model, tmp_path):
+    output = Output(str(tmp_path / "out"))
+    fields = {"samples": 3, "greedy": greedy, "batch_size": 7, "temperature": 0.7}
+    actor = PartGenerator(_job(output, embeddings, pairs, model, **fields), 1)
+    calls = _watched(actor)
+    actor({"part": np.array(PARTS[:1])})
+    assert [greedily for *_, greedily, _ in calls] == [True] * greedy + [False] * 3
+    assert all(torch.equal(features, calls[0][3]) for *_, features in calls)
+    made = output.read_table(PARTS[0], tables.TRIPLETS).to_pylist()
+    means, agreements = _scores(output, tables.SCORER), _scores(output, tables.AGREEMENT)
+    assert means.keys() == agreements.keys() == {row["triplet_id"] for row in made}
+    for row in made:
+        place = row["reference_id"]  # of the pair in its part
+        texts = [call[0][place] for call in calls]
+        kept, agreement = medoid(texts)
+        assert row["deltas"] == [texts[kept]]
+        assert agreements[row["triplet_id"]] == pytest.approx(agreement)
+        assert means[row["triplet_id"]] == pytest.approx(calls[kept][1][place])
+
+
+def test_samples_see_the_cached_views_in_turn(embeddings, pairs, model, tmp_path):
+    fields = {"samples": 3, "views": True, "batch_size": 7}
+    actor = PartGenerator(_job(Output(str(tmp_path / "out")), embeddings, pairs, model, **fields), 1)
+    calls = _watched(actor)
+    actor({"part": np.array(PARTS[:1])})
+    source = Features(embeddings).open(np.arange(12))
+    asked = pairs.read_table(PARTS[0], tables.PAIRS)
+    for (*_, seen), view in zip(calls, (0, 1, 0), strict=True):
+        images = [source.take(asked[name].to_numpy(), np.full(7, view)) for name in ("reference_id", "target_id")]
+        assert torch.equal(seen, actor.inputs.pairs(*images)["features"])
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_delta_that_says_no_change_is_rejected_where_asked(drop, embeddings, pairs, model, tmp_path):
+    output = Output(str(tmp_path / "out"))
+    actor = PartGenerator(_job(output, embeddings, pairs, model, drop_no_change=drop, batch_size=7), 1)
+    actor.generator.generate = lambda *_: (["red", "no change", *["green"] * 5], [-1.0] * 7)
+    actor({"part": np.array(PARTS[:1])})
+    rejects = [(row["key"], row["reason"]) for row in output.rejects().to_pylist()]
+    assert rejects == ([("1", "no_change")] if drop else [])
+    assert len(output.read_table(PARTS[0], tables.TRIPLETS)) == (6 if drop else 7)
+
+
+def test_views_need_samples():
+    with pytest.raises(ValueError, match="set samples above 1"):
+        GenerateConfig(views=True)
+
+
 def test_a_model_without_description_is_refused_before_an_actor_starts(embeddings, pairs, tmp_path, monitor):
     with pytest.raises(UserError, match=r"vdg\.json"):
         generate(
-            Output(str(tmp_path / "o")), embeddings, pairs, Output(str(tmp_path / "x")), CONFIG, 0, ActorResources(), monitor
+            Output(str(tmp_path / "o")),
+            Features(embeddings),
+            pairs,
+            Output(str(tmp_path / "x")),
+            CONFIG,
+            0,
+            ActorResources(),
+            monitor,
         )

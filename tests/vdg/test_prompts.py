@@ -4,7 +4,17 @@ import pytest
 
 from cluster.weights import Weights
 from vdg.language import load_tokenizer
-from vdg.prompts import IMAGE, INSTRUCTIONS, answer_ids, caption_prompt, clean, encode, pair_prompt
+from vdg.prompts import (
+    IMAGE,
+    INSTRUCTIONS,
+    answer_ids,
+    caption_prompt,
+    clean,
+    conversation,
+    encode,
+    pair_prompt,
+    says_no_change,
+)
 
 PAPER_TEXT = (
     "<s>\n### You are a helpful language and vision assistant."
@@ -68,3 +78,47 @@ def test_long_answer_is_cut(tokenizer):
 def test_post_processing(tokenizer, text, ended, cleaned):
     ids = [i for letter in text for i in encode(tokenizer, letter)]
     assert clean(tokenizer, [*ids, tokenizer.eos_token_id, 7, 7] if ended else ids) == cleaned
+
+
+@pytest.mark.parametrize("prompt", ["paper", "short"])
+def test_the_chat_says_what_the_prompt_says(tokenizer, prompt):
+    (message,) = conversation(prompt)
+    said = ["@" if part["type"] == "image" else part["text"] for part in message["content"]]
+    written = _text(tokenizer, pair_prompt(tokenizer, prompt, 1)).removeprefix("<s>")
+    assert "".join(said) == written
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "No change.",
+        "nothing changes",
+        "the same",
+        "is identical",
+        "exactly the same",
+        "The images are identical",
+        "no visible difference",
+        "there is no difference",
+        "nothing has changed",
+        "",
+        " ... ",
+    ],
+)
+def test_no_change_is_recognised(text):
+    assert says_no_change(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the same bag in red",
+        "no change in colour but larger",
+        "nothing on the shelf",
+        "change it to red",
+        "no label",
+        "red",
+        "identical but smaller",
+    ],
+)
+def test_a_delta_that_says_something_is_kept(text):
+    assert not says_no_change(text)

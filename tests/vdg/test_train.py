@@ -15,11 +15,12 @@ from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.training import METRICS, WEIGHTS, TrainingConfig, train
 from mining import tables
-from mining.features import Features
+from mining.features import Features, read_mean
+from vdg.backbones import build, load_generator, make_inputs
+from vdg.backbones.base import Backbone
 from vdg.config import AlignConfig, GenerateConfig, InstructConfig
 from vdg.data import InstructTask
-from vdg.model import VisualDeltaGenerator, load_vdg
-from vdg.train import align, instruct
+from vdg.train import align, describe, instruct
 
 TOKENS, DIM = 2, 8  # of the `embeddings` fixture
 
@@ -52,21 +53,31 @@ def test_align_then_instruct_then_generate(embeddings, captions, triplets, vdg, 
     assert model.read_bytes("mean.safetensors") == embeddings.read_bytes("mean.safetensors")
     assert "negative_val_loss" in json.loads(model.read_bytes(METRICS).decode().splitlines()[-1])
 
-    trained = VisualDeltaGenerator(vdg(), DIM, "instruct").eval()
+    description = describe("instruct", Features(embeddings), vdg())
+    trained = build(description).eval()
     trained.load_state_dict(weights, strict=False)
-    images = torch.randn(2, 5, TOKENS, DIM, generator=torch.Generator().manual_seed(0))
+    images = np.random.default_rng(0).normal(size=(2, 5, TOKENS, DIM)).astype(np.float32)
     config = GenerateConfig(greedy=True, max_new_tokens=8)
-    texts, scores = trained.generate(*images, config, seed=0)
-    reloaded = load_vdg(model).generate(*images, config, seed=0)
+    texts, scores = trained.generate(make_inputs(description, read_mean(embeddings)).pairs(*images), config, seed=0)
+    generator, inputs = load_generator(model)
+    reloaded = generator.generate(inputs.pairs(*images), config, seed=0)
     assert reloaded[0] == texts
     assert reloaded[1] == pytest.approx(scores, abs=1e-4)
 
 
-def test_instruct_starts_from_the_aligned_projection(embeddings, captions, triplets, vdg, tmp_path, monitor):
-    aligned = Output(str(tmp_path / "aligned"))
-    align(aligned, Features(embeddings), captions, vdg(), ALIGN, 0, LOCAL, monitor)
-    module = InstructTask(Features(embeddings), triplets, aligned, vdg(), _config()).build()
-    torch.testing.assert_close(module.projection.weight.data, load(aligned.read_bytes(WEIGHTS))["projection.weight"])
+def _task(features, triplets, aligned, vdg, config, kind=InstructTask, **fields) -> InstructTask:
+    return kind(features, triplets, aligned, describe("instruct", features, vdg), config, **fields)
+
+
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_instruct_starts_from_the_aligned_projection(projection, embeddings, captions, triplets, vdg, tmp_path, monitor):
+    aligned, config = Output(str(tmp_path / "aligned")), vdg(projection=projection)
+    align(aligned, Features(embeddings), captions, config, ALIGN, 0, LOCAL, monitor)
+    module = _task(Features(embeddings), triplets, aligned, config, _config()).build()
+    found = {f"projection.{name}": value for name, value in module.projection.state_dict().items()}
+    expected = load(aligned.read_bytes(WEIGHTS))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_instruction_learns(embeddings, triplets, vdg, tmp_path, monitor):
@@ -80,14 +91,15 @@ def test_instruction_learns(embeddings, triplets, vdg, tmp_path, monitor):
 def test_an_aligned_projection_that_does_not_fit_is_refused(embeddings, captions, triplets, vdg, tmp_path, monitor):
     aligned = Output(str(tmp_path / "aligned"))
     align(aligned, Features(embeddings), captions, vdg(), ALIGN, 0, LOCAL, monitor)
-    other = vdg(tokens_per_feature=2)
-    with pytest.raises(UserError, match="tokens_per_feature"):
-        instruct(Output(str(tmp_path / "m")), Features(embeddings), triplets, aligned, other, _config(), 0, LOCAL, monitor)
+    for field, other in {"tokens_per_feature": 2, "projection": "mlp"}.items():
+        model, changed = Output(str(tmp_path / "m")), vdg(**{field: other})
+        with pytest.raises(UserError, match=field):
+            instruct(model, Features(embeddings), triplets, aligned, changed, _config(), 0, LOCAL, monitor)
 
 
 def test_a_folder_without_a_generator_is_refused(tmp_path):
     with pytest.raises(UserError, match="align or instruct"):
-        load_vdg(Output(str(tmp_path)))
+        load_generator(Output(str(tmp_path)))
 
 
 @pytest.mark.workers
@@ -109,7 +121,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_stopped(embeddings, triplets, vdg
     instruct(whole, features, triplets, None, vdg(), config, 0, LOCAL, monitor)
     worker = WorkerResources(workers=1, max_failures=0)
     with pytest.raises(Exception, match="killed"):
-        train(resumed, Killed(features, triplets, None, vdg(), config), config.training, 0, worker, monitor)
+        train(resumed, _task(features, triplets, None, vdg(), config, Killed), config.training, 0, worker, monitor)
     instruct(resumed, features, triplets, None, vdg(), config, 0, worker, monitor)
     assert monitor.resumed == 4
     assert _losses(resumed) == pytest.approx(_losses(whole), rel=1e-4)
@@ -139,7 +151,7 @@ class Watched(InstructTask):
 
     shares: str = ""
 
-    def build(self) -> VisualDeltaGenerator:
+    def build(self) -> Backbone:
         generator = super().build()
         frozen = [p for p in generator.parameters() if not p.requires_grad]
         with open(self.shares, "a") as file:
@@ -157,7 +169,7 @@ def test_two_workers_train_as_one(zero_stage, undrawn, vdg, tmp_path, monitor):
     for name, output in outputs.items():
         workers = LOCAL if name == "one" else WorkerResources(workers=2, max_failures=0)
         config = _config(steps=20, checkpoint_every=10, zero_stage=zero_stage if name == "two" else 2)
-        task = Watched(*undrawn, None, vdg(), config, shares=str(tmp_path / f"{name}.shares"))
+        task = _task(*undrawn, None, vdg(), config, Watched, shares=str(tmp_path / f"{name}.shares"))
         train(output, task, config.training, 0, workers, monitor)
     shares = {name: [line.split() for line in (tmp_path / f"{name}.shares").read_text().splitlines()] for name in outputs}
     total = int(shares["one"][0][0])

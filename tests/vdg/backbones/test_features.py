@@ -1,13 +1,14 @@
-"""The generator's loss, its gradients and its decoding."""
+"""The feature backbone's loss, its gradients and its decoding."""
 
 import pytest
 import torch
 from torch.nn import functional
 
 from cluster.errors import UserError
-from vdg.config import GenerateConfig
-from vdg.data import collate
-from vdg.model import VisualDeltaGenerator
+from tests import tiny
+from vdg.backbones.base import collate
+from vdg.backbones.features import FeatureBackbone
+from vdg.config import Description, GenerateConfig
 from vdg.prompts import answer_ids, pair_prompt
 
 TOKENS, DIM = 2, 8  # of the `embeddings` fixture
@@ -15,10 +16,14 @@ TOKENS, DIM = 2, 8  # of the `embeddings` fixture
 GREEDY = GenerateConfig(batch_size=8, greedy=True, max_new_tokens=9)
 
 
+def _backbone(vdg, stage) -> FeatureBackbone:
+    return FeatureBackbone(Description(stage=stage, tokens=TOKENS, dim=DIM, vdg=vdg))
+
+
 @pytest.fixture
-def generator(vdg) -> VisualDeltaGenerator:
+def generator(vdg) -> FeatureBackbone:
     torch.manual_seed(1)
-    model = VisualDeltaGenerator(vdg(), DIM, "instruct")
+    model = _backbone(vdg(), "instruct")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)  # as after training: LoRA has an effect
@@ -29,7 +34,13 @@ def _features(rows: int, images: int = 2) -> torch.Tensor:
     return torch.randn(rows, images, TOKENS, DIM, generator=torch.Generator().manual_seed(2))
 
 
-def _batch(model: VisualDeltaGenerator, texts: list[str]) -> dict[str, torch.Tensor]:
+def _asked(model: FeatureBackbone, features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The batch to generate from."""
+    prompt = pair_prompt(model.tokenizer, "short", TOKENS * 3)
+    return {"features": features, "ids": torch.tensor([prompt] * len(features))}
+
+
+def _batch(model: FeatureBackbone, texts: list[str]) -> dict[str, torch.Tensor]:
     prompt = pair_prompt(model.tokenizer, "short", TOKENS * 3)
     return {
         "features": _features(len(texts)),
@@ -58,7 +69,7 @@ def test_both_images_count_and_in_their_order(generator):
 
 @pytest.mark.parametrize("stage", ["align", "instruct"])
 def test_only_what_the_stage_trains_gets_a_gradient(vdg, stage):
-    model = VisualDeltaGenerator(vdg(), DIM, stage)
+    model = _backbone(vdg(), stage)
     model(_batch(model, ["red", "green"]))["loss"].backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     lora = {name for name, _ in model.named_parameters() if "lora_" in name}
@@ -68,7 +79,7 @@ def test_only_what_the_stage_trains_gets_a_gradient(vdg, stage):
 
 
 def test_feature_dropout_only_in_training(vdg):
-    model = VisualDeltaGenerator(vdg(feature_dropout=0.5), DIM, "align")
+    model = _backbone(vdg(feature_dropout=0.5), "align")
     batch = _batch(model, ["red"])
     torch.testing.assert_close(model.eval()(batch), model(batch))
     assert float(model.train()(batch)["loss"]) != float(model.eval()(batch)["loss"])
@@ -76,7 +87,7 @@ def test_feature_dropout_only_in_training(vdg):
 
 def test_unknown_lora_target_is_named(vdg):
     with pytest.raises(UserError, match="lora_targets"):
-        VisualDeltaGenerator(vdg(lora_targets=("c_attn",)), DIM, "instruct")
+        _backbone(vdg(lora_targets=("c_attn",)), "instruct")
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -85,7 +96,7 @@ def test_score_equals_teacher_forcing(generator, greedy):
     config = GenerateConfig(greedy=greedy, temperature=3.0, top_k=20, max_new_tokens=12)
     decode = generator.language_model.generate
     generator.language_model.generate = lambda *a, **k: spoken.append(decode(*a, **k)) or spoken[0]
-    _, scores = generator.generate(features[:, 0], features[:, 1], config, seed=3)
+    _, scores = generator.generate(_asked(generator, features), config, seed=3)
     prompt = pair_prompt(generator.tokenizer, "short", TOKENS * 3)
     for row, ids in enumerate(spoken[0].tolist()):
         answer = ids[: ids.index(1) + 1] if 1 in ids else ids
@@ -95,9 +106,9 @@ def test_score_equals_teacher_forcing(generator, greedy):
 
 def test_greedy_decoding_does_not_depend_on_the_batch(generator):
     features = _features(8)
-    together = generator.generate(features[:, 0], features[:, 1], GREEDY, seed=0)
+    together = generator.generate(_asked(generator, features), GREEDY, seed=0)
     for row in range(8):
-        alone = generator.generate(features[row : row + 1, 0], features[row : row + 1, 1], GREEDY, seed=5)
+        alone = generator.generate(_asked(generator, features[row : row + 1]), GREEDY, seed=5)
         assert alone[0] == [together[0][row]]
         assert alone[1] == pytest.approx([together[1][row]], abs=1e-4)
 
@@ -105,16 +116,44 @@ def test_greedy_decoding_does_not_depend_on_the_batch(generator):
 def test_sampling_follows_its_seed_and_leaves_torch_alone(generator):
     features, config = _features(8), GenerateConfig(temperature=5.0, max_new_tokens=9)
     state = torch.get_rng_state()
-    first, again, other = (generator.generate(features[:, 0], features[:, 1], config, seed)[0] for seed in (1, 1, 2))
+    first, again, other = (generator.generate(_asked(generator, features), config, seed)[0] for seed in (1, 1, 2))
     assert first == again != other
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_merged_lora_generates_the_same(generator):
     features = _features(8)
-    before = generator.generate(features[:, 0], features[:, 1], GREEDY, seed=0)
+    before = generator.generate(_asked(generator, features), GREEDY, seed=0)
     generator.merge()
     assert not any("lora" in name for name, _ in generator.named_parameters())
-    after = generator.generate(features[:, 0], features[:, 1], GREEDY, seed=0)
+    after = generator.generate(_asked(generator, features), GREEDY, seed=0)
     assert after[0] == before[0]
     assert after[1] == pytest.approx(before[1], abs=1e-4)
+
+
+def test_the_mlp_has_two_layers_and_both_are_trained(vdg):
+    model = _backbone(vdg(projection="mlp"), "align")
+    model(_batch(model, ["red", "green"]))["loss"].backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {f"projection.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+    values = torch.randn(5, DIM)
+    first, _, second = model.projection
+    torch.testing.assert_close(model.projection(values), second(functional.gelu(first(values))))
+
+
+def test_rotary_angles_follow_positions(vdg, tmp_path):
+    """One layer sees its prompt as a bag of tokens unless q and k turn by position, which a cache over heads does not do."""
+    model = _backbone(vdg(language_model=tiny.language_model(tmp_path, layers=1)), "align").eval()
+    batch = _asked(model, _features(1))
+    order = torch.randperm(batch["ids"].shape[1] - 1, generator=torch.Generator().manual_seed(0))
+    order = torch.cat([order, torch.tensor([len(order)])])  # the last token stays: it gives the first word
+    embeddings = model.embed(batch["ids"], batch["features"])
+
+    def first_word(**positions: torch.Tensor) -> list[torch.Tensor]:
+        inputs = (embeddings, embeddings[:, order])
+        return [model.language_model(inputs_embeds=tokens, **positions).logits[0, -1] for tokens in inputs]
+
+    plain, permuted = first_word()
+    assert (plain - permuted).abs().max() > 1e-2
+    plain, permuted = first_word(position_ids=torch.zeros_like(batch["ids"]))
+    torch.testing.assert_close(plain, permuted)

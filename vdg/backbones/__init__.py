@@ -1,0 +1,44 @@
+"""The generator's backbones behind one interface: `features` (an image tower's tokens) and `image_text` (pixels)."""
+
+import numpy as np
+import torch
+from safetensors.torch import load
+
+from cluster.artifacts import Output
+from cluster.training import WEIGHTS, load_trained
+from mining.features import read_mean
+from vdg.backbones.base import Backbone, Inputs
+from vdg.backbones.features import FeatureBackbone, FeatureInputs
+from vdg.backbones.image_text import ImageTextBackbone, ImageTextInputs
+from vdg.config import Description, read_description
+
+_BACKBONES: dict[str, type[FeatureBackbone] | type[ImageTextBackbone]] = {
+    "features": FeatureBackbone,
+    "image_text": ImageTextBackbone,
+}
+
+
+def build(description: Description, dtype: torch.dtype = torch.float32, partitioned: bool = False) -> Backbone:
+    """The generator to train, its frozen model in `dtype` and, if `partitioned`, shared out over the ranks (ZeRO-3)."""
+    return _BACKBONES[description.vdg.backbone](description, dtype, partitioned)
+
+
+def make_inputs(description: Description, mean: np.ndarray | None = None, max_tokens: int = 32) -> Inputs:
+    """What makes the generator's batches; `mean` [dim] is that of the training gallery's features, where it has any."""
+    if description.vdg.backbone == "image_text":
+        return ImageTextInputs(description, max_tokens)
+    assert mean is not None
+    return FeatureInputs(description, mean, max_tokens)
+
+
+def load_generator(model: Output, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Backbone, Inputs]:
+    """A trained generator, LoRA merged, ready to generate, and what makes its batches.
+
+    Raises UserError when `model` holds no trained generator.
+    """
+    description = read_description(model)
+    generator = build(description, dtype)
+    load_trained(generator, load(model.read_bytes(WEIGHTS)))
+    generator.merge()
+    mean = read_mean(model) if description.vdg.backbone == "features" else None
+    return generator.to(device, dtype).eval(), make_inputs(description, mean)

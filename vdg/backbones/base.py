@@ -1,0 +1,163 @@
+"""What every backbone shares: batches of prompts and answers, the loss, decoding with scores, LoRA."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from cluster.errors import UserError
+from vdg.config import GenerateConfig, VdgConfig
+from vdg.prompts import clean
+
+IGNORED = -100  # target of positions that predict no token of the answer
+Batch = dict[str, Tensor]
+
+
+class Inputs(Protocol):
+    """The half of a backbone that needs no weights: it makes batches beside the training step."""
+
+    def pairs(self, references: Any, targets: Any, deltas: Sequence[str] | None = None) -> Batch:
+        """Two-image prompts of images as their source gives them: with the deltas to learn, or bare, to generate from."""
+
+
+class Backbone(nn.Module, ABC):
+    """Writes what turns the reference image into the target image.
+
+    Its parameters that require a gradient (LoRA, and the projection where there is one) are all that is trained and saved.
+    """
+
+    def __init__(self, config: VdgConfig, tokenizer: Any, language_model: Any) -> None:
+        """`language_model`: what answers and is decoded, frozen but for its LoRA."""
+        super().__init__()
+        self.config, self.tokenizer, self.language_model = config, tokenizer, language_model
+
+    @abstractmethod
+    def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the language model takes of a batch: `input_ids` or `inputs_embeds`, and what goes with them."""
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean next-token cross-entropy over answer and end of text (paper, Eq. 1).
+
+        `batch` is of the backbone's `Inputs`, right-padded; its `targets` int64 [B, T] are the token that follows each
+        position, or IGNORED. The vocabulary projection, a fifth of a small model's work, runs only where some row of the
+        batch has a target.
+        """
+        targets = batch["targets"]
+        positions = (targets != IGNORED).any(0).nonzero().squeeze(1)
+        logits = self.language_model(**self.model_inputs(batch), logits_to_keep=positions, use_cache=False).logits
+        kept = targets[:, positions]
+        scored = kept != IGNORED
+        return {"loss": functional.cross_entropy(logits[scored].float(), kept[scored])}
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, config: GenerateConfig, seed: int) -> tuple[list[str], list[float]]:
+        """Deltas of B pairs and their scores.
+
+        Args:
+            batch: of the backbone's `Inputs`, without deltas.
+            config: how to decode.
+            seed: of the sampling; with `config.greedy` it has no effect.
+
+        Returns:
+            B texts (paper's post-processing; may be empty) and B mean log-probabilities (nats) of the generated tokens,
+            end of text included, under the model's own distribution: before temperature and top-k.
+        """
+        ids = self.generate_ids(batch, config, recorder := _LogProbabilities(), seed)
+        lengths = _lengths(ids, self.tokenizer.eos_token_id)
+        texts = [clean(self.tokenizer, row[:length]) for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+        spoken = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+        means = (recorder.of(ids) * spoken).sum(1) / lengths
+        return texts, means.tolist()
+
+    def generate_ids(self, batch: Batch, config: GenerateConfig, recorder: LogitsProcessor, seed: int) -> Tensor:
+        """New ids [B, at most max_new_tokens], decoded with a KV cache until every row has ended."""
+        device = self.language_model.device
+        inputs = self.model_inputs({name: value.to(device) for name, value in batch.items()})
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            ids = self.language_model.generate(
+                **inputs, generation_config=self._decoding(config), logits_processor=LogitsProcessorList([recorder])
+            )
+        return ids[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else ids
+
+    def _decoding(self, config: GenerateConfig) -> GenerationConfig:
+        end = self.tokenizer.eos_token_id
+        sampling = {} if config.greedy else {"temperature": config.temperature, "top_k": config.top_k}
+        return GenerationConfig(
+            max_new_tokens=config.max_new_tokens, do_sample=not config.greedy, eos_token_id=end, pad_token_id=end, **sampling
+        )
+
+    def merge(self) -> None:
+        """Fold LoRA into the language model's weights: as good as free at generation, but no longer trainable."""
+        if hasattr(self.language_model, "merge_and_unload"):
+            self.language_model = self.language_model.merge_and_unload()
+
+
+def collate(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Batch:
+    """Right-padded `ids` and `targets` [B, T]: each position's target is the id after it, where that is the answer's."""
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)) - 1
+    ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+    targets = torch.full_like(ids, IGNORED)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer) - 1
+        ids[row, :end] = torch.tensor(prompt + answer[:-1])
+        targets[row, len(prompt) - 1 : end] = torch.tensor(answer)
+    return {"ids": ids, "targets": targets}
+
+
+def with_lora(model: PreTrainedModel, config: VdgConfig, targets: list[str] | str) -> nn.Module:
+    """The model with LoRA on the layers `targets`, by the end of their names or a regular expression of whole names."""
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(
+            f"lora_targets {list(config.lora_targets)}: {error}; name this language model's query and value layers"
+        ) from error
+
+
+def _lengths(ids: Tensor, end: int) -> Tensor:
+    """Number of generated tokens [B] of ids [B, T], end of text included."""
+    ended = (ids == end).int()
+    return torch.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1])
+
+
+class _LogProbabilities(LogitsProcessor):
+    """Records the log-probability of each chosen token while `generate` runs.
+
+    It sees the raw logits of a step before temperature and top-k, and at the next step the token that was chosen. So one
+    step's logits are held, where `output_logits` holds all: 200 kB a row and token for a vocabulary of 50,000.
+    """
+
+    def __init__(self) -> None:
+        self.recorded: list[Tensor] = []
+        self.logits: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Take a step's logits [B, vocabulary], unchanged; `input_ids` [B, t] are the tokens generated so far."""
+        if self.logits is not None:
+            self.recorded.append(_log_probability(self.logits, input_ids[:, -1]))
+        self.logits = scores
+        return scores
+
+    def of(self, ids: Tensor) -> Tensor:
+        """Log-probabilities [B, T] of the generated ids [B, T]."""
+        if len(self.recorded) < ids.shape[1]:
+            assert self.logits is not None
+            self.recorded.append(_log_probability(self.logits, ids[:, -1]))
+        return torch.stack(self.recorded[: ids.shape[1]], 1)
+
+
+def _log_probability(logits: Tensor, chosen: Tensor) -> Tensor:
+    return -functional.cross_entropy(logits, chosen, reduction="none")  # fused: half the time of a logsumexp

@@ -1,0 +1,106 @@
+"""The paper's backbone: frozen image features, one trained projection, any causal language model with LoRA.
+
+The features are those of an image tower: InstructBLIP's 32 queries (the paper's), patch tokens, or one pooled vector.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mining.features import centred
+from vdg.backbones.base import Backbone, Batch, collate, with_lora
+from vdg.config import Description, VdgConfig
+from vdg.language import load_language_model, load_tokenizer
+from vdg.prompts import IMAGE, INSTRUCTIONS, answer_ids, caption_prompt, pair_prompt
+
+
+class FeatureInputs:
+    """Batches of `ids` int64 [B, T], with IMAGE where an image embedding goes, and `features` float32.
+
+    Features are [B, images, tokens, dim], in the order of their places; answers are cut to `max_tokens`.
+    """
+
+    def __init__(self, description: Description, mean: np.ndarray, max_tokens: int) -> None:
+        """`mean` float32 [dim]: of the training gallery's features."""
+        assert description.tokens is not None
+        self.vdg, self.mean, self.max_tokens = description.vdg, mean, max_tokens
+        self._slots = description.tokens * self.vdg.tokens_per_feature
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.vdg.language_model)
+
+    @cached_property
+    def _pair_prompt(self) -> list[int]:
+        return pair_prompt(self._tokenizer, self.vdg.prompt, self._slots)
+
+    @cached_property
+    def _caption_prompts(self) -> list[list[int]]:
+        return [caption_prompt(self._tokenizer, self.vdg.prompt, self._slots, text) for text in INSTRUCTIONS]
+
+    def pairs(self, references: np.ndarray, targets: np.ndarray, deltas: Sequence[str] | None = None) -> Batch:
+        """Two-image prompts of features [B, tokens, dim], with `targets` where there are deltas to learn."""
+        features = torch.stack([prepare(values, self.mean, self.vdg) for values in (references, targets)], 1)
+        if deltas is None:
+            return {"features": features, "ids": torch.tensor([self._pair_prompt] * len(features))}
+        return {"features": features, **collate([self._pair_prompt] * len(deltas), self._answers(deltas))}
+
+    def captions(self, images: np.ndarray, instructions: np.ndarray, captions: Sequence[str]) -> Batch:
+        """One-image prompts of features [B, tokens, dim], instructions by their place in INSTRUCTIONS, and the captions."""
+        prompts = [self._caption_prompts[place] for place in instructions]
+        features = prepare(images, self.mean, self.vdg).unsqueeze(1)
+        return {"features": features, **collate(prompts, self._answers(captions))}
+
+    def _answers(self, texts: Sequence[str]) -> list[list[int]]:
+        return [answer_ids(self._tokenizer, text, self.max_tokens) for text in texts]
+
+
+def prepare(values: np.ndarray, mean: np.ndarray, vdg: VdgConfig) -> Tensor:
+    """The projection's input float32 from raw features [..., dim]: centred to norm sqrt(dim) if the config says so."""
+    if vdg.center:
+        values = centred(values, mean) * np.sqrt(values.shape[-1], dtype=np.float32)
+    return torch.from_numpy(values)
+
+
+class FeatureBackbone(Backbone):
+    """Every image token of width `dim` becomes `tokens_per_feature` language-model embeddings (paper, section 3.1).
+
+    `align` trains the projection alone, `instruct` the projection and LoRA.
+    """
+
+    def __init__(self, description: Description, dtype: torch.dtype = torch.float32, partitioned: bool = False) -> None:
+        """`dtype` and `partitioned` (over the ranks, for ZeRO-3) are the frozen language model's."""
+        config = description.vdg
+        assert description.dim is not None
+        frozen: Any = load_language_model(config.language_model, dtype, partitioned)
+        width = frozen.get_input_embeddings().embedding_dim
+        instruct = description.stage == "instruct"
+        model = with_lora(frozen, config, list(config.lora_targets)) if instruct else frozen
+        super().__init__(config, load_tokenizer(config.language_model), model)
+        self.projection = _projection(config, description.dim, width)
+
+    def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Embeddings; padding is on the right, so causal attention needs no mask and positions count from 0."""
+        embeddings = self.embed(batch["ids"], batch["features"])
+        if "targets" in batch:
+            return {"inputs_embeds": embeddings}
+        return {"inputs_embeds": embeddings, "attention_mask": torch.ones_like(batch["ids"])}
+
+    def embed(self, ids: Tensor, features: Tensor) -> Tensor:
+        """Embeddings [B, T, width] of ids [B, T], the projected features [B, images, tokens, dim] in the IMAGE slots."""
+        embeddings = self.language_model.get_input_embeddings()(ids.clamp(min=0))
+        features = functional.dropout(features.to(embeddings.dtype), self.config.feature_dropout, self.training)
+        return embeddings.masked_scatter((ids == IMAGE).unsqueeze(-1), self.projection(features).to(embeddings.dtype))
+
+
+def _projection(config: VdgConfig, dim: int, width: int) -> nn.Module:
+    """The paper's one linear layer without bias, or LLaVA's two with GELU between."""
+    out = config.tokens_per_feature * width
+    if config.projection == "linear":
+        return nn.Linear(dim, out, bias=False)
+    return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, out))

@@ -1,0 +1,99 @@
+"""Images as pixels, for backbones that see with their own image tower."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from cluster.artifacts import Output
+from cluster.errors import UserError
+from mining.gallery import keys, read_images
+from mining.images import decode
+
+CROP, ASPECT = (0.8, 1.0), (0.9, 1.1)  # share of the area, and change of the aspect (paper, supplement)
+
+
+class OpenImages(Protocol):
+    """Some images, as the features of a tower or as pixels."""
+
+    views: int  # number of different views
+
+    def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """`count` random views; 0 is the plain image."""
+
+    def take(self, image_ids: np.ndarray, views: np.ndarray) -> Any:
+        """One view of each image, as the backbone's `Inputs` take them. Raises KeyError for an unknown image."""
+
+
+class ImageSource(Protocol):
+    """Where a generator's images come from: `mining.features.Features` or `Images`. Travels to the workers."""
+
+    def open(self, image_ids: np.ndarray) -> Any:
+        """These images alone, in every view."""
+
+    def open_plain(self, image_ids: np.ndarray) -> Any:
+        """These images alone, for view 0."""
+
+    def check(self, image_ids: np.ndarray, where: str) -> None:
+        """Raises UserError when an image named in `where` is missing, which no worker could go on without."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The pixels of galleries' images; `crop` draws random crops for training."""
+
+    galleries: tuple[Output, ...]
+    crop: bool = True
+
+    def open(self, image_ids: np.ndarray) -> "Pixels":
+        """Plain images and, if `crop`, random crops."""
+        return Pixels(self.galleries, np.unique(image_ids), views=2**31 if self.crop else 1)
+
+    def open_plain(self, image_ids: np.ndarray) -> "Pixels":
+        """Plain images."""
+        return Pixels(self.galleries, np.unique(image_ids), views=1)
+
+    def check(self, image_ids: np.ndarray, where: str) -> None:
+        """Raises UserError when an image named in `where` is in none of the galleries."""
+        known = [list(keys(gallery).values()) for gallery in self.galleries]
+        if len(missing := np.setdiff1d(image_ids, np.concatenate(known))):
+            raise UserError(
+                f"{where}: {len(missing)} image(s) are in no gallery of {[gallery.uri for gallery in self.galleries]}, such as "
+                f"image_id {missing[0]}; take their rows out, or name their gallery"
+            )
+
+
+class Pixels:
+    """Decoded images; the encoded bytes of those asked for are held in memory."""
+
+    def __init__(self, galleries: tuple[Output, ...], image_ids: np.ndarray, views: int) -> None:
+        self.galleries, self.image_ids, self.views = galleries, image_ids, views
+
+    @cached_property
+    def _encoded(self) -> dict[int, bytes]:
+        return read_images(self.galleries, self.image_ids)
+
+    def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """A fresh crop each time; the plain image is as rare as any other."""
+        return rng.integers(self.views, size=count)
+
+    def take(self, image_ids: np.ndarray, views: np.ndarray) -> list[Image.Image]:
+        """RGB images: view 0 is plain, any other a random crop that follows from (image_id, view)."""
+        return list(self._views(image_ids.tolist(), views.tolist()))
+
+    def _views(self, image_ids: list[int], views: list[int]) -> Iterator[Image.Image]:
+        for image_id, view in zip(image_ids, views, strict=True):
+            image = decode(self._encoded[image_id])
+            yield image if view == 0 else _random_crop(image, np.random.default_rng((image_id, view)))
+
+
+def _random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Most of the image, its aspect changed a little: the model's processor resizes it as it does a plain one."""
+    area, aspect = rng.uniform(*CROP), np.exp(rng.uniform(*np.log(ASPECT)))
+    width = max(1, round(image.width * min(1.0, np.sqrt(area * aspect))))
+    height = max(1, round(image.height * min(1.0, np.sqrt(area / aspect))))
+    left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
+    return image.crop((left, top, left + width, top + height))
