@@ -98,7 +98,7 @@ class WalkConfig(Section):
     top: int = Field(20, gt=0, description="neighbours of an anchor")
     max_similarity: float = Field(0.94, description="neighbours above are near duplicates")
     spacing: float = Field(0.002, ge=0, description="least distance in similarity to the image added before")
-    max_overlap: int = Field(2, ge=0, description="images that two kept groups may share")
+    max_overlap: int = Field(2, ge=0, description="images that two kept groups may share; of matched groups too")
 
 
 class MatchedConfig(Section):
@@ -110,21 +110,44 @@ class MatchedConfig(Section):
     bins: int = Field(40, gt=1, description="bins of the histogram of similarity over [-1, 1]")
 
 
+class RandomConfig(Section):
+    """Pairs drawn uniformly: the paper's row without grouping (Table 4)."""
+
+    pairs: int = Field(3000, gt=0, description="number of ordered pairs, drawn without replacement")
+
+
+class ExcludeConfig(Section):
+    """A benchmark whose val and test images are kept out of the pairs."""
+
+    annotations: str = Field(description="folder of the benchmark's own annotation files")
+    images: str | None = Field(
+        None, description="its images, as in ingest.galleries; None: their names alone are excluded, not what they show"
+    )
+
+
+Benchmark = Literal["cirr", "fashioniq", "circo"]
+
+
 class MineConfig(Section):
     """How related pairs are found."""
 
     gallery: str
     tower: str
-    method: Literal["walk", "matched"] = "walk"
+    method: Literal["walk", "matched", "matched_groups", "random"] = "walk"
     walk: WalkConfig = WalkConfig()
-    matched: MatchedConfig = MatchedConfig()
-    triplets: str | None = Field(None, description="labelled triplets whose similarities 'matched' imitates")
+    matched: MatchedConfig = Field(MatchedConfig(), description="of 'matched' and 'matched_groups'")
+    random: RandomConfig = RandomConfig()
+    triplets: str | None = Field(None, description="labelled triplets whose similarities the matched pairs imitate")
+    exclude: dict[Benchmark, ExcludeConfig] = Field({}, description="benchmarks whose val and test images are not mined")
+    duplicate_similarity: float = Field(
+        0.94, gt=0, le=1, description="cosine above which an image is a near duplicate of an excluded one"
+    )
     part_rows: int = Field(
         1024, gt=0, description="pairs of one part, about as many where matched: the unit of resume of generate"
     )
 
     @model_validator(mode="after")
     def _matched_needs_labels(self) -> Self:
-        if self.method == "matched" and self.triplets is None:
-            raise ValueError("method 'matched' needs 'triplets': the labelled pairs to imitate")
+        if self.method.startswith("matched") and self.triplets is None:
+            raise ValueError(f"method '{self.method}' needs 'triplets': the labelled pairs to imitate")
         return self

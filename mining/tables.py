@@ -47,6 +47,8 @@ GROUPS = pa.schema([("group_id", pa.int64()), ("image_ids", pa.list_(pa.int64())
 SCORER = "log_probability"  # mean log-probability of a delta's tokens, in nats
 SCORES = pa.schema([("triplet_id", pa.int64()), ("scorer", pa.string()), ("value", pa.float32())])
 CAPTIONS = pa.schema([("image_id", pa.int64()), ("caption", pa.string())])
+# images of a benchmark that must not be mined: a name (or the start of names), a hash of encoded bytes, or both
+EXCLUDED = pa.schema([("name", pa.string()), ("is_prefix", pa.bool_()), ("sha256", pa.string())])
 
 
 def embeddings(tokens: int, dim: int) -> pa.Schema:
