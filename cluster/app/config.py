@@ -113,6 +113,7 @@ class RunConfig(Section):
             if name not in known:
                 raise ValueError(f"{field}: {name!r} is not defined; known are {sorted(known)}")
         names = ["evaluate", "queries", *self.ingest.galleries, *self.ingest.triplets, *self.ingest.captions]
+        names += [f"excluded-{benchmark}" for benchmark in self.mine.exclude]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"ingest: two sources have the name '{name}' ('evaluate' and 'queries' are taken); rename one")

@@ -10,9 +10,11 @@ from cir.train import TRAIN_VERSION, train_cir
 from cluster.app.config import RunConfig
 from cluster.artifacts import Output, Stage
 from cluster.errors import UserError
+from cluster.monitor import Monitor
 from cluster.weights import content_identity
-from mining.config import GalleryConfig, TripletsConfig, ViewsConfig
+from mining.config import ExcludeConfig, GalleryConfig, TripletsConfig, ViewsConfig
 from mining.embed import EMBED_VERSION, embed_gallery
+from mining.excluded import Excluded, Guard
 from mining.features import Features, Online
 from mining.gallery import INGEST_VERSION, ingest_captions, ingest_gallery, ingest_triplets
 from mining.mine import MINE_VERSION, mine_pairs
@@ -125,11 +127,14 @@ class Pipeline:
 
     def embeddings(self, tower: str, gallery: str) -> Stage:
         """`embed:<tower>.<gallery>`; images to search in are embedded plain, training images in every cached view."""
-        config, images = self.config, self.gallery(gallery)
-        views = ViewsConfig() if gallery == "evaluate" else config.embed.views
+        views = ViewsConfig() if gallery == "evaluate" else self.config.embed.views
+        return self._embeddings(tower, gallery, self.gallery(gallery), views)
+
+    def _embeddings(self, tower: str, name: str, images: Stage, views: ViewsConfig) -> Stage:
+        config = self.config
         return self._make(
             Stage(
-                f"embed:{tower}.{gallery}",
+                f"embed:{tower}.{name}",
                 EMBED_VERSION,
                 {"tower": content_identity(config.embed.towers[tower]), "views": views.model_dump(mode="json")},
                 lambda output, monitor: embed_gallery(
@@ -156,25 +161,65 @@ class Pipeline:
 
     @property
     def pairs(self) -> Stage:
-        """`mine:<gallery>`."""
+        """`mine:<gallery>`. However many images it excludes, it does not fail: that is what it was asked for."""
         mine, seed = self.config.mine, self.config.seed
         embeddings = self.embeddings(mine.tower, mine.gallery)
         labelled = self.triplets(mine.triplets) if mine.triplets else None
+        guard, parents = self._guard()
         return self._make(
             Stage(
                 f"mine:{mine.gallery}",
                 MINE_VERSION,
-                {**mine.model_dump(mode="json"), "seed": seed},
+                {**mine.model_dump(mode="json", exclude={"exclude"}), "seed": seed},
                 lambda output, monitor: mine_pairs(
                     output,
                     self.output(embeddings),
                     self.output(labelled) if labelled else None,
+                    guard,
                     mine,
                     seed,
                     self.config.resources.mine,
                     monitor,
                 ),
-                {"embeddings": embeddings, **({"triplets": labelled} if labelled else {})},
+                {"embeddings": embeddings, **({"triplets": labelled} if labelled else {}), **parents},
+                max_reject_fraction=1.0,
+            )
+        )
+
+    def _guard(self) -> tuple[Guard | None, dict[str, Stage]]:
+        """What mine keeps out, and the stages it comes from."""
+        mine = self.config.mine
+        benchmarks: list[Excluded] = []
+        parents = {"gallery": self.gallery(mine.gallery)} if mine.exclude else {}
+        for name, source in mine.exclude.items():
+            images = parents[f"excluded.{name}"] = self._excluded(name, source)
+            embeddings = None
+            if source.images is not None:
+                stage = self._embeddings(mine.tower, f"excluded-{name}", images, ViewsConfig())
+                parents[f"excluded.{name}.embeddings"], embeddings = stage, self.output(stage)
+            benchmarks.append(Excluded(name, self.output(images), embeddings))
+        guard = Guard(self.output(parents["gallery"]), tuple(benchmarks), mine.duplicate_similarity) if mine.exclude else None
+        return guard, parents
+
+    def _excluded(self, benchmark: str, source: ExcludeConfig) -> Stage:
+        """`ingest:excluded-<benchmark>`: its val and test images, by name, and as a gallery where they are given."""
+        config, options = self.config, self.config.ingest
+        in_place = None if source.images is None else Output(source.images).uri
+        field = f"mine.exclude.{benchmark}"
+
+        def work(output: Output, monitor: Monitor) -> None:
+            from cir.benchmarks.ingest import ingest_excluded
+
+            ingest_excluded(output, benchmark, source.annotations, source.images, options, config.resources.ingest, monitor)
+
+        return self._make(
+            Stage(
+                f"ingest:excluded-{benchmark}",
+                INGEST_VERSION,
+                {"benchmark": benchmark, "rows": options.shard_rows, "max_pixels": options.max_pixels, "in_place": in_place},
+                work,
+                sources=_given({f"{field}.annotations": source.annotations, f"{field}.images": source.images}),
+                max_reject_fraction=options.max_reject_fraction,
             )
         )
 

@@ -76,6 +76,7 @@ def test_missing_image_folder_stops_before_any_work(config: str, tmp_path: Path)
         ("train.variants.semi.zero=both", "train.variants.semi"),
         ("align.captions=none", "align.captions: 'none' is not defined"),
         ("ingest.triplets.photos={gallery: photos, file: x.json}", "two sources have the name 'photos'"),
+        ("mine.exclude.coco={annotations: x}", "mine.exclude.coco"),
         ("ingest.galleries.a/b={images: x}", "the name 'a/b' is part of a folder's name"),
         ("train.seeds=[1", "--set train.seeds=[1: the value is not valid YAML"),
         ("instruct.training.micro_batch=3", "batch_size 16 is no multiple"),
@@ -112,6 +113,22 @@ def test_every_preset_is_listed_and_valid() -> None:
     for name in configs.presets():
         assert name in shown
         configs.load(name, [])
+
+
+def test_excluded_images_are_ingested_and_seen_by_the_mining_tower(config: str, photo_folder: Path, tmp_path: Path) -> None:
+    from cluster.app.pipeline import Pipeline
+
+    def stages(*assignments: str) -> dict[str, str]:
+        return {stage.instance: stage.digest for stage in Pipeline(configs.load(config, list(assignments))).stages}
+
+    names = f"mine.exclude.cirr.annotations={photo_folder}"
+    free, named, seen = stages(), stages(names), stages(names, f"mine.exclude.cirr.images={photo_folder}")
+    assert set(named) - set(free) == {"ingest:excluded-cirr"}
+    assert set(seen) - set(named) == {"embed:photo.excluded-cirr"}
+    assert len({digests["mine:photos"] for digests in (free, named, seen)}) == 3
+    shown = invoke("mine", config, "--dry-run", "--set", "mine.exclude.circo={annotations: nowhere}")
+    assert "ingest:excluded-circo" in shown
+    assert "missing mine.exclude.circo.annotations: nowhere" in shown
 
 
 def test_digests_do_not_depend_on_resources(config: str) -> None:
