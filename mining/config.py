@@ -8,21 +8,38 @@ from cluster.config import Section
 from cluster.weights import Weights
 
 
+def _listed(paths: str | list[str] | None) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths or []
+
+
 class GalleryConfig(Section):
     """Where a gallery's images come from."""
 
     images: str = Field(description="folder of images, or tar or Parquet files, or a folder of those; any filesystem URI")
-    split: str | None = Field(None, description="JSON list of the names to take, or mapping of name to path; None: all")
+    split: str | list[str] | None = Field(
+        None, description="JSON list of the names to take, or mapping of name to path; several files are joined; None: all"
+    )
     copy_images: bool = Field(True, description="copy the bytes into the gallery, or index them where they are")
+
+    @property
+    def splits(self) -> list[str]:
+        """The split files, none or several."""
+        return _listed(self.split)
 
 
 class TripletsConfig(Section):
-    """A file of labelled triplets over one gallery."""
+    """Labelled triplets over one gallery."""
 
     gallery: str = Field(description="name of the gallery that holds the images")
-    file: str = Field(
-        description="JSON list or Parquet: reference, target, captions (or caption), optional group or CIRR's img_set"
+    file: str | list[str] = Field(
+        description="JSON list or Parquet: reference, target, captions (or caption), optional group or CIRR's img_set; "
+        "several files are joined"
     )
+
+    @property
+    def files(self) -> list[str]:
+        """The files, one or several."""
+        return _listed(self.file)
 
 
 class CaptionsConfig(Section):

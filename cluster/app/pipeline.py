@@ -1,6 +1,6 @@
 """The graph of stage instances of a run, made from its config before anything starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any
@@ -102,9 +102,9 @@ class Pipeline:
                 f"ingest:{name}",
                 INGEST_VERSION,
                 {},
-                lambda output, monitor: ingest_triplets(output, self.output(gallery), source.file, monitor),
+                lambda output, monitor: ingest_triplets(output, self.output(gallery), source.files, monitor),
                 {"gallery": gallery},
-                {field: source.file},
+                _given({field: source.file}),
                 self.config.ingest.max_reject_fraction,
             )
         )
@@ -361,8 +361,11 @@ class Pipeline:
         )
 
 
-def _given(sources: dict[str, str | None]) -> dict[str, str]:
-    return {field: path for field, path in sources.items() if path is not None}
+def _given(sources: Mapping[str, str | list[str] | None]) -> dict[str, str]:
+    """Path of each file of the fields that are set; a field that lists several has one entry for each."""
+    single = {field: path for field, path in sources.items() if isinstance(path, str)}
+    several = {field: paths for field, paths in sources.items() if isinstance(paths, list)}
+    return single | {f"{field}[{i}]": path for field, paths in several.items() for i, path in enumerate(paths)}
 
 
 def _with_ancestors(stage: Stage) -> Iterator[Stage]:
