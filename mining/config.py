@@ -1,5 +1,6 @@
 """Config of the mining stages: ingest, embed, mine."""
 
+from fnmatch import fnmatch
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -106,7 +107,20 @@ class EmbedConfig(Section):
 
     towers: dict[str, TowerConfig]
     views: ViewsConfig = ViewsConfig()
+    views_for: dict[str, ViewsConfig] = Field(
+        {}, description="other views, by pattern of <tower>.<gallery>, such as 'blip.*'; the first that fits counts"
+    )
     batch_size: int = Field(64, gt=0, description="images a forward pass")
+
+    def views_of(self, tower: str, gallery: str) -> ViewsConfig:
+        """The views of a gallery's images that a tower sees in training."""
+        fitting = (views for pattern, views in self.views_for.items() if fnmatch(f"{tower}.{gallery}", pattern))
+        return next(fitting, self.views)
+
+    @property
+    def any_online(self) -> bool:
+        """Whether some tower runs while training."""
+        return any(views.online for views in (self.views, *self.views_for.values()))
 
 
 class WalkConfig(Section):

@@ -127,7 +127,7 @@ class Pipeline:
 
     def embeddings(self, tower: str, gallery: str) -> Stage:
         """`embed:<tower>.<gallery>`; images to search in are embedded plain, training images in every cached view."""
-        views = ViewsConfig() if gallery == "evaluate" else self.config.embed.views
+        views = ViewsConfig() if gallery == "evaluate" else self.config.embed.views_of(tower, gallery)
         return self._embeddings(tower, gallery, self.gallery(gallery), views)
 
     def _embeddings(self, tower: str, name: str, images: Stage, views: ViewsConfig) -> Stage:
@@ -147,14 +147,14 @@ class Pipeline:
 
     def _features(self, tower: str, *galleries: str) -> tuple[Features, dict[str, Stage]]:
         """Features of the images of some galleries, and the stages they come from."""
-        config = self.config.embed
+        config, views = self.config.embed, self.config.embed.views_of(tower, galleries[0])
         names = list(dict.fromkeys(galleries))
         parents = {f"embeddings.{name}": self.embeddings(tower, name) for name in names}
         first, *more = (self.output(stage) for stage in parents.values())
         online = None
-        if config.views.online:
+        if views.online:
             outputs = tuple(self.output(self.gallery(name)) for name in names)
-            online = Online(outputs, config.towers[tower], config.views)
+            online = Online(outputs, config.towers[tower], views)
         return Features(first, online, tuple(more)), parents
 
     # --- pairs, the generator, and its deltas ---
@@ -271,7 +271,7 @@ class Pipeline:
 
     def _settings(self, *sections: str) -> dict[str, Any]:
         dumped = {name: content_identity(getattr(self.config, name)) for name in sections}
-        return {**dumped, "seed": self.config.seed, "online": self.config.embed.views.online}
+        return {**dumped, "seed": self.config.seed, "online": self.config.embed.any_online}
 
     @property
     def pseudo_triplets(self) -> Stage:
@@ -312,7 +312,7 @@ class Pipeline:
             Stage(
                 f"train:{name}.s{seed}",
                 TRAIN_VERSION,
-                {**content_identity(variant), "seed": seed, "online": config.embed.views.online},
+                {**content_identity(variant), "seed": seed, "online": config.embed.any_online},
                 lambda output, monitor: train_cir(
                     output,
                     features,

@@ -115,6 +115,19 @@ def test_every_preset_is_listed_and_valid() -> None:
         configs.load(name, [])
 
 
+def test_a_tower_has_its_own_views(config: str) -> None:
+    from cluster.app.pipeline import Pipeline
+
+    digests = [
+        {stage.instance: stage.digest for stage in Pipeline(configs.load(config, assignments)).stages}
+        for assignments in ([], ["embed.views_for={photo.cat*: {count: 1}}"])
+    ]
+    changed = {instance for instance in digests[0] if digests[0][instance] != digests[1][instance]}
+    assert "embed:photo.catalogue" in changed
+    assert "align:vdg" in changed
+    assert not {"embed:photo.photos", "embed:photo.evaluate", "mine:photos", "train:supervised.s0"} & changed
+
+
 def test_excluded_images_are_ingested_and_seen_by_the_mining_tower(config: str, photo_folder: Path, tmp_path: Path) -> None:
     from cluster.app.pipeline import Pipeline
 
