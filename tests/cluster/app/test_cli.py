@@ -115,6 +115,26 @@ def test_every_preset_is_listed_and_valid() -> None:
         configs.load(name, [])
 
 
+def test_what_is_missing_comes_with_where_to_get_it(config: str) -> None:
+    origins = "sources={ingest.galleries: from the shop, ingest.galleries.photos: ask the photographer}"
+    given = ["--set", origins, "--set", "ingest.galleries.photos.images=nowhere", "--set", "evaluate.images=nowhere"]
+    assert fail("run", config, *given).split("\n")[1:] == [
+        "  evaluate.images: nowhere does not exist",
+        "  ingest.galleries.photos.images: nowhere does not exist",
+        "    ask the photographer",
+    ]
+    weights = ["--set", "embed.towers.photo.weights={package: none}", "--set", "sources={embed.towers: ask the modeller}"]
+    assert fail("run", config, *weights).endswith("offline weights\n    ask the modeller")
+
+
+def test_a_config_extends_several(tmp_path: Path) -> None:
+    (tmp_path / "part.yaml").write_text("name: part\nmine: {matched: {pairs: 7}}\ntrain: {seeds: [5]}")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"extends": ["demo", str(tmp_path / "part.yaml")], "name": "own"}))
+    loaded = configs.load(str(tmp_path / "own.yaml"), [])
+    assert (loaded.name, loaded.train.seeds, loaded.mine.matched.pairs) == ("own", [5], 7)
+    assert loaded.mine.part_rows == configs.load("demo", []).mine.part_rows == 128
+
+
 def test_a_tower_has_its_own_views(config: str) -> None:
     from cluster.app.pipeline import Pipeline
 
