@@ -14,8 +14,8 @@ from cluster.weights import Weights
 def check(config: RunConfig, stages: list[Stage]) -> None:
     """Raises UserError when something that these stages need is missing or does not fit, naming the config's field."""
     check_sources(config, stages)
+    check_weights(config, stages)
     kinds = {stage.kind for stage in stages}
-    check_weights(config, kinds)
     for kind, training, resources in _trainings(config):
         if kind in kinds:
             training.accumulation(max(resources.workers, 1))
@@ -29,11 +29,11 @@ def check_sources(config: RunConfig, stages: list[Stage]) -> None:
     _raise_missing("input(s) are missing; correct the path or bring the files", missing, config)
 
 
-def check_weights(config: RunConfig, kinds: set[str]) -> None:
-    """Raises UserError listing the weights that stages of these kinds load and that are missing, and where to get them."""
+def check_weights(config: RunConfig, stages: list[Stage]) -> None:
+    """Raises UserError listing the pretrained weights that these stages load and that are missing, and where to get them."""
     missing = {}
-    for kind, field, weights in _weights(config):
-        if kind in kinds and field not in missing:
+    for instances, field, weights in _weights(config):
+        if field not in missing and any(stage.instance.startswith(instances) for stage in stages):
             try:
                 weights.check()
             except UserError as error:
@@ -54,15 +54,15 @@ def _origin(config: RunConfig, field: str) -> str:
 
 
 def _weights(config: RunConfig) -> Iterator[tuple[str, str, Weights]]:
-    """(kind of stage that loads them, field, weights)."""
+    """(start of the instances that load them, field, weights)."""
     for name, tower in config.embed.towers.items():
         if tower.weights is not None:
-            yield "embed", f"embed.towers.{name}.weights", tower.weights
+            yield f"embed:{name}.", f"embed.towers.{name}.weights", tower.weights
     for kind in ("align", "instruct", "generate"):
-        yield kind, "vdg.language_model", config.vdg.language_model
+        yield f"{kind}:", "vdg.language_model", config.vdg.language_model
     for name in config.train.variants:
         if (text := config.train.variant(name).text.weights) is not None:
-            yield "train", f"train.variants.{name}.text.weights", text
+            yield f"train:{name}.", f"train.variants.{name}.text.weights", text
 
 
 def _trainings(config: RunConfig) -> Iterator[tuple[str, TrainingConfig, WorkerResources]]:
