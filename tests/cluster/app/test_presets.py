@@ -33,7 +33,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_dry_run_marks_every_input_as_missing(preset: str, elsewhere: Path) -> None:
     shown = invoke("run", preset, "--dry-run")
     assert "  found " not in shown
-    for field in ("ingest.galleries.unlabelled.images", "ingest.triplets.train.file", "evaluate.", "mine.exclude."):
+    for field in ("ingest.galleries.unlabelled.images", "ingest.triplets.labelled.file", "evaluate.", "mine.exclude."):
         assert f"missing {field}" in shown
     for instance in ("ingest:excluded-", "mine:unlabelled", "instruct:vdg", "generate:unlabelled", "train:semi.s0"):
         assert instance in shown
