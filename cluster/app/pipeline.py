@@ -10,7 +10,6 @@ from cir.train import TRAIN_VERSION, train_cir
 from cluster.app.config import RunConfig
 from cluster.artifacts import Output, Stage
 from cluster.errors import UserError
-from cluster.monitor import Monitor
 from cluster.weights import content_identity
 from mining.config import ExcludeConfig, GalleryConfig, TripletsConfig, ViewsConfig
 from mining.embed import EMBED_VERSION, embed_gallery
@@ -203,22 +202,22 @@ class Pipeline:
 
     def _excluded(self, benchmark: str, source: ExcludeConfig) -> Stage:
         """`ingest:excluded-<benchmark>`: its val and test images, by name, and as a gallery where they are given."""
-        config, options = self.config, self.config.ingest
-        in_place = None if source.images is None else Output(source.images).uri
-        field = f"mine.exclude.{benchmark}"
+        from cir.benchmarks import official
 
-        def work(output: Output, monitor: Monitor) -> None:
-            from cir.benchmarks.ingest import ingest_excluded
-
-            ingest_excluded(output, benchmark, source.annotations, source.images, options, config.resources.ingest, monitor)
-
+        config, name, field = self.config, f"excluded-{benchmark}", f"mine.exclude.{benchmark}"
+        options, images = config.ingest, source.images
+        settings = {"benchmark": benchmark, "in_place": None if images is None else Output(images).uri}
+        files = official.excluded_files(benchmark, source.annotations)
         return self._make(
             Stage(
-                f"ingest:excluded-{benchmark}",
+                f"ingest:{name}",
                 INGEST_VERSION,
-                {"benchmark": benchmark, "rows": options.shard_rows, "max_pixels": options.max_pixels, "in_place": in_place},
-                work,
-                sources=_given({f"{field}.annotations": source.annotations, f"{field}.images": source.images}),
+                {**settings, "rows": options.shard_rows, "max_pixels": options.max_pixels},
+                lambda output, monitor: official.ingest_excluded(
+                    output, name, benchmark, source.annotations, images, options, config.resources.ingest, monitor
+                ),
+                sources={f"{field}.annotations ({file.rpartition('/')[2]})": file for file in files}
+                | _given({f"{field}.images": images}),
                 max_reject_fraction=options.max_reject_fraction,
             )
         )

@@ -161,7 +161,7 @@ def test_excluded_images_are_ingested_and_seen_by_the_mining_tower(config: str, 
     assert len({digests["mine:photos"] for digests in (free, named, seen)}) == 3
     shown = invoke("mine", config, "--dry-run", "--set", "mine.exclude.circo={annotations: nowhere}")
     assert "ingest:excluded-circo" in shown
-    assert "missing mine.exclude.circo.annotations: nowhere" in shown
+    assert "missing mine.exclude.circo.annotations (" in shown
 
 
 def test_digests_do_not_depend_on_resources(config: str) -> None:
