@@ -67,6 +67,27 @@ class Weights(Section):
             raise UserError(f"weights: {path} has sha256 {sha256_of(path)}, expected {self.sha256}")
         return str(path)
 
+    def check(self) -> None:
+        """Raises UserError when the weights are missing or other ones, or on a hub that does not give them.
+
+        Of a hub's repository its smallest file is fetched, unless it is in the local cache.
+        """
+        if self.hub is None:
+            self.location()
+            return
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
+
+        try:
+            hf_hub_download(self.hub, "config.json", revision=self.revision)
+        except RemoteEntryNotFoundError:  # a repository without that file, but there
+            return
+        except (OSError, ValueError) as error:
+            gated = isinstance(error, GatedRepoError)
+            reason = "accept its licence on its page of the hub, then `hf auth login`" if gated else str(error).split("\n")[0]
+            name = f"'{self.hub}' at revision {self.revision or 'main'}"
+            raise UserError(f"weights: {name} is not in the local cache and cannot be fetched: {reason}") from error
+
     def identity(self) -> dict[str, Any]:
         """What decides the weights' content, never where they lie: as precise as is cheap to find out."""
         if self.sha256:

@@ -1,5 +1,6 @@
 """Config of the mining stages: ingest, embed, mine."""
 
+from fnmatch import fnmatch
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -8,21 +9,38 @@ from cluster.config import Section
 from cluster.weights import Weights
 
 
+def _listed(paths: str | list[str] | None) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths or []
+
+
 class GalleryConfig(Section):
     """Where a gallery's images come from."""
 
     images: str = Field(description="folder of images, or tar or Parquet files, or a folder of those; any filesystem URI")
-    split: str | None = Field(None, description="JSON list of the names to take, or mapping of name to path; None: all")
+    split: str | list[str] | None = Field(
+        None, description="JSON list of the names to take, or mapping of name to path; several files are joined; None: all"
+    )
     copy_images: bool = Field(True, description="copy the bytes into the gallery, or index them where they are")
+
+    @property
+    def splits(self) -> list[str]:
+        """The split files, none or several."""
+        return _listed(self.split)
 
 
 class TripletsConfig(Section):
-    """A file of labelled triplets over one gallery."""
+    """Labelled triplets over one gallery."""
 
     gallery: str = Field(description="name of the gallery that holds the images")
-    file: str = Field(
-        description="JSON list or Parquet: reference, target, captions (or caption), optional group or CIRR's img_set"
+    file: str | list[str] = Field(
+        description="JSON list or Parquet: reference, target, captions (or caption), optional group or CIRR's img_set; "
+        "several files are joined"
     )
+
+    @property
+    def files(self) -> list[str]:
+        """The files, one or several."""
+        return _listed(self.file)
 
 
 class CaptionsConfig(Section):
@@ -104,7 +122,20 @@ class EmbedConfig(Section):
 
     towers: dict[str, TowerConfig]
     views: ViewsConfig = ViewsConfig()
+    views_for: dict[str, ViewsConfig] = Field(
+        {}, description="other views, by pattern of <tower>.<gallery>, such as 'blip.*'; the first that fits counts"
+    )
     batch_size: int = Field(64, gt=0, description="images a forward pass")
+
+    def views_of(self, tower: str, gallery: str) -> ViewsConfig:
+        """The views of a gallery's images that a tower sees in training."""
+        fitting = (views for pattern, views in self.views_for.items() if fnmatch(f"{tower}.{gallery}", pattern))
+        return next(fitting, self.views)
+
+    @property
+    def any_online(self) -> bool:
+        """Whether some tower runs while training."""
+        return any(views.online for views in (self.views, *self.views_for.values()))
 
 
 class WalkConfig(Section):
@@ -113,7 +144,7 @@ class WalkConfig(Section):
     top: int = Field(20, gt=0, description="neighbours of an anchor")
     max_similarity: float = Field(0.94, description="neighbours above are near duplicates")
     spacing: float = Field(0.002, ge=0, description="least distance in similarity to the image added before")
-    max_overlap: int = Field(2, ge=0, description="images that two kept groups may share")
+    max_overlap: int = Field(2, ge=0, description="images that two kept groups may share; of matched groups too")
 
 
 class MatchedConfig(Section):
@@ -125,21 +156,44 @@ class MatchedConfig(Section):
     bins: int = Field(40, gt=1, description="bins of the histogram of similarity over [-1, 1]")
 
 
+class RandomConfig(Section):
+    """Pairs drawn uniformly: the paper's row without grouping (Table 4)."""
+
+    pairs: int = Field(3000, gt=0, description="number of ordered pairs, drawn without replacement")
+
+
+class ExcludeConfig(Section):
+    """A benchmark whose val and test images are kept out of the pairs."""
+
+    annotations: str = Field(description="folder of the benchmark's own annotation files")
+    images: str | None = Field(
+        None, description="its images, as in ingest.galleries; None: their names alone are excluded, not what they show"
+    )
+
+
+Benchmark = Literal["cirr", "fashioniq", "circo"]
+
+
 class MineConfig(Section):
     """How related pairs are found."""
 
     gallery: str
     tower: str
-    method: Literal["walk", "matched"] = "walk"
+    method: Literal["walk", "matched", "matched_groups", "random"] = "walk"
     walk: WalkConfig = WalkConfig()
-    matched: MatchedConfig = MatchedConfig()
-    triplets: str | None = Field(None, description="labelled triplets whose similarities 'matched' imitates")
+    matched: MatchedConfig = Field(MatchedConfig(), description="of 'matched' and 'matched_groups'")
+    random: RandomConfig = RandomConfig()
+    triplets: str | None = Field(None, description="labelled triplets whose similarities the matched pairs imitate")
+    exclude: dict[Benchmark, ExcludeConfig] = Field({}, description="benchmarks whose val and test images are not mined")
+    duplicate_similarity: float = Field(
+        0.94, gt=0, le=1, description="cosine above which an image is a near duplicate of an excluded one"
+    )
     part_rows: int = Field(
         1024, gt=0, description="pairs of one part, about as many where matched: the unit of resume of generate"
     )
 
     @model_validator(mode="after")
     def _matched_needs_labels(self) -> Self:
-        if self.method == "matched" and self.triplets is None:
-            raise ValueError("method 'matched' needs 'triplets': the labelled pairs to imitate")
+        if self.method.startswith("matched") and self.triplets is None:
+            raise ValueError(f"method '{self.method}' needs 'triplets': the labelled pairs to imitate")
         return self

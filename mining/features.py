@@ -222,17 +222,18 @@ def centred(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return shifted / np.linalg.norm(shifted, axis=-1, keepdims=True).clip(1e-12)
 
 
-def unit_vectors(output: Output, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unit_vectors(output: Output, mean: np.ndarray, without: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(image ids int64 [n], float32 [n, dim]) of a gallery's plain view: tokens averaged, less `mean`, of norm 1.
 
-    The vectors are held in memory, once.
+    The images `without` (their ids) are left out. The vectors are held in memory, once.
     """
     rows = {name: count for name, count in output.part_rows().items() if view_of(name) == 0}
     vectors = np.empty((sum(rows.values()), output.read_json(INFO)["dim"]), np.float32)
     ids, first = np.empty(len(vectors), np.int64), 0
-    for name, count in rows.items():
-        here = slice(first, first + count)
-        ids[here], values = read_part(output, name)
-        vectors[here] = centred(values.mean(axis=1, dtype=np.float32), mean)
-        first += count
-    return ids, vectors
+    for name in rows:
+        found, values = read_part(output, name)
+        kept = np.isin(found, [] if without is None else without, invert=True)
+        here = slice(first, first + int(kept.sum()))
+        ids[here], vectors[here] = found[kept], centred(values[kept].mean(axis=1, dtype=np.float32), mean)
+        first = here.stop
+    return ids[:first], vectors[:first]

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,16 @@ def _gallery_row(
     }
 
 
-def ingest_triplets(output: Output, gallery: Output, file: str, monitor: Monitor) -> None:
-    """Write a file's labelled triplets, and `groups.parquet` where its rows list the images of their groups."""
-    triplets, groups, rejects = read_triplets(file, keys(gallery))
+def ingest_triplets(output: Output, gallery: Output, files: list[str], monitor: Monitor) -> None:
+    """Write the labelled triplets of some files, and `groups.parquet` where their rows list the images of their groups.
+
+    Raises UserError when two files have the same name, or a group of the same name.
+    """
+    known = keys(gallery)
+    read = [read_triplets(file, known) for file in files]
+    triplets, groups, rejects = (list(chain.from_iterable(rows)) for rows in zip(*read, strict=True))
+    tables.check_unique((row["triplet_id"] for row in triplets), f"triplets of {', '.join(files)}")
+    tables.check_unique((row["group_id"] for row in groups), f"groups of {', '.join(files)}")
     if groups:
         output.write_table(GROUPS, pa.Table.from_pylist(groups, tables.GROUPS), tables.GROUPS)
     _write_rows(output, triplets, rejects, tables.TRIPLETS, monitor)

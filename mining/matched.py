@@ -30,17 +30,44 @@ class Matcher:
         self._sample = np.sort(rng.choice(len(vectors), min(config.sample, len(vectors)), replace=False))
         self._in_sample = np.isin(np.arange(len(vectors)), self._sample)
         self._edges = np.linspace(-1, 1, config.bins + 1)
-        wanted = np.histogram(labelled, self._edges)[0] / len(labelled) * config.pairs
-        self._probability = (wanted / self._candidate_counts(rng).clip(1)).clip(max=1)
+        self._wanted = np.histogram(labelled, self._edges)[0] / len(labelled) * config.pairs
+        self._probability = self._ratio(self._candidate_counts(rng))
 
     def draw(self, anchors: np.ndarray, rng: np.random.Generator) -> Block:
         """(reference rows, target rows, similarities), each [m], of pairs whose references are `anchors`."""
         drawn = []
-        for block in self._candidates(anchors):
-            chosen = rng.random(len(block[2])) < self._probability[self._bin(block[2])]
+        for rows, columns, scores in self.candidates(anchors):
+            valid = np.isfinite(scores)
+            block = np.broadcast_to(rows[:, None], columns.shape)[valid], columns[valid], scores[valid]
+            chosen = rng.random(len(block[2])) < self.probability(block[2])
             drawn.append([column[chosen] for column in block])
         references, targets, scores = (np.concatenate(columns) for columns in zip(*drawn, strict=True))
         return references, targets, scores
+
+    def probability(self, scores: np.ndarray) -> np.ndarray:
+        """With which candidates of these similarities are drawn; 0 where there is none (similarity -inf)."""
+        return np.where(np.isfinite(scores), self._probability[self._bin(scores)], 0)
+
+    def share_to_keep(self, similarities: np.ndarray) -> np.ndarray:
+        """Of each of these pairs, so that those kept are about `config.pairs` and distributed as the labelled ones."""
+        bins = self._bin(similarities)
+        return self._ratio(np.bincount(bins, minlength=len(self._wanted)))[bins]
+
+    def candidates(self, anchors: np.ndarray) -> Iterator[Block]:
+        """Blocks (anchor rows [b], candidate rows [b, c], cosines [b, c]) of the sample, and neighbours that are not in it.
+
+        The cosine is -inf where a place has no candidate.
+        """
+        sample = self._sample
+        for rows, near, near_scores in self._neighbours.blocks(self.top, anchors):
+            columns = np.hstack([np.broadcast_to(sample, (len(rows), len(sample))), near])
+            scores = np.hstack([self.vectors[rows] @ self.vectors[sample].T, near_scores])
+            scores[:, len(sample) :][(near < 0) | self._in_sample[near]] = -np.inf
+            scores[columns == rows[:, None]] = -np.inf
+            yield rows, columns, scores
+
+    def _ratio(self, counts: np.ndarray) -> np.ndarray:
+        return (self._wanted / counts.clip(1)).clip(max=1)
 
     def _bin(self, scores: np.ndarray) -> np.ndarray:
         return (np.searchsorted(self._edges, scores, side="right") - 1).clip(0, len(self._edges) - 2)
@@ -50,16 +77,6 @@ class Matcher:
         images = len(self.vectors)
         anchors = np.sort(rng.choice(images, min(COUNTED_ANCHORS, images), replace=False))
         counts = np.zeros(len(self._edges) - 1)
-        for _, _, scores in self._candidates(anchors):
-            counts += np.bincount(self._bin(scores), minlength=len(counts))
+        for _, _, scores in self.candidates(anchors):
+            counts += np.bincount(self._bin(scores[np.isfinite(scores)]), minlength=len(counts))
         return counts * (images / len(anchors))
-
-    def _candidates(self, anchors: np.ndarray) -> Iterator[Block]:
-        """Flat blocks (anchor rows, candidate rows, cosines): each anchor with the sample, and neighbours not in it."""
-        sample = self._sample
-        for rows, near, near_scores in self._neighbours.blocks(self.top, anchors):
-            scores = np.hstack([self.vectors[rows] @ self.vectors[sample].T, near_scores])
-            columns = np.hstack([np.broadcast_to(sample, (len(rows), len(sample))), near])
-            valid = columns != rows[:, None]
-            valid[:, len(sample) :] &= (near >= 0) & ~self._in_sample[near]
-            yield np.broadcast_to(rows[:, None], columns.shape)[valid], columns[valid], scores[valid]

@@ -1,4 +1,4 @@
-"""Mine: related pairs of a gallery's images, by the paper's walk or matched to the labelled pairs.
+"""Mine: related pairs of a gallery's images, by the paper's walk, matched to the labelled pairs, or at random.
 
 One Ray task holds the gallery's vectors: an image's neighbours may be anywhere in it.
 """
@@ -18,10 +18,12 @@ from cluster.monitor import Monitor
 from mining import tables
 from mining.config import MineConfig, WalkConfig
 from mining.embed import view_of
+from mining.excluded import ORIGIN, Guard, find_excluded
 from mining.features import read_mean, unit_vectors
 from mining.gallery import part_name
 from mining.matched import Matcher
-from mining.walk import GROUP_SIZE, PAIR_RANKS, walk
+from mining.matched_groups import draw_groups, thin
+from mining.walk import GROUP_SIZE, PAIR_RANKS, Group, walk, without_overlap
 
 MINE_VERSION = 2
 SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs, for the report
@@ -39,13 +41,19 @@ class _Mining:
     labelled: Output | None
     config: MineConfig
     seed: int
+    excluded: np.ndarray  # ids of images that are not mined
     shards: dict[str, np.ndarray]  # rows of the anchors of each part that is still to be matched
+
+    def vectors(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [n], unit vectors float32 [n, dim]) of the images that may be mined."""
+        return unit_vectors(self.embeddings, mean, self.excluded)
 
 
 def mine_pairs(
     output: Output,
     embeddings: Output,
     labelled: Output | None,
+    guard: Guard | None,
     config: MineConfig,
     seed: int,
     resources: TaskResources,
@@ -53,41 +61,61 @@ def mine_pairs(
 ) -> None:
     """Write the pairs table in parts of `config.part_rows`, in one Ray task with its own FAISS threads.
 
-    Matched pairs are drawn part by part, so a killed stage goes on from the parts that exist; the walk needs all anchors
-    first. Raises UserError when the gallery has fewer images than a group, or no pair is found.
+    Images that the `guard` excludes are rejects of this stage and in no pair. Matched pairs are drawn part by part, so a
+    killed stage goes on from the parts that exist; the other methods need all anchors first. Raises UserError when the
+    gallery has fewer images than a group, or no pair is found.
     """
-    images = sum(count for part, count in embeddings.part_rows().items() if view_of(part) == 0)
+    excluded = np.empty(0, np.int64)
+    if guard is not None:
+        excluded = ray.get(ray.remote(**resources.ray_options())(_exclude).remote(output, embeddings, guard, resources.cpus))
+    images = sum(count for part, count in embeddings.part_rows().items() if view_of(part) == 0) - len(excluded)
     if images < GROUP_SIZE:
-        raise UserError(f"mine.gallery: '{config.gallery}' has {images} image(s), fewer than a group of {GROUP_SIZE}")
+        less = f" that no benchmark excludes ({len(excluded)} are excluded)" if len(excluded) else ""
+        raise UserError(f"mine.gallery: '{config.gallery}' has {images} image(s){less}, fewer than a group of {GROUP_SIZE}")
     shards = _missing_shards(output, images, config, seed) if config.method == "matched" else {}
     left = sum(map(len, shards.values())) if config.method == "matched" else images
     monitor.start(images, "image", images - left)
-    job = _Mining(output, embeddings, labelled, config, seed, shards)
+    job = _Mining(output, embeddings, labelled, config, seed, excluded, shards)
     task: Any = ray.remote(**resources.ray_options())(_mine)
     for searched in task.remote(job, resources.cpus):
         monitor.advance(ray.get(searched))
 
 
+def _exclude(output: Output, embeddings: Output, guard: Guard, cpus: float) -> np.ndarray:
+    """Ids of the images that are not mined; writes them as rejects."""
+    _limit_threads(cpus)
+    found = find_excluded(guard, embeddings)
+    output.write_rejects("excluded.parquet", list(found.values()))
+    return np.fromiter(found, np.int64)
+
+
 def _mine(job: _Mining, cpus: float) -> Iterator[int]:
     """Yields the number of anchors searched, block by block."""
+    _limit_threads(cpus)
+    write = {"walk": _write_walked, "matched": _write_matched, "matched_groups": _write_groups, "random": _write_random}
+    yield from write[job.config.method](job)
+
+
+def _limit_threads(cpus: float) -> None:
     import faiss
 
     faiss.omp_set_num_threads(max(int(cpus), 1))
-    yield from (_write_walked if job.config.method == "walk" else _write_matched)(job)
 
 
 def _write_walked(job: _Mining) -> Iterator[int]:
-    ids, vectors = unit_vectors(job.embeddings, np.zeros(1, np.float32))
-    pairs = yield from walked(ids, vectors, job.config.walk, job.seed)
-    for part, start in enumerate(range(0, len(pairs), job.config.part_rows)):
-        job.output.write_table(part_name(part), pairs.slice(start, job.config.part_rows), tables.PAIRS)
+    ids, vectors = job.vectors(ORIGIN)
+    _write_parts(job, (yield from walked(ids, vectors, job.config.walk, job.seed)))
     del vectors  # the centred ones take their place
-    _summarise(job, *unit_vectors(job.embeddings, read_mean(job.embeddings)))
+    _summarise(job, *job.vectors(read_mean(job.embeddings)))
 
 
 def walked(ids: np.ndarray, vectors: np.ndarray, config: WalkConfig, seed: int) -> Generator[int, None, pa.Table]:
-    """Nine ordered pairs a group, an ordered pair kept in the first group that has it. Yields as `walk`, returns pairs."""
-    groups = yield from walk(vectors, config, seed)
+    """Pairs of the walk's groups. Yields as `walk`, returns pairs."""
+    return _pairs_of(ids, vectors, (yield from walk(vectors, config, seed)))
+
+
+def _pairs_of(ids: np.ndarray, vectors: np.ndarray, groups: list[Group]) -> pa.Table:
+    """Nine ordered pairs a group, an ordered pair kept in the first group that has it."""
     rows: dict[tuple[int, int], tuple[int, int, int]] = {}
     for group in groups:
         group_id = tables.stable_id("group", *ids[list(group.rows)].tolist())
@@ -100,17 +128,56 @@ def walked(ids: np.ndarray, vectors: np.ndarray, config: WalkConfig, seed: int) 
 
 
 def _write_matched(job: _Mining) -> Iterator[int]:
-    ids, cosine = unit_vectors(job.embeddings, read_mean(job.embeddings))
-    labels = _labelled_similarities(job, ids, cosine)
-    if not len(labels):
-        config = job.config
-        raise UserError(f"mine.triplets: no labelled pair of '{config.triplets}' has both images in gallery '{config.gallery}'")
-    matcher = Matcher(cosine, labels, job.config.matched, job.seed)
+    ids, cosine = job.vectors(read_mean(job.embeddings))
+    matcher = _matcher(job, ids, cosine)
     for name, anchors in job.shards.items():
         drawn = matcher.draw(anchors, np.random.default_rng([job.seed, tables.stable_id(name)]))
         job.output.write_table(name, _table(ids, *drawn, {}), tables.PAIRS)
         yield len(anchors)
     _summarise(job, ids, cosine)
+
+
+def _write_groups(job: _Mining) -> Iterator[int]:
+    ids, cosine = job.vectors(read_mean(job.embeddings))
+    matcher, rng = _matcher(job, ids, cosine), np.random.default_rng(job.seed)
+    groups = yield from draw_groups(matcher, rng.permutation(len(ids)), job.config.matched.pairs, rng)
+    pairs = _pairs_of(ids, cosine, without_overlap(groups, job.config.walk.max_overlap))
+    kept = thin(matcher, pairs["similarity"].to_numpy(), pairs["group_id"].to_numpy(), rng)
+    _write_parts(job, pairs.filter(pa.array(kept)))
+    _summarise(job, ids, cosine)
+
+
+def _matcher(job: _Mining, ids: np.ndarray, cosine: np.ndarray) -> Matcher:
+    labels = _labelled_similarities(job, ids, cosine)
+    if not len(labels):
+        config = job.config
+        raise UserError(f"mine.triplets: no labelled pair of '{config.triplets}' has both images in gallery '{config.gallery}'")
+    return Matcher(cosine, labels, job.config.matched, job.seed)
+
+
+def _write_random(job: _Mining) -> Iterator[int]:
+    ids, vectors = job.vectors(ORIGIN)
+    references, targets = random_pairs(len(ids), job.config.random.pairs, job.seed)
+    _write_parts(job, _table(ids, references, targets, _cosines(vectors, references, targets), {}))
+    yield len(ids)
+    del vectors
+    _summarise(job, *job.vectors(read_mean(job.embeddings)))
+
+
+def random_pairs(images: int, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(references [m], targets [m]), rows of distinct images: ordered pairs drawn uniformly without replacement.
+
+    Raises UserError when there are fewer.
+    """
+    if pairs > (every := images * (images - 1)):
+        raise UserError(f"mine.random.pairs: asked for {pairs}, but {images} images have {every} ordered pairs")
+    references, others = np.divmod(np.random.default_rng(seed).choice(every, pairs, replace=False), images - 1)
+    return references, others + (others >= references)  # the `others` of an image are numbered without itself
+
+
+def _write_parts(job: _Mining, pairs: pa.Table) -> None:
+    for part, start in enumerate(range(0, len(pairs), job.config.part_rows)):
+        job.output.write_table(part_name(part), pairs.slice(start, job.config.part_rows), tables.PAIRS)
 
 
 def _missing_shards(output: Output, images: int, config: MineConfig, seed: int) -> dict[str, np.ndarray]:

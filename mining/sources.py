@@ -25,10 +25,11 @@ def list_images(config: GalleryConfig, field: str) -> tuple[pa.Table, list[dict[
 
     Raises UserError when the source is missing or holds no image. A key is the path inside the source without suffix.
     """
-    names = _read_names(config.split) if config.split else None
+    names = {name: path for file in config.splits for name, path in _read_names(file).items()} if config.splits else None
+    split = ", ".join(config.splits)
     rows = sorted(_listed(config.images, names, field))
     if not rows:
-        raise UserError(f"{field}: no image found in {config.images}" + (f" for the names of {config.split}" if names else ""))
+        raise UserError(f"{field}: no image found in {config.images}" + (f" for the names of {split}" if names else ""))
     kept: dict[str, _Row] = {}
     rejects = []
     for row in rows:
@@ -36,7 +37,7 @@ def list_images(config: GalleryConfig, field: str) -> tuple[pa.Table, list[dict[
             rejects.append(reject(row[0], "duplicate_name", f"{row[1]} has the name of {kept[row[0]][1]}"))
         else:
             kept[row[0]] = row
-    rejects += [reject(name, "missing_image", f"named in {config.split}") for name in names or () if name not in kept]
+    rejects += [reject(name, "missing_image", f"named in {split}") for name in names or () if name not in kept]
     columns = zip(*kept.values(), strict=True)
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, INDEX, strict=True)], schema=INDEX), rejects
 

@@ -35,7 +35,7 @@ def walk(vectors: np.ndarray, config: WalkConfig, seed: int) -> Generator[int, N
                 candidates[anchor] = Group((anchor, *members))
         yield len(anchors)
     order = np.random.default_rng(seed).permutation(len(vectors)).tolist()
-    return _without_overlap((candidates[anchor] for anchor in order if anchor in candidates), config.max_overlap)
+    return without_overlap((candidates[anchor] for anchor in order if anchor in candidates), config.max_overlap)
 
 
 def _walk_down(ranking: list[int], similarity: list[float], config: WalkConfig) -> list[int]:
@@ -51,7 +51,8 @@ def _walk_down(ranking: list[int], similarity: list[float], config: WalkConfig) 
     return taken
 
 
-def _without_overlap(groups: Iterable[Group], most: int) -> list[Group]:
+def without_overlap(groups: Iterable[Group], most: int) -> list[Group]:
+    """Of two groups that share more than `most` images the first."""
     kept: list[Group] = []
     member_of: dict[int, list[int]] = defaultdict(list)
     for group in groups:

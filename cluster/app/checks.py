@@ -13,11 +13,9 @@ from cluster.weights import Weights
 
 def check(config: RunConfig, stages: list[Stage]) -> None:
     """Raises UserError when something that these stages need is missing or does not fit, naming the config's field."""
-    check_sources(stages)
+    check_sources(config, stages)
+    check_weights(config, stages)
     kinds = {stage.kind for stage in stages}
-    for kind, field, weights in _weights(config):
-        if kind in kinds:
-            _named(field, weights)
     for kind, training, resources in _trainings(config):
         if kind in kinds:
             training.accumulation(max(resources.workers, 1))
@@ -25,32 +23,47 @@ def check(config: RunConfig, stages: list[Stage]) -> None:
         check_attributes(config.evaluate.attributes)
 
 
-def check_sources(stages: list[Stage]) -> None:
-    """Raises UserError listing every outside file that the stages need and that is missing, by config field."""
-    missing = {field: path for stage in stages for field, path in stage.missing_sources().items()}
+def check_sources(config: RunConfig, stages: list[Stage]) -> None:
+    """Raises UserError listing every outside file that the stages need and that is missing, and where to get it."""
+    missing = {field: f"{path} does not exist" for stage in stages for field, path in stage.missing_sources().items()}
+    _raise_missing("input(s) are missing; correct the path or bring the files", missing, config)
+
+
+def check_weights(config: RunConfig, stages: list[Stage]) -> None:
+    """Raises UserError listing the pretrained weights that these stages load and that are missing, and where to get them."""
+    missing = {}
+    for instances, field, weights in _weights(config):
+        if field not in missing and any(stage.instance.startswith(instances) for stage in stages):
+            try:
+                weights.check()
+            except UserError as error:
+                missing[field] = str(error)
+    _raise_missing("set(s) of pretrained weights are missing", missing, config)
+
+
+def _raise_missing(what: str, missing: dict[str, str], config: RunConfig) -> None:
     if missing:
-        lines = "\n".join(f"  {field}: {path} does not exist" for field, path in missing.items())
-        raise UserError(f"{len(missing)} input(s) are missing; correct the path or bring the files:\n{lines}")
+        lines = "\n".join(f"  {field}: {problem}{_origin(config, field)}" for field, problem in missing.items())
+        raise UserError(f"{len(missing)} {what}:\n{lines}")
 
 
-def _named(field: str, weights: Weights) -> None:
-    try:
-        weights.location()
-    except UserError as error:
-        raise UserError(f"{field}: {error}") from None
+def _origin(config: RunConfig, field: str) -> str:
+    """What `sources` says of a field: by the longest name that it starts with."""
+    known = [name for name in config.sources if field.startswith(name)]
+    return f"\n    {config.sources[max(known, key=len)]}" if known else ""
 
 
 def _weights(config: RunConfig) -> Iterator[tuple[str, str, Weights]]:
-    """(kind of stage that loads them, field, weights)."""
+    """(start of the instances that load them, field, weights)."""
     for name, tower in config.embed.towers.items():
         if tower.weights is not None:
-            yield "embed", f"embed.towers.{name}.weights", tower.weights
+            yield f"embed:{name}.", f"embed.towers.{name}.weights", tower.weights
     for kind in ("align", "instruct", "generate"):
-        yield kind, "vdg.language_model", config.vdg.language_model
+        yield f"{kind}:", "vdg.language_model", config.vdg.language_model
     for name in config.train.variants:
         text = config.train.variant(name).text
         if text is not None and text.weights is not None:
-            yield "train", f"train.variants.{name}.text.weights", text.weights
+            yield f"train:{name}.", f"train.variants.{name}.text.weights", text.weights
 
 
 def _trainings(config: RunConfig) -> Iterator[tuple[str, TrainingConfig, WorkerResources]]:

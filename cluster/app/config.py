@@ -1,6 +1,7 @@
 """The config of a run: one section a stage, and a separate section for resources."""
 
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -141,6 +142,9 @@ class RunConfig(Section):
     report: ReportConfig = ReportConfig()
     tracking: TrackingConfig = TrackingConfig()
     resources: Resources = Resources()
+    sources: dict[str, str] = Field(
+        {}, description="where to get what comes from outside: a field, or the start of several -> a sentence for who lacks it"
+    )
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
@@ -148,6 +152,7 @@ class RunConfig(Section):
             if name not in known:
                 raise ValueError(f"{field}: {name!r} is not defined; known are {sorted(known)}")
         names = ["evaluate", "queries", *self.ingest.galleries, *self.ingest.triplets, *self.ingest.captions]
+        names += [f"excluded-{benchmark}" for benchmark in self.mine.exclude]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"ingest: two sources have the name '{name}' ('evaluate' and 'queries' are taken); rename one")
@@ -206,14 +211,15 @@ def load(config: str, assignments: list[str]) -> RunConfig:
 
 
 def content_of(config: str) -> dict[str, Any]:
-    """The content of a config file or preset, put over the preset that it `extends`."""
+    """The content of a config file or preset, put over the presets and files that it `extends`, later ones over earlier."""
     preset = PRESETS / f"{config}.yaml"
     is_preset = preset.exists() and not Path(config).is_file()
     if not is_preset and not config.endswith((".yaml", ".yml")):
         raise UserError(f"{config}: neither a YAML file nor a preset; `vdg presets` lists the presets")
     content = read_yaml(preset if is_preset else Path(config))
-    base = content.pop("extends", None)
-    return _in_project(merge(content_of(base), content) if base else content)
+    bases = content.pop("extends", [])
+    layers = [content_of(base) for base in ([bases] if isinstance(bases, str) else bases)]
+    return _in_project(reduce(merge, [*layers, content]))
 
 
 def _in_project(node: Any) -> Any:

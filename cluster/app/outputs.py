@@ -45,7 +45,7 @@ def unused(pipeline: Pipeline) -> list[Found]:
             content = yaml.safe_load(run.read_bytes("config.yaml"))
             pipelines.append(Pipeline(validate(RunConfig, content, run.path("config.yaml"))))
     for found in pipelines:
-        check_sources(found.stages)
+        check_sources(found.config, found.stages)
     used = {p.output(stage).uri for p in pipelines for stage in p.stages}
     return [found for found in outputs(pipeline.root) if found.uri not in used]
 

@@ -1,6 +1,6 @@
 """The graph of stage instances of a run, made from its config before anything starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any
@@ -15,8 +15,9 @@ from cluster.artifacts import Output, Stage, Work
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.weights import content_identity
-from mining.config import GalleryConfig, TripletsConfig, ViewsConfig
+from mining.config import ExcludeConfig, GalleryConfig, TripletsConfig, ViewsConfig
 from mining.embed import EMBED_VERSION, embed_gallery
+from mining.excluded import Excluded, Guard
 from mining.features import Features, Online
 from mining.gallery import INGEST_VERSION, ingest_captions, ingest_gallery, ingest_triplets
 from mining.mine import MINE_VERSION, mine_pairs
@@ -150,9 +151,9 @@ class Pipeline:
                 f"ingest:{name}",
                 INGEST_VERSION,
                 {},
-                lambda output, monitor: ingest_triplets(output, self.output(gallery), source.file, monitor),
+                lambda output, monitor: ingest_triplets(output, self.output(gallery), source.files, monitor),
                 {"gallery": gallery},
-                {field: source.file},
+                _given({field: source.file}),
                 self.config.ingest.max_reject_fraction,
             )
         )
@@ -194,15 +195,18 @@ class Pipeline:
 
     def embeddings(self, tower: str, gallery: str) -> Stage:
         """`embed:<tower>.<gallery>`; images to search in are embedded plain, training images in every cached view."""
-        config, images = self.config, self.gallery(gallery)
-        views = ViewsConfig() if gallery == "evaluate" else config.embed.views
+        views = ViewsConfig() if gallery == "evaluate" else self.config.embed.views_of(tower, gallery)
+        return self._embeddings(tower, gallery, self.gallery(gallery), views)
+
+    def _embeddings(self, tower: str, name: str, images: Stage, views: ViewsConfig) -> Stage:
+        config = self.config
         settings = {
             "tower": content_identity(config.embed.towers[tower]),
             "views": views.model_dump(mode="json", exclude_none=True),  # a field that is off leaves digests as they were
         }
         return self._make(
             Stage(
-                f"embed:{tower}.{gallery}",
+                f"embed:{tower}.{name}",
                 EMBED_VERSION,
                 settings,
                 lambda output, monitor: embed_gallery(
@@ -215,39 +219,79 @@ class Pipeline:
 
     def _features(self, tower: str, *galleries: str, pixels: bool = False) -> tuple[Features, dict[str, Stage]]:
         """Features of the images of some galleries, and the stages they come from; with `pixels` the images too."""
-        config = self.config.embed
+        config, views = self.config.embed, self.config.embed.views_of(tower, galleries[0])
         names = list(dict.fromkeys(galleries))
         parents = {f"embeddings.{name}": self.embeddings(tower, name) for name in names}
         first, *more = (self.output(stage) for stage in parents.values())
         online = None
-        if config.views.online or pixels:
+        if views.online or pixels:
             outputs = tuple(self.output(self.gallery(name)) for name in names)
-            online = Online(outputs, config.towers[tower], config.views)
+            online = Online(outputs, config.towers[tower], views)
         return Features(first, online, tuple(more)), parents
 
     # --- pairs, the generator, and its deltas ---
 
     @property
     def pairs(self) -> Stage:
-        """`mine:<gallery>`."""
+        """`mine:<gallery>`. However many images it excludes, it does not fail: that is what it was asked for."""
         mine, seed = self.config.mine, self.config.seed
         embeddings = self.embeddings(mine.tower, mine.gallery)
         labelled = self.triplets(mine.triplets) if mine.triplets else None
+        guard, parents = self._guard()
         return self._make(
             Stage(
                 f"mine:{mine.gallery}",
                 MINE_VERSION,
-                {**mine.model_dump(mode="json"), "seed": seed},
+                {**mine.model_dump(mode="json", exclude={"exclude"}), "seed": seed},
                 lambda output, monitor: mine_pairs(
                     output,
                     self.output(embeddings),
                     self.output(labelled) if labelled else None,
+                    guard,
                     mine,
                     seed,
                     self.config.resources.mine,
                     monitor,
                 ),
-                {"embeddings": embeddings, **({"triplets": labelled} if labelled else {})},
+                {"embeddings": embeddings, **({"triplets": labelled} if labelled else {}), **parents},
+                max_reject_fraction=1.0,
+            )
+        )
+
+    def _guard(self) -> tuple[Guard | None, dict[str, Stage]]:
+        """What mine keeps out, and the stages it comes from."""
+        mine = self.config.mine
+        benchmarks: list[Excluded] = []
+        parents = {"gallery": self.gallery(mine.gallery)} if mine.exclude else {}
+        for name, source in mine.exclude.items():
+            images = parents[f"excluded.{name}"] = self._excluded(name, source)
+            embeddings = None
+            if source.images is not None:
+                stage = self._embeddings(mine.tower, f"excluded-{name}", images, ViewsConfig())
+                parents[f"excluded.{name}.embeddings"], embeddings = stage, self.output(stage)
+            benchmarks.append(Excluded(name, self.output(images), embeddings))
+        guard = Guard(self.output(parents["gallery"]), tuple(benchmarks), mine.duplicate_similarity) if mine.exclude else None
+        return guard, parents
+
+    def _excluded(self, benchmark: str, source: ExcludeConfig) -> Stage:
+        """`ingest:excluded-<benchmark>`: its val and test images, by name, and as a gallery where they are given."""
+        from cir.benchmarks import official
+
+        config, name, field = self.config, f"excluded-{benchmark}", f"mine.exclude.{benchmark}"
+        options, images = config.ingest, source.images
+        settings = {"benchmark": benchmark, "in_place": None if images is None else Output(images).uri}
+        files = official.excluded_files(benchmark, source.annotations)
+        return self._make(
+            Stage(
+                f"ingest:{name}",
+                INGEST_VERSION,
+                {**settings, "rows": options.shard_rows, "max_pixels": options.max_pixels},
+                lambda output, monitor: official.ingest_excluded(
+                    output, name, benchmark, source.annotations, images, options, config.resources.ingest, monitor
+                ),
+                sources={f"{field}.annotations ({file.rpartition('/')[2]})": file for file in files}
+                | _given({f"{field}.images": images}),
+                max_reject_fraction=options.max_reject_fraction,
             )
         )
 
@@ -307,7 +351,7 @@ class Pipeline:
 
     def _settings(self, *sections: str) -> dict[str, Any]:
         dumped = {name: content_identity(getattr(self.config, name)) for name in sections}
-        return {**dumped, "seed": self.config.seed, "online": self.config.embed.views.online}
+        return {**dumped, "seed": self.config.seed, "online": self.config.embed.any_online}
 
     @property
     def pseudo_triplets(self) -> Stage:
@@ -348,7 +392,7 @@ class Pipeline:
             Stage(
                 f"train:{name}.s{seed}",
                 TRAIN_VERSION,
-                {**content_identity(variant), "seed": seed, "online": config.embed.views.online},
+                {**content_identity(variant), "seed": seed, "online": config.embed.any_online},
                 lambda output, monitor: train_cir(
                     output,
                     features,
@@ -411,13 +455,17 @@ class Pipeline:
         architecture and the same weights.
         """
         tower, text = self.config.embed.towers[self.config.train.tower], self.config.train.text
+        if text is None or tower.library != "open_clip" or tower.weights is None:
+            return None
         sides = [(side.library, side.model, side.weights) for side in (tower, text)]
-        same = sides[0] == sides[1] and tower.library == "open_clip" and tower.weights is not None
-        return text if same else None
+        return text if sides[0] == sides[1] else None
 
 
-def _given(sources: dict[str, str | None]) -> dict[str, str]:
-    return {field: path for field, path in sources.items() if path is not None}
+def _given(sources: Mapping[str, str | list[str] | None]) -> dict[str, str]:
+    """Path of each file of the fields that are set; a field that lists several has one entry for each."""
+    single = {field: path for field, path in sources.items() if isinstance(path, str)}
+    several = {field: paths for field, paths in sources.items() if isinstance(paths, list)}
+    return single | {f"{field}[{i}]": path for field, paths in several.items() for i, path in enumerate(paths)}
 
 
 def _with_ancestors(stage: Stage) -> Iterator[Stage]:

@@ -34,6 +34,18 @@ def test_package() -> None:
         Weights(package="no_such_package_here").location()
 
 
+def test_hub_weights_are_in_the_cache_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    weights = Weights(hub="someone/something", revision="a" * 40)
+    with pytest.raises(UserError, match=f"weights: 'someone/something' at revision {'a' * 40} is not in the local cache"):
+        weights.check()
+    snapshot = tmp_path / "models--someone--something" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    weights.check()
+
+
 def test_identity_says_what_the_weights_are_and_never_where(tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()

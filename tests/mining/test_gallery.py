@@ -5,6 +5,7 @@ import pytest
 
 from cluster.artifacts import Output
 from cluster.config import DecodeResources
+from cluster.errors import UserError
 from cluster.monitor import Monitor
 from mining import tables
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig
@@ -104,13 +105,29 @@ def test_triplets_of_every_form(gallery: Output, tmp_path: Path, monitor: Monito
     file = tmp_path / "triplets.json"
     file.write_text(json.dumps(rows))
     output = Output(str(tmp_path / "triplets"))
-    ingest_triplets(output, gallery, str(file), monitor)
+    ingest_triplets(output, gallery, [str(file)], monitor)
     table = output.read_parts(tables.TRIPLETS).to_pylist()
     assert [row["deltas"] for row in table] == [["make it red"], ["in a bag"], ["is green", "is round"]]
     assert [row["group_id"] is None for row in table] == [True, False, True]
     assert {row["source"] for row in table} == {"human"}
     rejects = output.rejects().to_pylist()
     assert [(row["key"], row["reason"]) for row in rejects] == [("4", "unknown_image"), ("5", "empty_delta")]
+
+
+def test_several_files_of_triplets_are_joined(gallery: Output, tmp_path: Path, monitor: Monitor) -> None:
+    a, b = sorted(keys(gallery))[:2]
+    files = []
+    for name, reference, target in (("cap.dress.json", a, b), ("cap.shirt.json", b, a), ("more/cap.dress.json", b, a)):
+        files.append(tmp_path / name)
+        files[-1].parent.mkdir(exist_ok=True)
+        files[-1].write_text(json.dumps([{"candidate": reference, "target": target, "captions": ["is red", "is longer"]}]))
+    output = Output(str(tmp_path / "triplets"))
+    ingest_triplets(output, gallery, [str(file) for file in files[:2]], monitor)
+    table = output.read_parts(tables.TRIPLETS)
+    assert table["reference_id"].to_pylist() == table["target_id"].to_pylist()[::-1]
+    assert len(set(table["triplet_id"].to_pylist())) == 2
+    with pytest.raises(UserError, match="two rows have the same id"):
+        ingest_triplets(output, gallery, [str(file) for file in files], monitor)
 
 
 def test_members_of_groups_are_kept_beside_the_triplets(gallery: Output, tmp_path: Path, monitor: Monitor) -> None:
@@ -120,7 +137,7 @@ def test_members_of_groups_are_kept_beside_the_triplets(gallery: Output, tmp_pat
     row = {"pairid": 1, "reference": members[0], "target_hard": members[1], "caption": "x"}
     file.write_text(json.dumps([{**row, "img_set": {"id": 36, "members": members}}]))
     output = Output(str(tmp_path / "triplets"))
-    ingest_triplets(output, gallery, str(file), monitor)
+    ingest_triplets(output, gallery, [str(file)], monitor)
     [group] = output.read_table(GROUPS, tables.GROUPS).to_pylist()
     assert group["image_ids"] == [known[key] for key in members]
     assert group["group_id"] == output.read_parts(tables.TRIPLETS)["group_id"][0].as_py()

@@ -10,17 +10,18 @@ from cluster.artifacts import Output
 from cluster.config import TaskResources
 from cluster.errors import UserError
 from mining import tables
-from mining.config import MatchedConfig, MineConfig, WalkConfig
+from mining.config import MatchedConfig, MineConfig, RandomConfig, WalkConfig
 from mining.embed import INFO, MEAN, _schema, _to_table
 from mining.features import centred
 from mining.matched import Matcher
-from mining.mine import SIMILARITIES, mine_pairs
+from mining.mine import SIMILARITIES, mine_pairs, random_pairs
 from mining.neighbours import Neighbours
 from mining.walk import PAIR_RANKS, Group, walk
 from tests.conftest import Recorder
 
 WALK = MineConfig(gallery="g", tower="t")
 MATCHED = MineConfig(gallery="g", tower="t", method="matched", triplets="t", matched=MatchedConfig(pairs=300), part_rows=100)
+GROUPS = MATCHED.model_copy(update={"method": "matched_groups"})
 
 
 def clustered(rows: int, clusters: int = 40, dim: int = 16, noise: float = 0.35) -> np.ndarray:
@@ -119,7 +120,7 @@ def test_matched_pairs_have_the_labelled_histogram() -> None:
 def test_mined_tables(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
     source = embeddings(tmp_path / "e", clustered(400))
     output = Output(str(tmp_path / "walk"))
-    mine_pairs(output, source, None, WALK, 0, TaskResources(), monitor)
+    mine_pairs(output, source, None, None, WALK, 0, TaskResources(), monitor)
     table = output.read_parts(tables.PAIRS)
     pairs = list(zip(table["reference_id"].to_pylist(), table["target_id"].to_pylist(), strict=True))
     assert len(set(pairs)) == len(pairs)
@@ -127,7 +128,7 @@ def test_mined_tables(ray_session: None, tmp_path: Path, monitor: Recorder) -> N
     assert ranks == set(PAIR_RANKS)
     again = Output(str(tmp_path / "again"))
     monitor.advanced = 0
-    mine_pairs(again, source, None, WALK, 0, TaskResources(), monitor)
+    mine_pairs(again, source, None, None, WALK, 0, TaskResources(), monitor)
     assert again.read_parts(tables.PAIRS).equals(table)
     assert monitor.advanced == 400
 
@@ -147,7 +148,7 @@ def labelled_pairs(folder: Path) -> Output:
 def test_matched_table_imitates_labelled_triplets(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
     source, labelled = embeddings(tmp_path / "e", clustered(400)), labelled_pairs(tmp_path / "t")
     output = Output(str(tmp_path / "m"))
-    mine_pairs(output, source, labelled, MATCHED, 0, TaskResources(), monitor)
+    mine_pairs(output, source, labelled, None, MATCHED, 0, TaskResources(), monitor)
     rows = output.part_rows()
     assert sum(rows.values()) == pytest.approx(300, rel=0.25)
     assert [count == pytest.approx(100, rel=0.4) for count in rows.values()] == [True] * 3
@@ -160,13 +161,13 @@ def test_matched_table_imitates_labelled_triplets(ray_session: None, tmp_path: P
 def test_a_killed_match_goes_on_from_its_parts(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
     source, labelled = embeddings(tmp_path / "e", clustered(400)), labelled_pairs(tmp_path / "t")
     output = Output(str(tmp_path / "m"))
-    mine_pairs(output, source, labelled, MATCHED, 0, TaskResources(), monitor)
+    mine_pairs(output, source, labelled, None, MATCHED, 0, TaskResources(), monitor)
     before, histograms = output.read_parts(tables.PAIRS), output.read_json(SIMILARITIES)
     for name in (SIMILARITIES, "part-00001.parquet"):
         (tmp_path / "m" / name).unlink()
     kept = (tmp_path / "m" / "part-00000.parquet").stat().st_mtime_ns
     monitor.advanced = 0
-    mine_pairs(output, source, labelled, MATCHED, 0, TaskResources(), monitor)
+    mine_pairs(output, source, labelled, None, MATCHED, 0, TaskResources(), monitor)
     assert (monitor.total, monitor.resumed, monitor.advanced) == (400, 267, 133)
     assert (tmp_path / "m" / "part-00000.parquet").stat().st_mtime_ns == kept
     assert output.read_parts(tables.PAIRS).equals(before)
@@ -177,10 +178,81 @@ def test_labelled_pairs_of_another_gallery_are_refused(ray_session: None, tmp_pa
     labelled = labelled_pairs(tmp_path / "t")
     elsewhere = embeddings(tmp_path / "other", clustered(400), first=1)
     with pytest.raises(UserError, match=r"mine\.triplets: no labelled pair of 't' has both images in gallery 'g'"):
-        mine_pairs(Output(str(tmp_path / "m")), elsewhere, labelled, MATCHED, 0, TaskResources(), monitor)
+        mine_pairs(Output(str(tmp_path / "m")), elsewhere, labelled, None, MATCHED, 0, TaskResources(), monitor)
 
 
 def test_a_gallery_smaller_than_a_group_is_refused(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
     source = embeddings(tmp_path / "e", clustered(5))
     with pytest.raises(UserError, match=r"mine.gallery: 'g' has 5 image\(s\), fewer than a group of 6"):
-        mine_pairs(Output(str(tmp_path / "m")), source, None, WALK, 0, TaskResources(), monitor)
+        mine_pairs(Output(str(tmp_path / "m")), source, None, None, WALK, 0, TaskResources(), monitor)
+
+
+def test_random_pairs_are_distinct_and_uniform() -> None:
+    references, targets = random_pairs(30, 600, seed=0)
+    assert (references != targets).all()
+    assert len(set(zip(references.tolist(), targets.tolist(), strict=True))) == 600
+    expected = 600 / 30
+    for side in (references, targets):
+        assert ((np.bincount(side, minlength=30) - expected) ** 2 / expected).sum() < 60  # chi-squared, 29 degrees
+    every = set(zip(*(side.tolist() for side in random_pairs(6, 30, seed=0)), strict=True))
+    assert every == {(a, b) for a in range(6) for b in range(6) if a != b}
+    with pytest.raises(UserError, match=r"mine.random.pairs: asked for 31, but 6 images have 30 ordered pairs"):
+        random_pairs(6, 31, seed=0)
+
+
+def test_random_table_goes_on_to_the_same(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
+    values = clustered(400)
+    source, output = embeddings(tmp_path / "e", values), Output(str(tmp_path / "m"))
+    config = MineConfig(gallery="g", tower="t", method="random", random=RandomConfig(pairs=250), part_rows=100)
+    mine_pairs(output, source, None, None, config, 0, TaskResources(), monitor)
+    assert list(output.part_rows().values()) == [100, 100, 50]
+    assert monitor.advanced == 400
+    table = output.read_parts(tables.PAIRS)
+    assert table["group_id"].null_count == table["reference_rank"].null_count == 250
+    rows = [table[name].to_numpy() // 1000 - 1 for name in ("reference_id", "target_id")]
+    assert np.allclose(table["similarity"], np.einsum("nd,nd->n", values[rows[0]], values[rows[1]]), atol=2e-3)
+    (tmp_path / "m" / "part-00001.parquet").unlink()
+    mine_pairs(output, source, None, None, config, 0, TaskResources(), monitor)
+    assert output.read_parts(tables.PAIRS).equals(table)
+
+
+def test_matched_groups_are_more_like_the_labelled_pairs_than_the_walks(
+    ray_session: None, tmp_path: Path, monitor: Recorder
+) -> None:
+    source, labelled = embeddings(tmp_path / "e", clustered(400)), labelled_pairs(tmp_path / "t")
+    distances = {}
+    for config in (WALK, GROUPS):
+        output = Output(str(tmp_path / config.method))
+        mine_pairs(output, source, labelled, None, config, 0, TaskResources(), monitor)
+        densities = output.read_json(SIMILARITIES)
+        distances[config.method] = np.abs(np.subtract(densities["mined"], densities["labelled"])).sum() / 40  # half of 2/40
+    assert distances["walk"] > 0.8
+    assert distances["matched_groups"] < 0.1
+
+
+def test_matched_groups_have_whole_groups(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
+    source, labelled = embeddings(tmp_path / "e", clustered(400)), labelled_pairs(tmp_path / "t")
+    output = Output(str(tmp_path / "m"))
+    mine_pairs(output, source, labelled, None, GROUPS, 0, TaskResources(), monitor)
+    assert monitor.advanced == 400
+    table = output.read_parts(tables.PAIRS)
+    assert len(table) == pytest.approx(300, rel=0.15)
+    rows = table.to_pylist()
+    assert len({(row["reference_id"], row["target_id"]) for row in rows}) == len(rows)
+    assert {(row["reference_rank"], row["target_rank"]) for row in rows} <= set(PAIR_RANKS)
+    for group in {row["group_id"] for row in rows}:
+        pairs = [row for row in rows if row["group_id"] == group]
+        assert len(pairs) >= 2
+        by_rank = {(row[f"{side}_rank"], row[f"{side}_id"]) for row in pairs for side in ("reference", "target")}
+        assert len({rank for rank, _ in by_rank}) == len({image for _, image in by_rank}) == len(by_rank)  # one image a rank
+        scores = [row["similarity"] for row in sorted(pairs, key=lambda row: row["target_rank"]) if row["reference_rank"] == 0]
+        assert scores == sorted(scores, reverse=True)
+    for name in output.parts()[1:]:
+        (tmp_path / "m" / name).unlink()
+    mine_pairs(output, source, labelled, None, GROUPS, 0, TaskResources(), monitor)
+    assert output.read_parts(tables.PAIRS).equals(table)
+
+
+def test_matched_groups_need_labels() -> None:
+    with pytest.raises(ValueError, match="method 'matched_groups' needs 'triplets'"):
+        MineConfig(gallery="g", tower="t", method="matched_groups")

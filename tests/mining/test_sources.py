@@ -58,6 +58,16 @@ def test_split_lists_names_or_maps_them_to_paths(tmp_path: Path, photo_folder: P
     assert contents(index) == {"first": expected[names[0]]}
 
 
+def test_several_splits_are_joined(tmp_path: Path, photo_folder: Path, expected: dict[str, bytes]) -> None:
+    names = sorted(expected)
+    files = [tmp_path / "split.dress.json", tmp_path / "split.shirt.json"]
+    for file, split in zip(files, (names[:3], names[2:6]), strict=True):
+        file.write_text(json.dumps(split))
+    index, rejects = list_images(GalleryConfig(images=str(photo_folder), split=list(map(str, files))), "images")
+    assert index["key"].to_pylist() == names[:6]
+    assert rejects == []
+
+
 def test_second_use_of_a_name_is_rejected(photo_folder: Path) -> None:
     first = sorted(photo_folder.iterdir())[0]
     first.with_suffix(".png").write_bytes(first.read_bytes())

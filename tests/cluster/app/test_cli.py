@@ -76,6 +76,7 @@ def test_missing_image_folder_stops_before_any_work(config: str, tmp_path: Path)
         ("train.variants.semi.zero=both", "train.variants.semi"),
         ("align.captions=none", "align.captions: 'none' is not defined"),
         ("ingest.triplets.photos={gallery: photos, file: x.json}", "two sources have the name 'photos'"),
+        ("mine.exclude.coco={annotations: x}", "mine.exclude.coco"),
         ("ingest.galleries.a/b={images: x}", "the name 'a/b' is part of a folder's name"),
         ("train.seeds=[1", "--set train.seeds=[1: the value is not valid YAML"),
         ("instruct.training.micro_batch=3", "batch_size 16 is no multiple"),
@@ -112,6 +113,55 @@ def test_every_preset_is_listed_and_valid() -> None:
     for name in configs.presets():
         assert name in shown
         configs.load(name, [])
+
+
+def test_what_is_missing_comes_with_where_to_get_it(config: str) -> None:
+    origins = "sources={ingest.galleries: from the shop, ingest.galleries.photos: ask the photographer}"
+    given = ["--set", origins, "--set", "ingest.galleries.photos.images=nowhere", "--set", "evaluate.images=nowhere"]
+    assert fail("run", config, *given).split("\n")[1:] == [
+        "  evaluate.images: nowhere does not exist",
+        "  ingest.galleries.photos.images: nowhere does not exist",
+        "    ask the photographer",
+    ]
+    weights = ["--set", "embed.towers.photo.weights={package: none}", "--set", "sources={embed.towers: ask the modeller}"]
+    assert fail("run", config, *weights).endswith("offline weights\n    ask the modeller")
+
+
+def test_a_config_extends_several(tmp_path: Path) -> None:
+    (tmp_path / "part.yaml").write_text("name: part\nmine: {matched: {pairs: 7}}\ntrain: {seeds: [5]}")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"extends": ["demo", str(tmp_path / "part.yaml")], "name": "own"}))
+    loaded = configs.load(str(tmp_path / "own.yaml"), [])
+    assert (loaded.name, loaded.train.seeds, loaded.mine.matched.pairs) == ("own", [5], 7)
+    assert loaded.mine.part_rows == configs.load("demo", []).mine.part_rows == 128
+
+
+def test_a_tower_has_its_own_views(config: str) -> None:
+    from cluster.app.pipeline import Pipeline
+
+    digests = [
+        {stage.instance: stage.digest for stage in Pipeline(configs.load(config, assignments)).stages}
+        for assignments in ([], ["embed.views_for={photo.cat*: {count: 1}}"])
+    ]
+    changed = {instance for instance in digests[0] if digests[0][instance] != digests[1][instance]}
+    assert "embed:photo.catalogue" in changed
+    assert "align:vdg" in changed
+    assert not {"embed:photo.photos", "embed:photo.evaluate", "mine:photos", "train:supervised.s0"} & changed
+
+
+def test_excluded_images_are_ingested_and_seen_by_the_mining_tower(config: str, photo_folder: Path, tmp_path: Path) -> None:
+    from cluster.app.pipeline import Pipeline
+
+    def stages(*assignments: str) -> dict[str, str]:
+        return {stage.instance: stage.digest for stage in Pipeline(configs.load(config, list(assignments))).stages}
+
+    names = f"mine.exclude.cirr.annotations={photo_folder}"
+    free, named, seen = stages(), stages(names), stages(names, f"mine.exclude.cirr.images={photo_folder}")
+    assert set(named) - set(free) == {"ingest:excluded-cirr"}
+    assert set(seen) - set(named) == {"embed:photo.excluded-cirr"}
+    assert len({digests["mine:photos"] for digests in (free, named, seen)}) == 3
+    shown = invoke("mine", config, "--dry-run", "--set", "mine.exclude.circo={annotations: nowhere}")
+    assert "ingest:excluded-circo" in shown
+    assert "missing mine.exclude.circo.annotations (" in shown
 
 
 def test_digests_do_not_depend_on_resources(config: str) -> None:
