@@ -220,12 +220,12 @@ def test_batches_are_pixels_and_tokens_that_depend_on_the_generator_alone(pictur
 def test_training_learns_and_leaves_the_frozen_parts_alone(pictures: Features, tiny_blip: TowerConfig, tmp_path: Path) -> None:
     assert pictures.online is not None
     plain = replace(pictures.online, views=ViewsConfig(crop=(1.0, 1.0), aspect=(1.0, 1.0), flip=0.0, jitter=0.0))
-    training = {"steps": 100, "batch_size": 16, "learning_rate": 3e-3}
+    training = {"steps": 100, "batch_size": 16, "learning_rate": 3e-3, "schedule": "constant"}
     output = train(tmp_path, replace(pictures, online=plain), world.blip_variant(training=training, validation={"folds": 4}))
     lines = reports(output)
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert lines[-1]["loss_supervised"] < 0.8 * 2 * np.log(16)  # of a model that knows nothing
-    assert lines[-1]["loss_tdm"] < 0.8 * (np.log(3) - 2 / 3 * np.log(2))  # of one that knows the shares alone
+    assert lines[-1]["loss_tdm"] < 0.9 * (np.log(3) - 2 / 3 * np.log(2))  # of one that knows the shares alone
     trained, before = load(output.read_bytes("weights.safetensors")), module(tiny_blip)
     assert {name.split(".")[1] for name in trained if name != "temperature"} == {"text_encoder", "text_proj"}
     states = before.state_dict()

@@ -98,7 +98,7 @@ def test_the_projected_output_is_blips_retrieval_space(tiny_blip: TowerConfig) -
 
 def test_projected_weights_must_be_a_blip_retrieval_model_of_the_images_size(clip: TowerConfig, tiny_blip: TowerConfig) -> None:
     check_projected(tiny_blip)
-    with pytest.raises(UserError, match="image_size is 64, .* takes images of 32"):
+    with pytest.raises(UserError, match=r"image_size is 64, .* takes images of 32"):
         check_projected(tiny_blip.model_copy(update={"image_size": 64}))
     with pytest.raises(UserError, match=r"BLIP's retrieval models, .* is \['CLIPModel'\]"):
         check_projected(clip.model_copy(update={"output": "projected"}))
