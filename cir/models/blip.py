@@ -26,10 +26,9 @@ class DeltaTokenizer:
 
         assert tower.weights is not None
         location, revision = tower.weights.location(), tower.weights.revision
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"train.tower: {location} has no tokenizer that transformers can read: {error}") from error
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+        if len(self.tokenizer) == len(self.tokenizer.all_special_ids):  # transformers makes an empty one
+            raise UserError(f"train.tower: {location} has no tokenizer; BLIP's must lie beside its weights")
         self.padding: int = self.tokenizer.pad_token_id
 
     def __call__(self, texts: list[str]) -> torch.Tensor:

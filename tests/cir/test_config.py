@@ -28,6 +28,16 @@ def test_a_variant_is_the_base_with_its_changes_put_over_it() -> None:
     assert semi.validation.folds == 5
 
 
+def test_the_temperature_is_learned_by_default_for_blip_alone() -> None:
+    variants = {
+        "clip": {},
+        "blip": {"model": "blip", "text": None},
+        "cold": {"model": "blip", "text": None, "temperature": "fixed"},
+    }
+    config = load(variants=variants)
+    assert [config.variant(name).learns_temperature for name in variants] == [False, True, False]
+
+
 def test_merge_leaves_its_inputs_alone() -> None:
     base = {"a": {"b": 1, "c": 2}, "d": 3}
     assert merge(base, {"a": {"b": 9}, "d": {"e": 4}}) == {"a": {"b": 9, "c": 2}, "d": {"e": 4}}
@@ -49,6 +59,12 @@ def test_merge_leaves_its_inputs_alone() -> None:
         ({"text": {"library": "transformers"}}, "needs 'weights'"),
         ({"text": {"library": "open_clip"}}, "needs 'model'"),
         ({"zero": "sound"}, "zero"),
+        ({"text": None}, "model 'fusion' needs 'text'"),
+        ({"loss": {"tdm": True}}, "'loss.tdm' needs 'model: blip'"),
+        ({"loss": {"alpha": 0}}, "loss.alpha"),
+        ({"model": "blip"}, "'text' is of model 'fusion'"),
+        ({"model": "blip", "text": None, "zero": "image"}, "'zero' is of model 'fusion'"),
+        ({"model": "blip", "text": None, "center": True}, "'center' is of model 'fusion'"),
     ],
 )
 def test_wrong_configs_are_named(changes: dict[str, Any], message: str) -> None:

@@ -121,6 +121,8 @@ def test_missing_weights_are_named_before_an_actor_starts(tmp_path: Path, monito
     tower = TowerConfig(library="transformers", model="clip", weights=Weights(folder=str(tmp_path)))
     with pytest.raises(UserError, match="has no image processor"):
         embed(gallery, tower, tmp_path / "e", monitor)
+    with pytest.raises(UserError, match="has no config that transformers can read"):
+        embed(gallery, tower.model_copy(update={"output": "projected"}), tmp_path / "e", monitor)
 
 
 def test_tokens_are_kept_apart(gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor) -> None:

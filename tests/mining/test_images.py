@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mining.config import TowerConfig, ViewsConfig
-from mining.images import BadImage, _augment, _crop_box, decode, render
+from mining.images import _OPERATIONS, BadImage, _augment, _crop_box, decode, render
 
 PROJECT = Path(__file__).parents[2]
 TOWER = TowerConfig(library="timm", model="unused", image_size=64)
@@ -108,3 +108,57 @@ def test_half_of_the_views_are_mirrored_and_brightness_varies() -> None:
     change = np.array([pixels.mean() / np.asarray(image).mean() for pixels in drawn])
     assert 0.89 < change.min() < 0.93
     assert 1.07 < change.max() < 1.11
+
+
+def gradient(size: int = 384) -> Image.Image:
+    """Brighter to the right, redder to the bottom."""
+    rise = np.linspace(40, 210, size).astype(np.uint8)
+    red, green = np.broadcast_to(rise[:, None], (size, size)), np.broadcast_to(rise[None], (size, size))
+    return Image.fromarray(np.stack([red, green, green], 2))
+
+
+def test_rand_augment_leaves_all_else_as_drawn() -> None:
+    """Two of three views have no operation that changes something at magnitude 5, and are those without RandAugment."""
+    content = jpeg()
+    plain = [render(content, TOWER, ViewsConfig(jitter=0.0), (7, view)) for view in range(1, 201)]
+    views = ViewsConfig(jitter=0.0, rand_augment=(1, 5))
+    drawn = [render(content, TOWER, views, (7, view)) for view in range(1, 201)]
+    same = np.mean([np.array_equal(one, other) for one, other in zip(plain, drawn, strict=True)])
+    assert 0.6 < same < 0.8
+    again = [render(content, TOWER, views, (7, view)) for view in range(1, 201)]
+    assert np.array_equal(drawn, again)
+    assert np.array_equal(render(content, TOWER, views, (7, 0)), render(content, TOWER, ViewsConfig(), (7, 0)))
+    twice = ViewsConfig(jitter=0.0, rand_augment=(2, 5))
+    more = [np.array_equal(p, render(content, TOWER, twice, (7, v))) for v, p in enumerate(plain, 1)]
+    assert np.mean(more) < same - 0.1
+
+
+def test_rand_augments_operations_have_blips_ranges() -> None:
+    from torchvision.transforms.v2 import functional
+
+    image, grey = gradient(), [128, 128, 128]
+    before = np.asarray(image).astype(float)
+
+    def at(place: int, level: float, sign: int = 1) -> np.ndarray:
+        return np.asarray(_OPERATIONS[place](image, level, sign)).astype(float)
+
+    identity, contrast, equalize, brightness, sharpness, shear_x, shear_y, translate_x, translate_y, rotate = range(10)
+    assert np.array_equal(at(identity, 1.0), before)
+    assert np.array_equal(at(contrast, 0.5), np.asarray(functional.autocontrast(image)))
+    assert np.array_equal(at(equalize, 0.5), np.asarray(functional.equalize(image)))
+    assert at(brightness, 1.0).mean() == pytest.approx((before * 1.9).clip(max=255).mean(), rel=0.01)
+    assert at(brightness, 0.0).mean() == pytest.approx((before * 0.1).mean(), rel=0.05)
+    assert np.array_equal(at(sharpness, 0.5), before)
+    assert np.array_equal(at(translate_x, 0.5)[:, :-5], before[:, 5:])
+    assert (at(translate_x, 0.5, -1)[:, :5] == 128).all()
+    assert np.array_equal(at(translate_y, 1.0)[:-10], before[10:])
+    turned = functional.rotate(image, 15, functional.InterpolationMode.BILINEAR, fill=grey)
+    assert np.array_equal(at(rotate, 0.5), np.asarray(turned))
+    assert np.allclose(at(shear_x, 0.5)[100, :300], before[100, 15:315], atol=1)  # 0.15 to the side a pixel down
+    assert np.allclose(at(shear_y, 0.5)[:300, 100], before[15:315, 100], atol=1)
+
+
+@pytest.mark.parametrize("wrong", [(0, 5), (2, 11), (2, -1)])
+def test_a_wrong_rand_augment_is_refused(wrong: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="at least one operation and a magnitude of 0 to 10"):
+        ViewsConfig(rand_augment=wrong)

@@ -14,7 +14,7 @@ from cluster.errors import UserError
 from cluster.weights import Weights
 from mining.config import TowerConfig, ViewsConfig
 from mining.images import render
-from mining.towers import ImageTower, _fold_batch_norm
+from mining.towers import ImageTower, _fold_batch_norm, check_projected
 
 SMALL = {"model": "test_efficientnet", "library": "timm", "image_size": 64, "precision": "fp32"}
 PIXELS = torch.randint(0, 255, (2, 64, 64, 3), dtype=torch.uint8)
@@ -80,6 +80,30 @@ def test_a_transformers_tower(clip: TowerConfig, output: str) -> None:
     assert values.shape == ((2, 1, 24) if output == "pooled" else (2, 5, 32))
     with pytest.raises(ValueError, match="needs 'weights'"):
         TowerConfig(library="transformers", model="clip")
+
+
+def test_the_projected_output_is_blips_retrieval_space(tiny_blip: TowerConfig) -> None:
+    from transformers import BlipForImageTextRetrieval
+
+    assert tiny_blip.weights is not None
+    model = BlipForImageTextRetrieval.from_pretrained(tiny_blip.weights.location()).eval()
+    tower = ImageTower(tiny_blip)
+    pixels = torch.randint(0, 255, (2, 32, 32, 3), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tower.mean, tower.std))
+    with torch.inference_mode():
+        states = model.vision_model((pixels.permute(0, 3, 1, 2) / 255 - mean) / std).last_hidden_state
+        assert torch.allclose(tower(pixels)[:, 0], model.vision_proj(states[:, 0]), atol=1e-4)
+        assert tower(pixels).shape == (2, 1, 16)
+
+
+def test_projected_weights_must_be_a_blip_retrieval_model_of_the_images_size(clip: TowerConfig, tiny_blip: TowerConfig) -> None:
+    check_projected(tiny_blip)
+    with pytest.raises(UserError, match=r"image_size is 64, .* takes images of 32"):
+        check_projected(tiny_blip.model_copy(update={"image_size": 64}))
+    with pytest.raises(UserError, match=r"BLIP's retrieval models, .* is \['CLIPModel'\]"):
+        check_projected(clip.model_copy(update={"output": "projected"}))
+    with pytest.raises(ValueError, match="'projected' needs 'library: transformers'"):
+        TowerConfig(library="timm", model="test_vit", output="projected")
 
 
 def colours(tower: ImageTower) -> list[list[float]]:

@@ -1,0 +1,46 @@
+"""What a run's config says of the retrieval models and the tower they see through."""
+
+import pytest
+
+from cluster.app.config import RunConfig, load
+from cluster.app.pipeline import Pipeline
+from cluster.errors import UserError
+
+TOWER = (
+    "{library: transformers, model: blip, weights: {hub: Salesforce/blip-itm-large-coco}, output: projected, "
+    "image_size: 384, resize: squash}"
+)
+FUSIONS = ("text_only", "image_only")  # variants of the preset that zero an input of a fusion
+
+
+def blip(*assignments: str) -> RunConfig:
+    """The bundled preset with BLIP as its retrieval model."""
+    others = [f"train.{name}=null" for name in ("text", "image_hidden", "temperature", *(f"variants.{v}" for v in FUSIONS))]
+    return load(
+        "grocery",
+        [f"embed.towers.blip={TOWER}", "train.tower=blip", "train.model=blip", "train.center=false", *others, *assignments],
+    )
+
+
+def test_blip_takes_pixels_of_every_gallery_it_is_trained_on() -> None:
+    pipeline = Pipeline(blip())
+    features, parents = pipeline._features("blip", "photos", "catalogue", pixels=True)
+    assert features.online is not None
+    assert [output.uri for output in features.online.galleries] == [
+        pipeline.output(pipeline.gallery(name)).uri for name in ("photos", "catalogue")
+    ]
+    assert list(parents) == ["embeddings.photos", "embeddings.catalogue"]
+    assert pipeline._features("blip", "photos")[0].online is None
+    assert "embed:blip.photos" in {stage.instance for stage in pipeline.stages}
+
+
+def test_blip_needs_a_projected_tower() -> None:
+    with pytest.raises(UserError, match=r"model 'blip' needs a train.tower with output: projected.*'photo' has output: pooled"):
+        blip("train.tower=photo")
+
+
+def test_rand_augment_that_is_off_leaves_digests_as_they_were() -> None:
+    settings = Pipeline(load("grocery", [])).embeddings("photo", "photos").settings
+    assert "rand_augment" not in settings["views"]
+    on = Pipeline(load("grocery", ["embed.views.rand_augment=[2, 5]"])).embeddings("photo", "photos").settings
+    assert on["views"]["rand_augment"] == [2, 5]
