@@ -393,13 +393,12 @@ class Pipeline:
 
     @property
     def _shared_text(self) -> TextTower | None:
-        """The text encoder, where it and the image tower are the two sides of one model: both are open_clip's, of one
-        architecture and the same weights.
-        """
+        """The text encoder, where it and the image tower are the two sides of one model of open_clip."""
         tower, text = self.config.embed.towers[self.config.train.tower], self.config.train.text
-        sides = [(side.library, side.model, side.weights) for side in (tower, text)]
-        same = sides[0] == sides[1] and tower.library == "open_clip" and tower.weights is not None
-        return text if same else None
+        if (tower.library, text.library) != ("open_clip", "open_clip") or tower.weights != text.weights:
+            return None
+        weights = text.weights  # a hub's name says the architecture too
+        return text if weights and (weights.hub or tower.model == text.model) else None
 
 
 def _given(sources: dict[str, str | None]) -> dict[str, str]:
