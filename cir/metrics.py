@@ -19,19 +19,11 @@ class Search:
     galleries: tuple[np.ndarray, ...] | None = None  # sorted ids of the images of each gallery; None: every image
     gallery_of: np.ndarray | None = None  # int [queries], place in `galleries`
 
-    def allows(self, ids: np.ndarray) -> np.ndarray:
-        """bool [queries, ids], or [1, ids]: the images that each query may find."""
+    def parts(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """(queries, the gallery they search) of each gallery."""
         if self.galleries is None or self.gallery_of is None:
-            return np.ones((1, len(ids)), bool)
-        return np.stack([_contains(gallery, ids) for gallery in self.galleries])[self.gallery_of]
-
-    def has_target(self) -> np.ndarray:
-        """bool [queries]: whether the target is known and can be found."""
-        known = self.target_ids != NO_IMAGE
-        if self.galleries is None or self.gallery_of is None:
-            return known
-        inside = np.stack([_contains(gallery, self.target_ids) for gallery in self.galleries])
-        return known & inside[self.gallery_of, np.arange(len(known))]
+            return [(np.arange(len(self.reference_ids)), None)]
+        return [(np.flatnonzero(self.gallery_of == i), gallery) for i, gallery in enumerate(self.galleries)]
 
 
 @dataclass(frozen=True)
@@ -68,36 +60,44 @@ def rank_all(
     """
     queries = _unit(queries)
     target_scores = np.einsum("qd,qd->q", queries, _unit(targets))
-    rankers = [_Ranker(search, target_scores, top) for search in searches]
+    rankers = [
+        [_Ranker(search, rows, gallery, target_scores[rows], top) for rows, gallery in search.parts()] for search in searches
+    ]
     for ids, features in blocks:
         scores = queries @ _unit(features).T
-        for ranker in rankers:
-            ranker.add(ids, scores.copy())
-    return [ranker.ranked() for ranker in rankers]
+        for parts in rankers:
+            for ranker in parts:
+                ranker.add(ids, scores)
+    return [_joined(parts, len(queries)) for parts in rankers]
 
 
 class _Ranker:
-    """The best images of one search so far."""
+    """The best images so far for the queries `rows` of a search, all of which search one gallery."""
 
-    def __init__(self, search: Search, target_scores: np.ndarray, top: int) -> None:
-        self.search, self.target_scores, self.top = search, target_scores, top
-        count = len(target_scores)
-        self.higher = np.zeros(count, np.int32)
-        self.references = np.full(count, -np.inf, np.float32)
-        self.others = np.full(count, -np.inf, np.float32)
-        self.best_ids = np.full((count, top), NO_IMAGE, np.int64)
-        self.best = np.full((count, top), -np.inf, np.float32)
+    def __init__(
+        self, search: Search, rows: np.ndarray, gallery: np.ndarray | None, target_scores: np.ndarray, top: int
+    ) -> None:
+        self.rows, self.gallery, self.target_scores, self.top = rows, gallery, target_scores, top
+        self.reference_ids, self.target_ids = search.reference_ids[rows, None], search.target_ids[rows, None]
+        self.remove_reference = search.remove_reference
+        self.higher = np.zeros(len(rows), np.int32)
+        self.references = np.full(len(rows), -np.inf, np.float32)
+        self.others = np.full(len(rows), -np.inf, np.float32)
+        self.best_ids = np.full((len(rows), top), NO_IMAGE, np.int64)
+        self.best = np.full((len(rows), top), -np.inf, np.float32)
 
     def add(self, ids: np.ndarray, scores: np.ndarray) -> None:
-        """Scores [queries, ids] of a block, which are changed in place."""
-        search = self.search
-        is_reference = ids[None] == search.reference_ids[:, None]
-        scores[~np.broadcast_to(search.allows(ids), scores.shape)] = -np.inf
+        """Scores [queries, ids] of a block, of all queries."""
+        inside = np.arange(len(ids)) if self.gallery is None else np.flatnonzero(_contains(self.gallery, ids))
+        if not len(inside):
+            return
+        ids, scores = ids[inside], scores[np.ix_(self.rows, inside)]
+        is_reference = ids[None] == self.reference_ids
         self.references = np.maximum(self.references, np.where(is_reference, scores, -np.inf).max(1))
         self.others = np.maximum(self.others, np.where(is_reference, -np.inf, scores).max(1))
-        if search.remove_reference:
+        if self.remove_reference:
             scores[is_reference] = -np.inf
-        is_higher = (scores > self.target_scores[:, None]) & (ids[None] != search.target_ids[:, None])
+        is_higher = (scores > self.target_scores[:, None]) & (ids[None] != self.target_ids)
         self.higher += is_higher.sum(1, dtype=np.int32)
         scores = np.concatenate([self.best, scores], axis=1)
         candidates = np.concatenate([self.best_ids, np.broadcast_to(ids, is_reference.shape)], axis=1)
@@ -106,9 +106,22 @@ class _Ranker:
 
     def ranked(self) -> Ranked:
         """After the last block."""
-        self.best_ids[np.isneginf(self.best)] = NO_IMAGE
-        ranks = np.where(self.search.has_target(), self.higher + 1, UNRANKED)
-        return Ranked(self.best_ids, ranks.astype(np.int32), self.references > self.others)
+        targets = self.target_ids[:, 0]
+        known = targets != NO_IMAGE
+        if self.gallery is not None:
+            known &= _contains(self.gallery, targets)
+        image_ids = np.where(np.isneginf(self.best), NO_IMAGE, self.best_ids)
+        ranks = np.where(known, self.higher + 1, UNRANKED).astype(np.int32)
+        return Ranked(image_ids, ranks, self.references > self.others)
+
+
+def _joined(parts: list[_Ranker], queries: int) -> Ranked:
+    """The rankings of a search's galleries, in the order of the queries."""
+    found = [part.ranked() for part in parts]
+    order = np.argsort(np.concatenate([part.rows for part in parts]), kind="stable")
+    assert len(order) == queries, "each query searches one gallery"
+    columns = ([ranked.image_ids for ranked in found], [r.target_rank for r in found], [r.reference_first for r in found])
+    return Ranked(*(np.concatenate(column)[order] for column in columns))
 
 
 def _contains(known: np.ndarray, ids: np.ndarray) -> np.ndarray:

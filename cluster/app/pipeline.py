@@ -451,14 +451,12 @@ class Pipeline:
 
     @property
     def _shared_text(self) -> TextTower | None:
-        """The text encoder, where it and the image tower are the two sides of one model: both are open_clip's, of one
-        architecture and the same weights.
-        """
+        """The text encoder, where it and the image tower are the two sides of one model of open_clip."""
         tower, text = self.config.embed.towers[self.config.train.tower], self.config.train.text
-        if text is None or tower.library != "open_clip" or tower.weights is None:
+        if text is None or (tower.library, text.library) != ("open_clip", "open_clip") or tower.weights != text.weights:
             return None
-        sides = [(side.library, side.model, side.weights) for side in (tower, text)]
-        return text if sides[0] == sides[1] else None
+        weights = text.weights  # a hub's name says the architecture too
+        return text if weights and (weights.hub or tower.model == text.model) else None
 
 
 def _given(sources: Mapping[str, str | list[str] | None]) -> dict[str, str]:

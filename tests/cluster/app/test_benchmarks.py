@@ -89,3 +89,17 @@ def test_the_same_models_are_scored_on_another_benchmark(tmp_path: Path) -> None
     )
     changed = {instance for instance in before if before[instance] != after[instance]}
     assert changed == {"ingest:evaluate", "ingest:queries", "embed:photo.evaluate", "evaluate:all"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shared"),
+    [
+        ("{library: open_clip, weights: {hub: a/clip, revision: x}}", True),
+        ("{library: open_clip, weights: {hub: a/clip, revision: y}}", False),
+        ("{library: transformers, weights: {hub: a/clip, revision: x}}", False),
+    ],
+)
+def test_text_rows_need_the_other_side_of_the_image_tower(text: str, shared: bool) -> None:
+    tower = "embed.towers.photo={library: open_clip, model: ViT-B-32, weights: {hub: a/clip, revision: x}}"
+    pipeline = Pipeline(configs.load("grocery", [tower, f"train.text={text}"]))
+    assert (pipeline.evaluation.settings["text"] is not None) is shared
