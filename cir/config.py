@@ -31,11 +31,22 @@ class TextTower(Section):
         return self
 
 
-class PseudoSelection(Section):
-    """Which pseudo triplets are used: first by score, then an amount of what is left, drawn in whole groups."""
+Scorer = Literal["log_probability", "agreement", "round_trip"]
 
-    min_score: float | None = Field(None, description="least mean token log-probability of a generated delta")
-    top_fraction: float | None = Field(None, gt=0, le=1, description="share to keep, the highest log-probabilities first")
+
+class PseudoSelection(Section):
+    """Which pseudo triplets are used: first by score, then an amount of what is left, drawn in whole groups.
+
+    The paper filters nothing. A score is any of `tables.SCORERS`; where several are named, each triplet's score is the
+    mean over them of the share of triplets that it beats, so that scorers of different units count alike.
+    """
+
+    scorers: tuple[Scorer, ...] = Field(("log_probability",), min_length=1, description="what the score is made of")
+    min_score: float | None = Field(None, description="least score, in the unit of the one scorer; a share for several")
+    top_fraction: float | None = Field(None, gt=0, le=1, description="share to keep, the highest scores first")
+    weight_power: float | None = Field(
+        None, gt=0, description="draw a triplet with probability ~ (share of triplets that it beats) ** weight_power"
+    )
     groups: int | None = Field(None, gt=0, description="number of whole groups (paper: 3345 for CIRR)")
     ratio: float | None = Field(None, gt=0, description="pseudo images / labelled images (paper: best at 1)")
     seed: int = Field(0, description="of the drawn groups, and of the permutation of `shuffle_deltas`")
@@ -49,7 +60,12 @@ class PseudoSelection(Section):
     @property
     def by_score(self) -> bool:
         """Whether scores are needed."""
-        return self.min_score is not None or self.top_fraction is not None
+        return any(value is not None for value in (self.min_score, self.top_fraction, self.weight_power))
+
+    @property
+    def by_round_trip(self) -> bool:
+        """Whether a retrieval model has to score the pseudo triplets."""
+        return self.by_score and "round_trip" in self.scorers
 
 
 class Validation(Section):
@@ -90,6 +106,8 @@ class VariantConfig(Section):
     pseudo: bool = Field(False, description="semi-supervised: add pseudo triplets to each batch (PAPER 3.3, Eq. 2)")
     pseudo_only: bool = Field(False, description="train on the pseudo triplets alone (setting e)")
     selection: PseudoSelection = PseudoSelection()
+    round: int | None = Field(None, ge=1, description="use the pseudo triplets of this round; None: of the last one")
+    own_deltas: bool = Field(False, description="the generator's delta of each labelled pair joins its captions (PAPER 2.3)")
     shuffle_deltas: bool = Field(False, description="control: permute the deltas of the pseudo triplets")
     zero: Literal["image", "text"] | None = Field(None, description="control: this input is zero in training and evaluation")
     text: TextTower | None = Field(None, description="fusion: the encoder of deltas")
@@ -108,9 +126,11 @@ class VariantConfig(Section):
 
     @model_validator(mode="after")
     def _pseudo_is_used(self) -> Self:
-        for name in ("pseudo_only", "shuffle_deltas"):
+        for name in ("pseudo_only", "shuffle_deltas", "round"):
             if getattr(self, name) and not self.pseudo:
                 raise ValueError(f"'{name}' needs 'pseudo: true'")
+        if self.pseudo_only and self.selection.weight_power is not None:
+            raise ValueError("'pseudo_only' visits every pseudo triplet once an epoch: set selection.weight_power to null")
         return self
 
     @model_validator(mode="after")
@@ -167,6 +187,25 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         old = result.get(name)
         result[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
+
+
+class ScoreConfig(Section):
+    """The round-trip score: how high a retrieval model ranks the target for (reference, delta). Beyond the paper."""
+
+    judge: str = Field("supervised", description="variant whose first seed ranks; it must not use the pseudo triplets itself")
+    gallery_images: int = Field(20_000, gt=0, description="images of a seeded sample that the target is ranked among")
+    batch_size: int = Field(256, gt=0, description="queries a forward pass")
+
+
+class RoundsConfig(Section):
+    """Further rounds of the generator, which learns from its own confident deltas too. Beyond the paper."""
+
+    count: int = Field(1, ge=1, description="1: the paper's single pass")
+    judge: str = Field("semi", description="variant whose first seed, trained on a round's deltas, scores them for the next")
+    selection: PseudoSelection = Field(
+        PseudoSelection(scorers=("log_probability", "round_trip"), top_fraction=0.5),
+        description="deltas of a round that the next round's generator learns from",
+    )
 
 
 BenchmarkName = Literal["triplets", "cirr", "fashioniq", "circo"]

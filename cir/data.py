@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from cir import metrics
 from cir.config import Validation, VariantConfig
-from cir.selection import read_scores, select
+from cir.selection import Pseudo, chosen
 from cluster.artifacts import Output
 from mining import tables
 from mining.embed import INFO
@@ -55,28 +55,17 @@ def held_out(triplet_ids: np.ndarray, validation: Validation) -> np.ndarray:
     return np.array([tables.stable_id("fold", i) % validation.folds == validation.fold for i in triplet_ids.tolist()], bool)
 
 
-def selected_pseudo(pseudo: Output, labelled: pa.Table, config: VariantConfig) -> pa.Table:
-    """The pseudo triplets a variant uses, their deltas permuted when the config says so."""
-    table = pseudo.read_parts(tables.TRIPLETS)
-    scores = read_scores(pseudo, table["triplet_id"].to_numpy()) if config.selection.by_score else None
-    table = select(table, scores, len(tables.images_of(labelled)), config.selection)
-    if config.shuffle_deltas:
-        order = np.random.default_rng(config.selection.seed).permutation(len(table))
-        table = table.set_column(table.schema.get_field_index("deltas"), "deltas", table["deltas"].take(pa.array(order)))
-    return table
-
-
 @dataclass
 class TripletTask(ABC):
     """The `cluster.training.Task` of one variant, whatever its model takes. Holds settings and paths, loads lazily.
 
-    An epoch is the labelled triplets; with pseudo triplets each labelled row brings one of them, drawn uniformly with
-    replacement (PAPER 3.3), so |B| = |B'|. With `pseudo_only` the epoch is the pseudo triplets.
+    An epoch is the labelled triplets; with pseudo triplets each labelled row brings one of them, drawn with replacement,
+    uniformly (PAPER 3.3) or by weight, so |B| = |B'|. With `pseudo_only` the epoch is the pseudo triplets.
     """
 
     features: Features
     triplets: Output
-    pseudo: Output | None
+    pseudo: Pseudo | None
     config: VariantConfig
 
     def __post_init__(self) -> None:
@@ -116,8 +105,22 @@ class TripletTask(ABC):
         labelled = self._labelled.filter(pa.array(~self._is_held_out))
         if self.pseudo is None:
             return [labelled]
-        pseudo = selected_pseudo(self.pseudo, self._labelled, self.config)
+        pseudo, _ = self._chosen
         return [pseudo] if self.config.pseudo_only else [labelled, pseudo]
+
+    @cached_property
+    def _chosen(self) -> tuple[pa.Table, np.ndarray]:
+        """The pseudo triplets that are used, their deltas permuted when the config says so, and the running sum of the
+        probabilities of drawing them.
+        """
+        assert self.pseudo is not None
+        config = self.config
+        table, weights = chosen(self.pseudo, len(tables.images_of(self._labelled)), config.selection)
+        if config.shuffle_deltas:
+            order = np.random.default_rng(config.selection.seed).permutation(len(table))
+            table = table.set_column(table.schema.get_field_index("deltas"), "deltas", table["deltas"].take(pa.array(order)))
+        weights = np.full(len(table), 1 / len(table)) if weights is None else weights
+        return table, np.cumsum(weights)
 
     @cached_property
     def _rows(self) -> Rows:
@@ -149,7 +152,7 @@ class TripletTask(ABC):
 
         supervised = len(rows)
         if len(self._tables) == 2:
-            rows = np.concatenate([rows, self.size + rng.integers(len(self._tables[1]), size=supervised)])
+            rows = np.concatenate([rows, self.size + self._partners(supervised, rng)])
         reference_ids, target_ids = self._rows.reference_ids[rows], self._rows.target_ids[rows]
         reference = self._drawn(reference_ids, rng)
         target = self._drawn(target_ids, rng) if self.config.augment_target else self._plain(target_ids)
@@ -161,6 +164,11 @@ class TripletTask(ABC):
             "text": self._text(self._rows.draw(rows, rng)),
             "supervised": supervised,
         }
+
+    def _partners(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Positions of drawn pseudo triplets."""
+        _, cumulative = self._chosen
+        return np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right").clip(max=len(cumulative) - 1)
 
     @cached_property
     def _gallery(self) -> tuple[np.ndarray, np.ndarray]:

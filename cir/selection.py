@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -10,28 +12,76 @@ import pyarrow.compute as pc
 from cir.config import PseudoSelection
 from cluster.artifacts import Output
 from cluster.errors import UserError
+from cluster.monitor import Monitor
 from mining import tables
+from mining.gallery import part_name
 
+SELECT_VERSION = 1
 logger = logging.getLogger(__name__)
 
 
-def read_scores(pseudo: Output, triplet_ids: np.ndarray) -> np.ndarray:
-    """Mean token log-probability float32 [n] of each triplet's delta, as `generate` stored it.
+@dataclass(frozen=True)
+class Pseudo:
+    """Pseudo triplets and what scores them: `generate` keeps its own scores beside them, `score` apart."""
 
-    Raises UserError naming a triplet that has no score.
-    """
-    parts = [pseudo.read_table(f"scores/{name}", tables.SCORES) for name in pseudo.names("scores")]
-    table = pa.concat_tables([tables.SCORES.empty_table(), *parts])
-    table = table.filter(pc.equal(table["scorer"], tables.SCORER)).sort_by("triplet_id")
-    known, values = table["triplet_id"].to_numpy(), table["value"].to_numpy()
-    places = np.searchsorted(known, triplet_ids).clip(max=max(len(known) - 1, 0))
-    missing = triplet_ids[known[places] != triplet_ids] if len(known) else triplet_ids
-    if len(missing):
-        raise UserError(
-            f"train.selection: {len(missing)} of {len(triplet_ids)} pseudo triplets in {pseudo.uri} have no "
-            f"{tables.SCORER} score, such as {missing[0]}; generate them again, or unset min_score and top_fraction"
-        )
-    return values[places]
+    triplets: Output
+    round_trip: Output | None = None
+
+    def scores(self, triplet_ids: np.ndarray, scorers: Sequence[str]) -> np.ndarray:
+        """A score float [n] of each triplet, higher is better: a scorer's values, or the mean of several scorers' shares.
+
+        Raises UserError naming a scorer and a triplet without its score.
+        """
+        found = [self._read(triplet_ids, scorer) for scorer in scorers]
+        return found[0] if len(found) == 1 else np.mean([share_beaten(values) for values in found], axis=0)
+
+    def _read(self, triplet_ids: np.ndarray, scorer: str) -> np.ndarray:
+        table = self._table(scorer).sort_by("triplet_id")
+        known, values = table["triplet_id"].to_numpy(), table["value"].to_numpy()
+        places = np.searchsorted(known, triplet_ids).clip(max=max(len(known) - 1, 0))
+        missing = triplet_ids[known[places] != triplet_ids] if len(known) else triplet_ids
+        if len(missing):
+            raise UserError(
+                f"train.selection.scorers: {len(missing)} of {len(triplet_ids)} pseudo triplets in {self.triplets.uri} have no "
+                f"{scorer} score, such as {missing[0]}; {_REMEDY[scorer]}"
+            )
+        return values[places]
+
+    def _table(self, scorer: str) -> pa.Table:
+        if scorer == tables.ROUND_TRIP:
+            return self.round_trip.read_parts(tables.SCORES) if self.round_trip else tables.SCORES.empty_table()
+        names = self.triplets.names("scores")
+        parts = [self.triplets.read_table(f"scores/{name}", tables.SCORES) for name in names]
+        table = pa.concat_tables([tables.SCORES.empty_table(), *parts])
+        return table.filter(pc.equal(table["scorer"], scorer))
+
+
+_REMEDY = {
+    tables.SCORER: "generate them again",
+    tables.AGREEMENT: "set generate.samples to at least 2",
+    tables.ROUND_TRIP: "run the stage score",
+}
+
+
+def share_beaten(values: np.ndarray) -> np.ndarray:
+    """Share in 0..1 of all values that each is at least as high as, ties sharing their middle: a unit-free score [n]."""
+    low = np.searchsorted(np.sort(values), values, side="left")
+    high = np.searchsorted(np.sort(values), values, side="right")
+    return (low + high) / (2 * max(len(values), 1))
+
+
+def chosen(pseudo: Pseudo, labelled_images: int, config: PseudoSelection) -> tuple[pa.Table, np.ndarray | None]:
+    """The pseudo triplets to train on, and with `weight_power` the probability float [n] of drawing each."""
+    table = pseudo.triplets.read_parts(tables.TRIPLETS)
+    if not config.by_score:
+        return select(table, None, labelled_images, config), None
+    scores = pseudo.scores(table["triplet_id"].to_numpy(), config.scorers)
+    kept = select(table, scores, labelled_images, config)
+    if config.weight_power is None:
+        return kept, None
+    by_id = dict(zip(table["triplet_id"].to_pylist(), share_beaten(scores), strict=True))
+    weights = np.array([by_id[i] for i in kept["triplet_id"].to_pylist()]) ** config.weight_power
+    return kept, weights / weights.sum()
 
 
 def select(pseudo: pa.Table, scores: np.ndarray | None, labelled_images: int, config: PseudoSelection) -> pa.Table:
@@ -51,6 +101,33 @@ def select(pseudo: pa.Table, scores: np.ndarray | None, labelled_images: int, co
     if not len(pseudo):
         raise UserError(f"train.selection: none of {found} pseudo triplets is left; loosen min_score, top_fraction or ratio")
     return pseudo
+
+
+def select_confident(output: Output, pseudo: Pseudo, labelled: Output, config: PseudoSelection, monitor: Monitor) -> None:
+    """The stage select: the labelled triplets and a round's confident ones, which the next generator learns from."""
+    known = labelled.read_parts(tables.TRIPLETS)
+    table, _ = chosen(pseudo, len(tables.images_of(known)), config)
+    _write(output, pa.concat_tables([known, table]), monitor)
+
+
+def with_own_deltas(output: Output, labelled: Output, generated: Output, monitor: Monitor) -> None:
+    """The stage select: labelled triplets whose lists of deltas also hold what the generator wrote for their pairs.
+
+    One is drawn each time: the augmented training set that the paper marks with a dagger (PAPER 2.3).
+    """
+    table, own = labelled.read_parts(tables.TRIPLETS), generated.read_parts(tables.TRIPLETS)
+    pairs = zip(own["reference_id"].to_pylist(), own["target_id"].to_pylist(), own["deltas"].to_pylist(), strict=True)
+    written = {(reference, target): deltas for reference, target, deltas in pairs}
+    rows = table.to_pylist()
+    for row in rows:
+        row["deltas"] += written.get((row["reference_id"], row["target_id"]), [])
+    _write(output, pa.Table.from_pylist(rows, tables.TRIPLETS), monitor)
+
+
+def _write(output: Output, table: pa.Table, monitor: Monitor) -> None:
+    monitor.start(len(table), "triplet")
+    output.write_table(part_name(0), table, tables.TRIPLETS)
+    monitor.advance(len(table))
 
 
 def _good(scores: np.ndarray, config: PseudoSelection) -> np.ndarray:

@@ -3,6 +3,7 @@
 from cir.config import TextTower, VariantConfig
 from cir.data import CirTask, TripletTask
 from cir.pixels import BlipTask
+from cir.selection import Pseudo
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
@@ -11,7 +12,7 @@ from cluster.training import train
 from mining.embed import INFO
 from mining.features import Features, copy_mean
 
-TRAIN_VERSION = 2
+TRAIN_VERSION = 3
 MODEL = "cir.json"
 RESULT = "result.json"
 
@@ -20,7 +21,7 @@ def train_cir(
     output: Output,
     features: Features,
     triplets: Output,
-    pseudo: Output | None,
+    pseudo: Pseudo | None,
     config: VariantConfig,
     seed: int,
     resources: WorkerResources,
@@ -45,13 +46,13 @@ def train_cir(
     output.write_json(RESULT, train(output, task, config.training, seed, resources, monitor))
 
 
-def cir_task(features: Features, triplets: Output, pseudo: Output | None, config: VariantConfig) -> TripletTask:
+def cir_task(features: Features, triplets: Output, pseudo: Pseudo | None, config: VariantConfig) -> TripletTask:
     """The task of the variant's model. BLIP's `features` name, in `online`, the galleries and the tower of its weights."""
     kind = BlipTask if config.model == "blip" else CirTask
     return kind(features, triplets, pseudo, config)
 
 
-def _check_inputs(triplets: Output, pseudo: Output | None, config: VariantConfig, tokens: int) -> None:
+def _check_inputs(triplets: Output, pseudo: Pseudo | None, config: VariantConfig, tokens: int) -> None:
     if tokens != 1:
         raise UserError(
             f"train: needs one feature vector an image, the embeddings have {tokens}; use a tower with output: pooled"

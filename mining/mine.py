@@ -26,6 +26,7 @@ from mining.matched_groups import draw_groups, thin
 from mining.walk import GROUP_SIZE, PAIR_RANKS, Group, walk, without_overlap
 
 MINE_VERSION = 2
+PAIRS_VERSION = 1
 SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs, for the report
 HISTOGRAM_BINS = 40
 HISTOGRAM_PAIRS = 20_000
@@ -178,6 +179,18 @@ def random_pairs(images: int, pairs: int, seed: int) -> tuple[np.ndarray, np.nda
 def _write_parts(job: _Mining, pairs: pa.Table) -> None:
     for part, start in enumerate(range(0, len(pairs), job.config.part_rows)):
         job.output.write_table(part_name(part), pairs.slice(start, job.config.part_rows), tables.PAIRS)
+
+
+def labelled_pairs(output: Output, labelled: Output, monitor: Monitor) -> None:
+    """Write the pairs of labelled triplets, each ordered pair once, for a generator to write its own deltas of."""
+    table = labelled.read_parts(tables.TRIPLETS, ["reference_id", "target_id"])
+    pairs = np.unique(np.stack([column.to_numpy() for column in table.columns], axis=1), axis=0)
+    monitor.start(len(pairs), "pair")
+    rows = np.arange(len(pairs))
+    ids = pairs.reshape(-1)
+    found = _table(ids, 2 * rows, 2 * rows + 1, np.full(len(pairs), np.nan, np.float32), {})
+    output.write_table(part_name(0), found, tables.PAIRS)
+    monitor.advance(len(pairs))
 
 
 def _missing_shards(output: Output, images: int, config: MineConfig, seed: int) -> dict[str, np.ndarray]:

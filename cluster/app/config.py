@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from cir.config import EvaluateConfig, TrainConfig, merge
+from cir.config import EvaluateConfig, RoundsConfig, ScoreConfig, TrainConfig, merge
 from cluster.config import (
     ActorResources,
     DecodeResources,
@@ -120,6 +120,7 @@ class Resources(Section):
     align: WorkerResources = WorkerResources()
     instruct: WorkerResources = WorkerResources()
     generate: ActorResources = ActorResources()
+    score: ActorResources = ActorResources()
     train: WorkerResources = WorkerResources()
     evaluate: ActorResources = ActorResources()
 
@@ -137,6 +138,8 @@ class RunConfig(Section):
     align: AlignSection | None = Field(None, description="None: the projection starts untrained")
     instruct: InstructSection
     generate: GenerateConfig = GenerateConfig()
+    score: ScoreConfig = ScoreConfig()
+    rounds: RoundsConfig = RoundsConfig()
     train: TrainSection
     evaluate: EvaluateSection
     report: ReportConfig = ReportConfig()
@@ -173,12 +176,30 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_the_backbone(self) -> Self:
-        features = self.vdg.backbone == "features"
-        if self.align and not features:
+        if self.align and self.vdg.backbone != "features":
             raise ValueError("align: backbone 'image_text' has no projection to align; set align to null")
-        if self.generate.views and features and not (self.embed.views.online or self.embed.views.count > 1):
+        views = self.embed.views_of(self.vdg.tower, self.mine.gallery) if self.vdg.tower else None
+        if self.generate.views and views and not (views.online or views.count > 1):
             raise ValueError("generate.views: the plain view alone is cached; set embed.views.count above 1 or online")
         return self
+
+    @model_validator(mode="after")
+    def _judges_can_judge(self) -> Self:
+        train, chosen = self.train, [self.train.variant(name).selection for name in self.train.variants]
+        for name in train.variants:
+            if (train.variant(name).round or 1) > self.rounds.count:
+                raise ValueError(f"train.variants.{name}.round: there are {self.rounds.count} round(s); raise rounds.count")
+        if any(selection.by_round_trip for selection in chosen):
+            self._check_judge("score.judge", self.score.judge, pseudo=False)
+        if self.rounds.count > 1:
+            self._check_judge("rounds.judge", self.rounds.judge, pseudo=True)
+        return self
+
+    def _check_judge(self, field: str, name: str, pseudo: bool) -> None:
+        if name not in self.train.variants:
+            raise ValueError(f"{field}: {name!r} is not one of train.variants, {sorted(self.train.variants)}")
+        if self.train.variant(name).pseudo != pseudo:
+            raise ValueError(f"{field}: '{name}' must {'' if pseudo else 'not '}be trained on pseudo triplets")
 
     def _galleries_named(self) -> list[tuple[str, str]]:
         """(name of a file of triplets or captions, gallery it names)."""

@@ -20,14 +20,14 @@ def parents(stage: Stage) -> set[str]:
 
 def test_a_generator_of_features_sees_through_its_tower() -> None:
     pipeline = Pipeline(grocery())
-    assert parents(pipeline.generator) == {"ingest:labelled", "embed:photo.photos", "align:vdg"}
-    assert parents(pipeline.pseudo_triplets) == {"mine:photos", "instruct:vdg", "embed:photo.photos"}
+    assert parents(pipeline.generator()) == {"ingest:labelled", "embed:photo.photos", "align:vdg"}
+    assert parents(pipeline.pseudo_triplets()) == {"mine:photos", "instruct:vdg", "embed:photo.photos"}
 
 
 def test_a_generator_of_pixels_needs_no_embeddings() -> None:
     pipeline = Pipeline(grocery(*IMAGE_TEXT))
-    assert parents(pipeline.generator) == {"ingest:labelled", "ingest:photos"}
-    assert parents(pipeline.pseudo_triplets) == {"mine:photos", "instruct:vdg", "ingest:photos"}
+    assert parents(pipeline.generator()) == {"ingest:labelled", "ingest:photos"}
+    assert parents(pipeline.pseudo_triplets()) == {"mine:photos", "instruct:vdg", "ingest:photos"}
     assert "align" not in {stage.kind for stage in pipeline.stages}
 
 
@@ -54,7 +54,7 @@ def test_views_of_samples_may_be_cached_online_or_crops_of_pixels() -> None:
 
 def test_rejects_of_generate_have_a_limit_of_their_own() -> None:
     config = grocery("generate.max_reject_fraction=0.7")
-    made = Pipeline(config).pseudo_triplets
+    made = Pipeline(config).pseudo_triplets()
     assert made.max_reject_fraction == 0.7
-    assert made.digest == Pipeline(grocery()).pseudo_triplets.digest
+    assert made.digest == Pipeline(grocery()).pseudo_triplets().digest
     assert Pipeline(config).pairs.max_reject_fraction != 0.7

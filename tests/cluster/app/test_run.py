@@ -116,7 +116,7 @@ def test_pseudo_triplets_carry_their_pairs(finished: Pipeline) -> None:
     from mining import tables
 
     pairs = finished.output(finished.pairs).read_parts(tables.PAIRS)
-    pseudo = finished.output(finished.pseudo_triplets)
+    pseudo = finished.output(finished.pseudo_triplets())
     written = pseudo.read_parts(tables.TRIPLETS)
     assert len(written) + len(pseudo.rejects()) == len(pairs)
     by_id = {row["pair_id"]: row for row in pairs.to_pylist()}
@@ -129,14 +129,14 @@ def test_mlflow_names_what_each_model_was_made_from(finished: Pipeline) -> None:
     runs = {run.info.run_name: run for run in children(finished)}
     assert set(runs) == {stage.instance for stage in finished.stages}
     model = runs["train:semi.s0"]
-    pseudo = finished.pseudo_triplets
+    pseudo = finished.pseudo_triplets()
     assert {(i.dataset.name, i.dataset.digest) for i in model.inputs.dataset_inputs} >= {
         ("pseudo_triplets/photos", pseudo.digest)
     }
     assert model.data.tags["parent.pseudo_triplets"] == f"{pseudo.instance}-{pseudo.digest}"
     assert "loss" in model.data.metrics
     writer = runs["generate:photos"]
-    assert writer.data.tags["parent.vdg"] == f"instruct:vdg-{finished.generator.digest}"
+    assert writer.data.tags["parent.vdg"] == f"instruct:vdg-{finished.generator().digest}"
     assert {i.dataset.name for i in writer.inputs.dataset_inputs} >= {"pairs/photos", "embeddings/photo.photos"}
     assert "pseudo_triplets/photos" in {i.dataset.name for i in writer.inputs.dataset_inputs}
     assert all(run.info.status == "FINISHED" for run in runs.values())
