@@ -18,6 +18,7 @@ from cir.compose import Composer, load_cir
 from cir.config import EvaluateConfig, VariantConfig
 from cir.evaluate import RANKINGS, evaluate
 from cir.models.blip import BlipRetrieval
+from cir.selection import Pseudo
 from cir.train import cir_task, train_cir
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
@@ -183,7 +184,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, tiny_blip: TowerConfig, r
 def train(folder: Path, features: Features, config: VariantConfig) -> Output:
     output = Output(str(folder / "model"))
     labelled = world.triplets(folder / "labelled", world.triplet_rows(60, 0))
-    pseudo = world.triplets(folder / "pseudo", world.triplet_rows(80, 1, grouped=5))
+    pseudo = Pseudo(world.triplets(folder / "pseudo", world.triplet_rows(80, 1, grouped=5)))
     train_cir(output, features, labelled, pseudo, config, 0, WorkerResources(workers=0), Silent())
     return output
 
@@ -205,7 +206,7 @@ def test_cached_embeddings_are_the_plain_targets_of_training(pictures: Features,
 
 def test_batches_are_pixels_and_tokens_that_depend_on_the_generator_alone(pictures: Features, tmp_path: Path) -> None:
     labelled = world.triplets(tmp_path / "labelled", world.triplet_rows(30, 0))
-    pseudo = world.triplets(tmp_path / "pseudo", world.triplet_rows(40, 1))
+    pseudo = Pseudo(world.triplets(tmp_path / "pseudo", world.triplet_rows(40, 1)))
     task = cir_task(pictures, labelled, pseudo, world.blip_variant(pseudo=True))
     found, again = (task.batch(np.array([3, 4, 5]), np.random.default_rng(0)) for _ in range(2))
     assert found["reference"].shape == found["target"].shape == (6, 32, 32, 3)

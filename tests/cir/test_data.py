@@ -11,6 +11,7 @@ import torch
 
 from cir.config import Validation, VariantConfig
 from cir.data import CirTask, held_out
+from cir.selection import Pseudo
 from mining.features import Features, centred
 from tests.cir import world
 
@@ -22,7 +23,8 @@ def task(tmp_path: Path, tiny_bert: dict[str, Any]) -> CirTask:
 
 def build(folder: Path, config: VariantConfig) -> CirTask:
     labelled = world.triplets(folder / "labelled", world.triplet_rows(30, 0))
-    pseudo = world.triplets(folder / "pseudo", world.triplet_rows(50, 1, grouped=5)) if config.pseudo else None
+    rows, scores = world.triplet_rows(50, 1, grouped=5), np.arange(50.0)
+    pseudo = Pseudo(world.triplets(folder / "pseudo", rows, scores)) if config.pseudo else None
     return CirTask(world.features(folder / "embeddings"), labelled, pseudo, config)
 
 
@@ -52,6 +54,14 @@ def test_each_labelled_row_brings_a_pseudo_triplet(task: CirTask) -> None:
     pseudo = {row["target_id"] for row in world.triplet_rows(50, 1)}
     assert set(found["target_id"][:4].tolist()) <= labelled
     assert set(found["target_id"][4:].tolist()) <= pseudo
+
+
+def test_partners_are_drawn_by_their_weights(tmp_path: Path, tiny_bert: dict[str, Any]) -> None:
+    task = build(tmp_path, world.variant(tiny_bert, pseudo=True, selection={"weight_power": 4.0}))
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([task._partners(30, rng) for _ in range(100)])
+    shares = ((np.arange(50) + 0.5) / 50) ** 4.0  # of the triplets that each one beats
+    np.testing.assert_allclose(np.bincount(drawn, minlength=50) / len(drawn), shares / shares.sum(), atol=0.02)
 
 
 def test_partners_are_drawn_over_all_pseudo_triplets(task: CirTask) -> None:

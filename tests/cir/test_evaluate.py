@@ -13,6 +13,7 @@ from cir.benchmarks import cirr, triplets
 from cir.benchmarks.triplets import check_attributes
 from cir.config import EvaluateConfig, TextTower
 from cir.evaluate import RANKINGS, evaluate
+from cir.selection import Pseudo
 from cir.train import train_cir
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
@@ -30,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: dict[str, Any], ray
     folder = tmp_path_factory.mktemp("evaluate")
     features = world.features(folder / "embeddings")
     triplets = world.triplets(folder / "labelled", world.triplet_rows(60, 0))
-    pseudo = world.triplets(folder / "pseudo", world.triplet_rows(100, 1))
+    pseudo = Pseudo(world.triplets(folder / "pseudo", world.triplet_rows(100, 1)))
     variants = {
         "supervised": world.variant(tiny_bert, training=steps(5)),
         "semi": world.variant(tiny_bert, pseudo=True, training=steps(80)),

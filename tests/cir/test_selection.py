@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from cir.config import PseudoSelection
-from cir.selection import Pseudo, chosen, select, select_confident
+from cir.selection import Pseudo, chosen, select, select_confident, with_own_deltas
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.monitor import Silent
@@ -117,12 +117,23 @@ def test_weights_follow_the_scores_of_the_kept(tmp_path: Path) -> None:
     assert chosen_by(pseudo, top_fraction=0.5)[1] is None
 
 
-def test_confident_triplets_are_a_table_of_their_own(tmp_path: Path) -> None:
+def test_own_deltas_join_the_captions_of_their_pairs(tmp_path: Path) -> None:
+    rows = world.triplet_rows(3, 1)
+    labelled = world.triplets(tmp_path / "labelled", rows)
+    own = [{**rows[1], "triplet_id": 1, "deltas": ["turn it red"], "source": "vdg"}]
+    output = Output(str(tmp_path / "select"))
+    with_own_deltas(output, labelled, world.triplets(tmp_path / "generated", own), Silent())
+    found = output.read_parts(tables.TRIPLETS).to_pylist()
+    assert found == [rows[0], {**rows[1], "deltas": [*rows[1]["deltas"], "turn it red"]}, rows[2]]
+
+
+def test_confident_triplets_join_the_labelled(tmp_path: Path) -> None:
     rows = world.triplet_rows(6, 1)
     pseudo = scored(tmp_path, rows, log_probability=[0, 1, 2, 3, 4, 5])
     labelled, output = world.triplets(tmp_path / "labelled", world.triplet_rows(3, 2)), Output(str(tmp_path / "select"))
     select_confident(output, pseudo, labelled, PseudoSelection(top_fraction=0.5), Silent())
-    assert output.read_parts(tables.TRIPLETS)["triplet_id"].to_pylist() == [row["triplet_id"] for row in rows[3:]]
+    found = output.read_parts(tables.TRIPLETS)["triplet_id"].to_pylist()
+    assert found == [row["triplet_id"] for row in [*world.triplet_rows(3, 2), *rows[3:]]]
 
 
 def test_mistakes_are_named() -> None:

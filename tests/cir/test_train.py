@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 from cir.compose import load_cir
 from cir.config import VariantConfig
+from cir.selection import Pseudo
 from cir.train import train_cir
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
@@ -29,7 +30,8 @@ class Trainer:
         self.folder = folder
         self.features = world.features(folder / "embeddings")
         self.triplets = world.triplets(folder / "labelled", world.triplet_rows(60, 0))
-        self.pseudo = world.triplets(folder / "pseudo", world.triplet_rows(100, 1, grouped=5), np.linspace(-2, 0, 100))
+        rows = world.triplet_rows(100, 1, grouped=5)
+        self.pseudo = Pseudo(world.triplets(folder / "pseudo", rows, np.linspace(-2, 0, 100)))
 
     def __call__(self, config: VariantConfig, name: str = "model", resources: WorkerResources = LOCAL, **inputs: Any) -> Output:
         output = Output(str(self.folder / name))
@@ -52,12 +54,13 @@ def reports(output: Output) -> list[dict[str, float]]:
     [
         {},
         {"pseudo": True, "selection": {"ratio": 0.8, "top_fraction": 0.9}},
+        {"pseudo": True, "selection": {"weight_power": 2.0}},
         {"pseudo": True, "shuffle_deltas": True},
         {"pseudo": True, "pseudo_only": True, "selection": {"groups": 10}},
         {"zero": "text"},
         {"zero": "image", "temperature": "fixed"},
     ],
-    ids=["supervised", "semi", "shuffled", "pseudo_only", "image_only", "text_only"],
+    ids=["supervised", "semi", "weighted", "shuffled", "pseudo_only", "image_only", "text_only"],
 )
 def test_variants_train(trainer: Trainer, tiny_bert: dict[str, Any], changes: dict[str, Any]) -> None:
     config = world.variant(tiny_bert, validation={"folds": 4}, **changes)

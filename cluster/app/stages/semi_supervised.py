@@ -192,7 +192,7 @@ class SemiSupervised(Pairs):
         """`train:<variant>.s<seed>`; of an earlier round than the variant's own, `train:<variant>.r<r>.s<seed>`."""
         config, variant = self.config, self.config.train.variant(name)
         own = variant.round or config.rounds.count
-        used = round_ or own
+        used = round_ if round_ and variant.pseudo else own
         triplets = self._with_own_deltas(variant.triplets) if variant.own_deltas else self.triplets(variant.triplets)
         pseudo, scores = (self.pseudo_triplets(used), self._judged(used, variant)) if variant.pseudo else (None, None)
         galleries = [config.ingest.triplets[variant.triplets].gallery, *([config.mine.gallery] if pseudo else [])]

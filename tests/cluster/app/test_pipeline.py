@@ -52,6 +52,51 @@ def test_views_of_samples_may_be_cached_online_or_crops_of_pixels() -> None:
         assert grocery(*samples, *more).generate.views
 
 
+ROUND_TRIP = "train.variants.semi.selection={scorers: [round_trip], top_fraction: 0.5}"
+
+
+def test_a_second_round_learns_from_deltas_that_a_model_of_the_first_finds_right() -> None:
+    pipeline = Pipeline(grocery("rounds.count=2", ROUND_TRIP))
+    assert parents(pipeline.generator(2)) == {"select:vdg.r2", "embed:photo.photos", "align:vdg"}
+    confident = next(stage for stage in pipeline.stages if stage.instance == "select:vdg.r2")
+    assert parents(confident) == {"ingest:labelled", "generate:photos", "score:photos.semi.r1.s0"}
+    early, late = pipeline.model("semi", 0, 1), pipeline.model("semi", 0)
+    assert parents(early) >= {"generate:photos", "score:photos.supervised.s0"}
+    assert parents(late) >= {"generate:photos.r2", "score:photos.r2.semi.r1.s0"}
+    order = [stage.instance for stage in pipeline.stages]
+    assert len(order) == len(set(order))
+    for stage in pipeline.stages:
+        assert all(order.index(parent) < order.index(stage.instance) for parent in parents(stage))
+
+
+def test_one_round_is_the_paper_s_and_a_variant_may_stay_in_it() -> None:
+    plain, two = Pipeline(grocery()), Pipeline(grocery("rounds.count=2", "train.variants.semi.round=1"))
+    assert not {"score", "select"} & {stage.kind for stage in plain.stages}
+    assert "generate:photos" in parents(two.model("semi", 0))
+    assert parents(two.model("supervised", 0)) == parents(plain.model("supervised", 0))
+
+
+def test_own_deltas_are_written_for_the_labelled_pairs() -> None:
+    pipeline = Pipeline(grocery("train.variants.semi.own_deltas=true"))
+    (extended,) = [stage for stage in pipeline.model("semi", 0).parents.values() if stage.kind == "select"]
+    assert parents(extended) == {"ingest:labelled", "generate:labelled"}
+    assert parents(extended.parents["pseudo_triplets"]) == {"mine:labelled", "instruct:vdg", "embed:photo.photos"}
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        ([ROUND_TRIP, "score.judge=semi"], "score.judge: 'semi' must not be trained on pseudo triplets"),
+        ([ROUND_TRIP, "score.judge=best"], "score.judge: 'best' is not one of train.variants"),
+        (["rounds.count=2", "rounds.judge=supervised"], "rounds.judge: 'supervised' must be trained on pseudo triplets"),
+        (["train.variants.semi.round=2"], r"train.variants.semi.round: there are 1 round\(s\)"),
+    ],
+)
+def test_judges_and_rounds_must_exist(assignments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        grocery(*assignments)
+
+
 def test_rejects_of_generate_have_a_limit_of_their_own() -> None:
     config = grocery("generate.max_reject_fraction=0.7")
     made = Pipeline(config).pseudo_triplets()

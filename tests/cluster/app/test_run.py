@@ -16,6 +16,8 @@ from tests.cluster.app.test_cli import RUNNER, app, invoke
 
 STEPS = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3}
 COLOURS = ["red", "green", "yellow"]
+SELECTION = {"scorers": ["log_probability", "agreement", "round_trip"], "top_fraction": 0.9, "weight_power": 1.0}
+BEST = {"pseudo": True, "own_deltas": True, "selection": SELECTION}  # of the second round
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, photos: list[tuple[str, byte
 
 @pytest.fixture(scope="module")
 def config(world: Path, tower: Any, tiny_bert: dict[str, Any], language_model: Any) -> str:
-    """A run of every stage with two variants."""
+    """A run of every stage, in two rounds, with three variants."""
     content = {
         "name": "tiny",
         "root": str(world / "root"),
@@ -60,14 +62,15 @@ def config(world: Path, tower: Any, tiny_bert: dict[str, Any], language_model: A
         "vdg": {"tower": "photo", "language_model": language_model.model_dump(mode="json"), "prompt": "short", "lora_rank": 2},
         "align": {"captions": "names", "training": STEPS},
         "instruct": {"triplets": "labelled", "training": STEPS},
-        "generate": {"max_new_tokens": 6},
+        "generate": {"max_new_tokens": 6, "samples": 2, "views": True},
+        "rounds": {"count": 2},
         "train": {
             "tower": "photo",
             "triplets": "labelled",
             "text": tiny_bert,
             "fusion": "residual",
             "training": STEPS,
-            "variants": {"supervised": {}, "semi": {"pseudo": True}},
+            "variants": {"supervised": {}, "semi": {"pseudo": True, "round": 1}, "best": BEST},
         },
         "evaluate": {
             "images": str(world / "photos"),
@@ -104,7 +107,7 @@ def test_every_stage_has_a_manifest_and_the_report_exists(finished: Pipeline) ->
     assert all(finished.output(stage).manifest() for stage in finished.stages)
     folder = driver.run_folder(finished.config)
     metrics = folder.read_json("metrics.json")
-    assert set(metrics) == {"supervised", "semi"}
+    assert set(metrics) == {"supervised", "semi", "best"}
     for row in metrics.values():
         for name in ("R@1", "R@5", "R@10"):
             assert row[name]["mean"] == pytest.approx(sum(row[name]["seeds"]) / len(row[name]["seeds"]))
