@@ -248,6 +248,23 @@ def test_walked_groups_are_strips_of_six(tmp_path: Path, photos: Photos) -> None
     assert section.count("anchor</small>") == 2
 
 
+def test_a_benchmark_is_shown_with_its_protocol(tmp_path: Path, photos: Photos) -> None:
+    section = {"benchmark": "cirr", "annotations": "cirr", "images": "img_raw", "triplets": None, "attributes": None}
+    pipeline = pipeline_of(tmp_path, ["supervised", "semi"], evaluate=section)
+    write_outputs(pipeline, photos)
+    output = pipeline.output(pipeline.evaluation)
+    names = ["R@1", "Rs@1", "Avg", "reference first", "R@1 (smaller gallery)"]
+    row = {name: {"mean": 10.0 + i, "seeds": [10.0 + i] * 2} for i, name in enumerate(names)}
+    output.write_json("metrics.json", {"supervised": row, "semi": row})
+    output.write_json("protocols.json", [{"label": "", "description": "CIRR; the reference removed", "metrics": {}}])
+    folder = Output(f"{pipeline.root}/runs/grocery")
+    write_report(pipeline, folder)
+    text = text_of(folder.read_bytes("report.html").decode())
+    assert "CIRR; the reference removed. R@K is the share" in text
+    assert "Model R@1 Rs@1 Avg Gain" in text  # other protocols are among all metrics
+    assert f"Model {' '.join(names)} supervised 10.0 11.0 12.0 13.0 14.0" in text
+
+
 @pytest.mark.parametrize(
     ("mean", "low", "high", "expected"),
     [
