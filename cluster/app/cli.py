@@ -29,9 +29,10 @@ def run(
     assignments: Set = [],  # noqa: B006
     dry_run: DryRun = False,
     until: Annotated[str | None, typer.Option("--until", help="the last stage to do")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="of the generator; sets rounds.count")] = None,
 ) -> None:
     """Every stage in order, then the report; finished stages are skipped."""
-    pipeline = _pipeline(config, assignments)
+    pipeline = _pipeline(config, [*assignments, *([f"rounds.count={rounds}"] if rounds else [])])
     stages = pipeline.select(None, None, until)
     if dry_run:
         return _show_plan(pipeline, stages)

@@ -257,3 +257,10 @@ def test_a_gallery_indexed_in_place_is_another_one_elsewhere(photo_folder: Path,
 def test_variants_keep_the_order_of_the_config(config: str) -> None:
     given = ["train.seeds=[0]"]
     assert list(configs.load(config, given).train.variants)[:3] == ["supervised", "semi", "shuffled"]
+
+
+def test_rounds_of_a_run_are_planned() -> None:
+    shown = invoke("run", "grocery", "--dry-run", "--rounds", "2")
+    for instance in ("select:vdg.r2", "instruct:vdg.r2", "generate:photos.r2"):
+        assert instance in shown
+    assert "vdg.r2" not in invoke("run", "grocery", "--dry-run")
