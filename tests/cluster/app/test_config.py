@@ -24,13 +24,13 @@ def blip(*assignments: str) -> RunConfig:
 
 def test_blip_takes_pixels_of_every_gallery_it_is_trained_on() -> None:
     pipeline = Pipeline(blip())
-    features, parents = pipeline._features("blip", "photos", "catalogue", pixels=True)
+    features, parents = pipeline.features("blip", "photos", "catalogue", pixels=True)
     assert features.online is not None
     assert [output.uri for output in features.online.galleries] == [
         pipeline.output(pipeline.gallery(name)).uri for name in ("photos", "catalogue")
     ]
     assert list(parents) == ["embeddings.photos", "embeddings.catalogue"]
-    assert pipeline._features("blip", "photos")[0].online is None
+    assert pipeline.features("blip", "photos")[0].online is None
     assert "embed:blip.photos" in {stage.instance for stage in pipeline.stages}
 
 
