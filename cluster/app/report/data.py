@@ -93,8 +93,9 @@ class _Run:
         }
 
     def find(self, kind: str) -> Stage | None:
-        """The only instance of a kind, or None where the run has none."""
-        return next((stage for stage in self.stages.values() if stage.kind == kind), None)
+        """The first round's instance of a kind, or None where the run has none."""
+        name = self.config.mine.gallery if kind in ("mine", "generate") else "vdg"
+        return self.stages.get(f"{kind}:{name}")
 
     def output(self, instance: str) -> Output:
         """The output of an instance."""
