@@ -11,7 +11,7 @@ from cluster.errors import UserError
 from cluster.weights import Weights
 from mining.config import TowerConfig
 from mining.qformer import load_qformer
-from mining.towers import ImageTower
+from mining.towers import ImageTower, normalised
 from tests import tiny
 
 PIXELS = torch.randint(0, 255, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -35,7 +35,7 @@ def _tower(weights: Weights) -> ImageTower:
 def test_instructblip_runs_as_if_its_instruction_were_not_there(tmp_path: Path) -> None:
     tower = _tower(tiny.q_former("instructblip", tmp_path))
     whole = InstructBlipForConditionalGeneration.from_pretrained(tmp_path).eval()
-    images = (PIXELS.permute(0, 3, 1, 2).float() - tower.mean) / tower.std
+    images = normalised(PIXELS, tower.mean, tower.std)
     text = torch.tensor([[7, 8, 9]] * 2)
     hidden, shown = (whole.get_image_features(images, text, torch.full_like(text, mask)).pooler_output for mask in (0, 1))
     found = tower(PIXELS)
@@ -48,7 +48,7 @@ def test_instructblip_runs_as_if_its_instruction_were_not_there(tmp_path: Path) 
 def test_blip2_is_what_transformers_gives_its_language_model(tmp_path: Path) -> None:
     tower = _tower(tiny.q_former("blip2", tmp_path))
     whole = Blip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
-    images = (PIXELS.permute(0, 3, 1, 2).float() - tower.mean) / tower.std
+    images = normalised(PIXELS, tower.mean, tower.std)
     expected = whole.get_image_features(images).pooler_output
     torch.testing.assert_close(whole.language_projection(tower(PIXELS)), expected, rtol=1e-4, atol=1e-4)
 
@@ -84,5 +84,5 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path, language_model:
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
         load_qformer(weights)
-    with pytest.raises(ValueError, match="set library to transformers"):
+    with pytest.raises(ValueError, match="output 'qformer' needs 'library: transformers'"):
         TowerConfig(library="timm", model="test_vit", output="qformer")
