@@ -162,7 +162,7 @@ def test_evaluation_on_other_queries_reuses_the_models_and_prints_json_alone(
     result = RUNNER.invoke(app, ["evaluate", config, "--set", f"evaluate.triplets={other}", "--json"], catch_exceptions=False)
     assert len(children(finished)) == before + 2  # the queries and the evaluation
     printed = json.loads(result.stdout)
-    assert set(printed) == {"supervised", "semi"}
+    assert set(printed) == {"supervised", "semi", "best"}
     assert set(printed["semi"]["R@1"]) == {"mean", "seeds"}
     assert driver.run_folder(finished.config).read_bytes("config.yaml") == kept  # `vdg clean` still knows the run
 
