@@ -65,8 +65,8 @@ _REMEDY = {
 
 def share_beaten(values: np.ndarray) -> np.ndarray:
     """Share in 0..1 of all values that each is at least as high as, ties sharing their middle: a unit-free score [n]."""
-    low = np.searchsorted(np.sort(values), values, side="left")
-    high = np.searchsorted(np.sort(values), values, side="right")
+    ordered = np.sort(values)
+    low, high = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
     return (low + high) / (2 * max(len(values), 1))
 
 

@@ -144,6 +144,11 @@ def recalls(correct: np.ndarray, ks: Iterable[int]) -> Figures:
     return {f"R@{k}": np.asarray(correct[:, :k].any(axis=1), np.float64) for k in ks}
 
 
+def reference_first(ranking: pa.Table) -> Figures:
+    """How often the reference ranks first, or would have, from a ranking."""
+    return {"reference first": ranking["reference_first"].to_numpy().astype(np.float64)}
+
+
 def correct_of(ranking: pa.Table) -> np.ndarray:
     """bool [queries, top] of a ranking."""
     return np.stack(ranking["correct"].to_numpy())

@@ -20,6 +20,7 @@ from cir.benchmarks.benchmark import (
     ids_of,
     image_id,
     read_rows,
+    reference_first,
 )
 from cir.config import Part
 from cluster.errors import UserError
@@ -65,8 +66,7 @@ class Circo(Benchmark):
         first = np.array([query.targets[0] for query in self.queries])
         is_first = np.stack(ranking["image_ids"].to_numpy()) == first[:, None]
         found = {f"R@{k}": is_first[:, :k].any(axis=1).astype(np.float64) for k in KS}
-        reference = {"reference first": ranking["reference_first"].to_numpy().astype(np.float64)}
-        return {"": precision | found | self._by_aspect(precision["mAP@10"]) | reference}
+        return {"": precision | found | self._by_aspect(precision["mAP@10"]) | reference_first(ranking)}
 
     def _by_aspect(self, values: np.ndarray) -> Figures:
         names = sorted({name for aspects in self.aspects for name in aspects})

@@ -20,6 +20,7 @@ from cir.benchmarks.benchmark import (
     image_id,
     read_rows,
     recalls,
+    reference_first,
 )
 from cir.config import Part
 from cluster.errors import UserError
@@ -60,7 +61,7 @@ class Cirr(Benchmark):
         average = {"Avg": (found["R@5"] + within["Rs@1"]) / 2}
         if protocol.label:
             return {protocol.label: found | average}
-        return {"": found | within | average | {"reference first": ranking["reference_first"].to_numpy().astype(np.float64)}}
+        return {"": found | within | average | reference_first(ranking)}
 
     def descriptions(self) -> dict[str, str]:
         """Of both galleries."""

@@ -20,6 +20,7 @@ from cir.benchmarks.benchmark import (
     image_id,
     read_rows,
     recalls,
+    reference_first,
 )
 from cir.config import Part
 from cluster.errors import UserError
@@ -59,7 +60,7 @@ class FashionIq(Benchmark):
         everything = np.ones(len(self.queries), bool)
         if protocol.label:
             return {protocol.label: self._by_category(found, everything)}
-        first = {"reference first": ranking["reference_first"].to_numpy().astype(np.float64)}
+        first = reference_first(ranking)
         return {"": self._by_category(found, everything) | first, self._clean_label: self._by_category(found, self.clean)}
 
     def _by_category(self, found: Figures, chosen: np.ndarray) -> Figures:

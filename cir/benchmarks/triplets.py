@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cir import metrics
-from cir.benchmarks.benchmark import Benchmark, Figures, Protocol, Query, correct_of
+from cir.benchmarks.benchmark import Benchmark, Figures, Protocol, Query, correct_of, recalls, reference_first
 from cir.config import EvaluateConfig
 from cluster.artifacts import Output
 from cluster.errors import UserError
@@ -35,14 +35,13 @@ class Triplets(Benchmark):
     def figures(self, protocol: Protocol, ranking: pa.Table) -> dict[str, Figures]:
         """Rs@K over the queries whose groups list their members: known through triplets alone one would be too easy."""
         config, correct, ranks = self.config, correct_of(ranking), ranking["target_rank"].to_numpy()
-        hits: dict[str, np.ndarray] = {f"R@{k}": np.asarray(correct[:, :k].any(axis=1)) for k in config.recalls}
+        hits = recalls(correct, config.recalls)
         if self.classes is not None:
             hits |= {f"exact R@{k}": ranks <= k for k in config.recalls}
         subset = ranking["subset_rank"].drop_null().to_numpy()
         if len(subset):
             hits |= {f"Rs@{k}": subset <= k for k in config.subset_recalls}
-        hits["reference first"] = ranking["reference_first"].to_numpy()
-        return {"": {name: values.astype(np.float64) for name, values in hits.items()}}
+        return {"": {name: values.astype(np.float64) for name, values in hits.items()} | reference_first(ranking)}
 
     def descriptions(self) -> dict[str, str]:
         """Of the one protocol."""
