@@ -87,7 +87,8 @@ def chosen(pseudo: Pseudo, labelled_images: int, config: PseudoSelection) -> tup
 def select(pseudo: pa.Table, scores: np.ndarray | None, labelled_images: int, config: PseudoSelection) -> pa.Table:
     """The triplets to train on, in the table's order: those of good score, then an amount drawn in whole groups.
 
-    `scores` [rows] are needed by `min_score` and `top_fraction` alone. A triplet without a group is a group of its own.
+    `scores` [rows] are needed by `min_score` and `top_fraction`; `weight_power` is for `chosen`. A triplet without a group is
+    a group of its own.
     Raises UserError when nothing is left or there are fewer groups than asked for.
     """
     found = len(pseudo)

@@ -154,7 +154,7 @@ class SemiSupervised(Pairs):
                 {"selection": selection.model_dump(mode="json")},
                 lambda output, monitor: select_confident(
                     output,
-                    Pseudo(self.output(pseudo), self.output(scores) if scores else None),
+                    self._pseudo(pseudo, scores),
                     self.output(labelled),
                     selection,
                     monitor,
@@ -162,6 +162,9 @@ class SemiSupervised(Pairs):
                 {"triplets": labelled, "pseudo_triplets": pseudo, **({"scores": scores} if scores else {})},
             )
         )
+
+    def _pseudo(self, triplets: Stage, scores: Stage | None) -> Pseudo:
+        return Pseudo(self.output(triplets), self.output(scores) if scores else None)
 
     def _with_own_deltas(self, name: str) -> Stage:
         """`select:<triplets>.vdg`: labelled triplets, each with the generator's delta of its pair too (PAPER 2.3)."""
@@ -207,7 +210,7 @@ class SemiSupervised(Pairs):
                     output,
                     features,
                     self.output(triplets),
-                    Pseudo(self.output(pseudo), self.output(scores) if scores else None) if pseudo else None,
+                    self._pseudo(pseudo, scores) if pseudo else None,
                     variant,
                     seed,
                     config.resources.train,
