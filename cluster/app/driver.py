@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from ray.exceptions import RayTaskError
 
-from cluster import session
+from cluster import lease, session
 from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.pipeline import Pipeline
@@ -23,11 +23,14 @@ def run(pipeline: Pipeline, stages: list[Stage], keep_config: bool = False) -> N
     """Do the stages that have no manifest yet, each as one Ray Data execution or one training run.
 
     `keep_config` marks a whole run: its config stays in its folder, and `vdg clean` spares the outputs it refers to.
-    Raises UserError before any work when an input is missing or MLflow cannot be reached.
+    Raises UserError before any work when an input is missing, another driver is at work on one of the outputs, or MLflow
+    cannot be reached.
     """
     config, log = pipeline.config, log_file(pipeline.config)
     todo = [stage for stage in stages if pipeline.output(stage).manifest() is None]
     check(config, todo)
+    for stage in todo:
+        lease.check(pipeline.output(stage))
     from cluster.tracking import Tracker
 
     tracker = Tracker(tracking_uri(config), config.tracking.experiment, config.name, config.model_dump(mode="json"))
@@ -57,7 +60,7 @@ def _do(stage: Stage, root: str, tracker: Any) -> None:
     began = time.monotonic()
     record = tracker.begin(stage, root)
     try:
-        with StageProgress(stage.instance) as progress:
+        with StageProgress(stage.instance) as progress, lease.hold(stage.output(root)):
             manifest = stage.run(root, _Both(progress, record))
     except RayTaskError as error:
         record.fail()
