@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -155,7 +156,7 @@ def train(
     )
     done = begun["step"] if begun else 0
     monitor.start(config.steps, "step", done)
-    with _draining(queue, monitor, done):
+    with _draining(queue, monitor, done), _interruptible():
         result: Any = trainer.fit()
     if isinstance(result.return_value, UserError):
         raise result.return_value
@@ -247,6 +248,19 @@ def _draining(queue: Any, monitor: Monitor, reached: int) -> Iterator[None]:
         stop.set()
         thread.join()
         queue.shutdown()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stays Ctrl-C: Ray Train's handler ends the process as if it had succeeded, and outlives the training."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        raise KeyboardInterrupt from end
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
 
 
 def _worker(arguments: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from pyarrow import fs as pafs
 from cluster.app.checks import check_sources
 from cluster.app.config import RunConfig
 from cluster.app.pipeline import KINDS, Pipeline
-from cluster.artifacts import MANIFEST, Output, filesystem
+from cluster.artifacts import MANIFEST, Output, below, filesystem
 from cluster.config import validate
 
 
@@ -28,7 +28,7 @@ def outputs(root: str) -> Iterator[Found]:
     for kind in KINDS:
         for folder in system.get_file_info(pafs.FileSelector(f"{base}/{kind}", allow_not_found=True)):
             files = system.get_file_info(pafs.FileSelector(folder.path, recursive=True))
-            output = Output(f"{root.rstrip('/')}/{kind}/{folder.base_name}")
+            output = Output(below(root, f"{kind}/{folder.base_name}"))
             yield Found(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
 
 
@@ -40,7 +40,7 @@ def unused(pipeline: Pipeline) -> list[Found]:
     system, base = filesystem(pipeline.root)
     pipelines = [pipeline]
     for folder in system.get_file_info(pafs.FileSelector(f"{base}/runs", allow_not_found=True)):
-        run = Output(f"{pipeline.root.rstrip('/')}/runs/{folder.base_name}")
+        run = Output(below(pipeline.root, f"runs/{folder.base_name}"))
         if run.exists("config.yaml"):
             content = yaml.safe_load(run.read_bytes("config.yaml"))
             pipelines.append(Pipeline(validate(RunConfig, content, run.path("config.yaml"))))
