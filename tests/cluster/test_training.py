@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +34,11 @@ class Regression(torch.nn.Module):
 
 @dataclass
 class RegressionTask:
-    """y = sum of x. Fails once at `fail_at`, as a killed worker would."""
+    """y = sum of x. Fails once at the validation `fail_at`, or is killed there."""
 
     best_metric: str | None = None
     fail_at: int | None = None
+    killed: bool = False
     marker: str = ""
     best_step: int | None = None
 
@@ -54,7 +57,9 @@ class RegressionTask:
         self._calls = getattr(self, "_calls", 0) + 1
         if self.fail_at == self._calls and not Path(self.marker).exists():
             Path(self.marker).touch()
-            raise RuntimeError("killed")
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("gave up")
         error = float((module.line.weight - 1).abs().sum())
         return {"val": -error if self.best_step is None else float(self._calls == self.best_step)}
 
@@ -160,7 +165,7 @@ def test_a_cut_off_run_goes_on_with_other_workers_from_the_weights_alone(
     def go_on(task: RegressionTask, workers: int, failures: int = 0, **changes: Any) -> dict[str, float]:
         return train(output, task, config(), 0, WorkerResources(workers=workers, max_failures=failures, **changes), monitor)
 
-    with pytest.raises(Exception, match="killed"):
+    with pytest.raises(Exception, match="gave up"):
         go_on(RegressionTask(fail_at=2, marker=str(tmp_path / "first")), 1)
     with pytest.raises(UserError, match=r"began with 1 worker.*on_changed_world: weights"):
         go_on(RegressionTask(), 2)
@@ -174,12 +179,13 @@ def test_a_cut_off_run_goes_on_with_other_workers_from_the_weights_alone(
 
 
 @pytest.mark.workers
-def test_a_failed_worker_goes_on_from_its_checkpoint(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+def test_a_killed_worker_goes_on_from_its_checkpoint(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     whole, broken = Output(str(tmp_path / "whole")), Output(str(tmp_path / "broken"))
-    train(whole, RegressionTask(), config(), 0, LOCAL, monitor)
-    failing = RegressionTask(fail_at=2, marker=str(tmp_path / "failed"))
-    train(broken, failing, config(), 0, WorkerResources(workers=1, max_failures=1), monitor)
+    midway = config(checkpoint_every=7)  # an epoch is 5 steps
+    train(whole, RegressionTask(), midway, 0, LOCAL, monitor)
+    failing = RegressionTask(fail_at=2, killed=True, marker=str(tmp_path / "failed"))
+    train(broken, failing, midway, 0, WorkerResources(workers=1, max_failures=1), monitor)
     assert (tmp_path / "failed").exists()
     assert losses(broken) == pytest.approx(losses(whole))
     assert torch.equal(load(broken.read_bytes(WEIGHTS))["line.weight"], load(whole.read_bytes(WEIGHTS))["line.weight"])

@@ -83,7 +83,7 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(ray_session: None, smal
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
     small = pipeline(small_disk, tmp_path)
     for work in (here, on_actors("part-3")):
-        with pytest.raises(UserError, match="a disk is full: OSError.*No space left on device.*\n.*goes on from"):
+        with pytest.raises(UserError, match=r"a disk is full: OSError.*No space left on device.*\n.*goes on from"):
             run(small, work)
         output = output_of(small)
         assert lease.read(output) is None
@@ -117,5 +117,5 @@ def test_a_store_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
         monkeypatch.setenv(name, "none")
     root = "s3://bucket/root?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1"
     config = configs.load("grocery", [f"root={root}", "tracking.uri=sqlite:///none.db"])
-    with pytest.raises(UserError, match="a store cannot be used: OSError.*AWS Error"):
+    with pytest.raises(UserError, match=r"a store cannot be used: OSError.*AWS Error"):
         driver.run(Pipeline(config), Pipeline(config).stages)
