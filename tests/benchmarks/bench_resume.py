@@ -1,4 +1,4 @@
-"""An embed stage of which one part in a hundred is missing against the whole stage, actors and their model's loading included."""
+"""An embed stage of which one part in a hundred is missing against the whole stage, with the start of the actors."""
 
 import math
 import tempfile
