@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 
@@ -22,8 +23,14 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.parts import run_actors
 
-PARTS = {f"part-{i}": 1 for i in range(4)}
-SMALL, LARGE = 200_000, 600_000  # bytes of a part and of one too many for the disk
+PARTS = {f"part-{i}.parquet": 1 for i in range(4)}
+FIRST, *_, LAST = PARTS
+SMALL, LARGE = 300_000, 3_000_000  # bytes of a part, and of one that is too large for the disk
+SCHEMA = pa.schema([("content", pa.binary())])
+
+
+def write(output: Output, part: str, size: int = SMALL) -> None:
+    output.write_table(part, pa.table({"content": [os.urandom(size)]}), SCHEMA)
 
 
 class Writer:
@@ -34,7 +41,7 @@ class Writer:
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         name = str(row["part"][0])
-        self.job.output.write_bytes(name, bytes(LARGE if name == self.job.large else SMALL))
+        write(self.job.output, name, LARGE if name == self.job.large else SMALL)
         return {"part": [name], "rows": [1]}
 
 
@@ -50,8 +57,8 @@ def on_actors(large: str | None) -> Callable[[Output, Monitor], None]:
 
 def here(output: Output, monitor: Monitor) -> None:
     """A stage's work in the driver, too large for the disk."""
-    output.write_bytes("part-0", bytes(SMALL))
-    output.write_bytes("part-1", bytes(LARGE))
+    write(output, FIRST)
+    write(output, LAST, LARGE)
 
 
 def pipeline(root: Path, folder: Path) -> Pipeline:
@@ -70,10 +77,10 @@ def run(pipeline: Pipeline, work: Callable[[Output, Monitor], None]) -> Output:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of a megabyte."""
+    """A disk of two megabytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=False).returncode:
         pytest.skip("mounting a small disk takes root")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
@@ -82,13 +89,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_named_and_what_is_finished_stays(ray_session: None, small_disk: Path, tmp_path: Path) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
     small = pipeline(small_disk, tmp_path)
-    for work in (here, on_actors("part-3")):
+    for work in (here, on_actors(LAST)):
         with pytest.raises(UserError, match=r"a disk is full: OSError.*No space left on device.*\n.*goes on from"):
             run(small, work)
         output = output_of(small)
         assert lease.read(output) is None
         assert output.manifest() is None
-        assert "part-0" in output.parts()
+        assert FIRST in output.parts()
         assert not [name for name in os.listdir(output.uri) if name.startswith(".part")]
     before = {name: Path(output.path(name)).stat().st_mtime_ns for name in output.parts()}
     assert run(small, on_actors(None)).manifest() is not None
@@ -96,19 +103,19 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(ray_session: None, smal
     assert all(Path(output.path(name)).stat().st_mtime_ns == before[name] for name in before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # ray.init makes the second a SystemExit
 def test_a_stopped_driver_gives_its_lease_back_and_is_followed(ray_session: None, tmp_path: Path, number: int) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init does, in a session that another test may have begun
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
     def stopped(output: Output, monitor: Monitor) -> None:
-        output.write_bytes("part-0", b"")
+        write(output, FIRST)
         signal.raise_signal(number)
-        output.write_bytes("part-1", b"")
+        write(output, LAST)
 
     with pytest.raises(UserError, match="stopped; the same command goes on"):
         run(pipeline(tmp_path / "root", tmp_path), stopped)
     output = output_of(pipeline(tmp_path / "root", tmp_path))
-    assert (output.parts(), output.manifest(), lease.read(output)) == (["part-0"], None, None)
+    assert (output.parts(), output.manifest(), lease.read(output)) == ([FIRST], None, None)
     assert run(pipeline(tmp_path / "root", tmp_path), on_actors(None)).parts() == list(PARTS)
 
 
