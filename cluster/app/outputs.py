@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import yaml
 from pyarrow import fs as pafs
 
+from cluster import lease
 from cluster.app.checks import check_sources
 from cluster.app.config import RunConfig
 from cluster.app.pipeline import KINDS, Pipeline
@@ -51,7 +52,9 @@ def unused(pipeline: Pipeline) -> list[Found]:
 
 
 def remove(found: list[Found]) -> None:
-    """Delete output folders."""
+    """Delete output folders. Raises UserError, and deletes nothing, when a driver is at work on one of them."""
+    for output in found:
+        lease.check(Output(output.uri))
     for output in found:
         system, path = filesystem(output.uri)
         system.delete_dir(path)

@@ -219,6 +219,8 @@ def test_ls_and_clean_know_what_is_used(root: str, tmp_path: Path, monkeypatch: 
     shown = invoke("ls", "grocery", "--set", given)
     assert "1.0 MB" in shown
     assert shown.count("yes") == 1  # used
+    with lease.hold(Output(str(stale))):
+        assert "another driver is at work" in fail("clean", "grocery", "--set", given, "--yes")
     assert "1.0 MB" in invoke("clean", "grocery", "--set", given, "--yes")
     assert not stale.exists()
     assert used.exists("part-00000.parquet")
