@@ -13,6 +13,7 @@ Machines must agree on the time within EXPIRY - RENEW_EVERY seconds. Whatever sl
 are deterministic and appear whole, so two drivers at most make the same part twice.
 """
 
+import json
 import os
 import platform
 import signal
@@ -71,10 +72,10 @@ def _is_running(pid: int, started: float) -> bool:
 
 
 def read(output: Output) -> Lease | None:
-    """The lease on an output; None where there is none."""
+    """The lease on an output; None where there is none, or half a one of a machine that lost its power."""
     try:
         return Lease(**output.read_json(LEASE))
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):
         return None
 
 
