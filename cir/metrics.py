@@ -58,13 +58,13 @@ def rank_all(
 
     Every search ranks the same scores. `queries` and `targets` (the targets' own features) are [queries, dim].
     """
-    queries = _unit(queries)
-    target_scores = np.einsum("qd,qd->q", queries, _unit(targets))
+    queries = unit(queries)
+    target_scores = np.einsum("qd,qd->q", queries, unit(targets))
     rankers = [
         [_Ranker(search, rows, gallery, target_scores[rows], top) for rows, gallery in search.parts()] for search in searches
     ]
     for ids, features in blocks:
-        scores = queries @ _unit(features).T
+        scores = queries @ unit(features).T
         for parts in rankers:
             for ranker in parts:
                 ranker.add(ids, scores)
@@ -129,7 +129,8 @@ def _contains(known: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return known[np.searchsorted(known, ids).clip(max=len(known) - 1)] == ids
 
 
-def _unit(features: np.ndarray) -> np.ndarray:
+def unit(features: np.ndarray) -> np.ndarray:
+    """Vectors [..., dim] divided by their norms; a zero vector stays zero."""
     return features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
 
 
@@ -185,7 +186,7 @@ def rank_groups(
     result = []
     ends = np.cumsum([len(ids) for ids in members])
     for i, ids in enumerate(members):
-        scores = _unit(features[ends[i] - len(ids) : ends[i]]) @ queries[i]
+        scores = unit(features[ends[i] - len(ids) : ends[i]]) @ queries[i]
         ranked = ids[np.argsort(-scores, kind="stable")]
         result.append(ranked[ranked != reference_ids[i]])
     return result

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 
 from cir.config import ScoreConfig
 from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.monitor import Monitor
-from cluster.parts import run_parts
+from cluster.parts import run_actors
 from mining import tables
 from mining.embed import plain_parts, read_ids
 from mining.features import Features
@@ -43,16 +42,7 @@ def score_round_trip(job: Scoring, resources: ActorResources, monitor: Monitor) 
     reference is removed.
     """
 
-    def dataset(names: list[str]) -> ray.data.Dataset:
-        return ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names)).map_batches(
-            PartScorer,
-            fn_constructor_args=(job, resources.cpus),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(resources.actors, len(names))),
-            **resources.ray_options(),
-        )
-
-    run_parts(job.output, job.pseudo.part_rows(), dataset, monitor, "triplet")
+    run_actors(PartScorer, job, job.pseudo.part_rows(), resources, monitor, "triplet")
 
 
 class PartScorer:

@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,12 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" in uri:
         return pafs.FileSystem.from_uri(uri)
     return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+
+
+def below(root: str, path: str) -> str:
+    """A path below a root; the query of a URI, such as an S3 endpoint, stays at its end."""
+    base, mark, query = root.partition("?") if "://" in root else (root, "", "")
+    return f"{base.rstrip('/')}/{path}{mark}{query}"
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,22 @@ class Output:
             return stream.read()
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write one file under a temporary name, then rename it: it is there whole or not at all."""
+        """Write one file under a temporary name, then rename it: it is there whole or not at all.
+
+        An object store has no rename: it copies the object and deletes the first, and the copy appears whole.
+        """
         system, base = filesystem(self.uri)
         folder, _, leaf = f"{base}/{name}".rpartition("/")
         temporary = f"{folder}/.{leaf}.{uuid.uuid4().hex}"
         system.create_dir(folder, recursive=True)
-        with system.open_output_stream(temporary) as stream:
-            stream.write(content)
-        system.move(temporary, f"{folder}/{leaf}")
+        try:
+            with system.open_output_stream(temporary) as stream:
+                stream.write(content)
+            system.move(temporary, f"{folder}/{leaf}")
+        except OSError:  # half a file would keep a full disk full
+            with suppress(OSError):
+                system.delete_file(temporary)
+            raise
 
     def read_json(self, name: str) -> Any:
         """Content of one JSON file."""
@@ -200,7 +215,7 @@ class Stage:
     def output(self, root: str) -> Output:
         """Where this instance's output lives."""
         name = self.instance.partition(":")[2]
-        return Output(f"{root.rstrip('/')}/{self.kind}/{name}-{self.digest}")
+        return Output(below(root, f"{self.kind}/{name}-{self.digest}"))
 
     def missing_sources(self) -> dict[str, str]:
         """The config fields whose outside file or folder does not exist, with its path."""

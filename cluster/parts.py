@@ -1,10 +1,12 @@
 """The unit of resume in a Ray Data stage: one input shard gives one output part."""
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import ray.data
 
 from cluster.artifacts import Output
+from cluster.config import ActorResources
 from cluster.monitor import Monitor
 
 WAVE_PARTS = 256  # parts of one Ray Data execution: some minutes of work on a cluster
@@ -29,3 +31,28 @@ def run_parts(
     for first in range(0, len(missing), WAVE_PARTS):
         for row in dataset(missing[first : first + WAVE_PARTS]).iter_rows():
             monitor.advance(row["rows"])
+
+
+class PartJob(Protocol):
+    """What an actor needs to make any part of an output. Pickled to the actors."""
+
+    @property
+    def output(self) -> Output:
+        """Where the parts go."""
+
+
+def run_actors(
+    actor: type, job: PartJob, parts: Mapping[str, int], resources: ActorResources, monitor: Monitor, unit: str
+) -> None:
+    """As `run_parts`, on a pool of actors made as `actor(job, cpus)`, each called with one row {"part"} at a time."""
+
+    def dataset(names: list[str]) -> ray.data.Dataset:
+        return ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names)).map_batches(
+            actor,
+            fn_constructor_args=(job, resources.cpus),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(resources.actors, len(names))),
+            **resources.ray_options(),
+        )
+
+    run_parts(job.output, parts, dataset, monitor, unit)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ WEIGHTS = "weights.safetensors"  # every trained parameter: in an output of the 
 BEST = "best.safetensors"  # in a checkpoint: the trained parameters of the best step so far
 STATE = "state.json"  # in a checkpoint: the `State` it was made in
 METRICS = "metrics.jsonl"  # one line {"step", name: value, ...} a report
-TRAINING = "training.json"  # workers of the last checkpoint, and the steps at which training went on from the weights alone
+TRAINING = "training.json"  # workers of the last checkpoint, steps at which it went on from the weights alone, best report
 LOG_EVERY = 10
 
 
@@ -120,18 +121,19 @@ def train(
 ) -> dict[str, float]:
     """Train on Ray Train workers and keep the best weights in `output`. Returns the best checkpoint's metrics.
 
-    A run that was cut off goes on from its last checkpoint. Raises UserError when the number of workers changed, and what
-    `task.build` finds wrong.
+    A run that was cut off goes on from its last checkpoint, and one that was cut off after its last step is not done again.
+    Raises UserError when the number of workers changed, and what `task.build` finds wrong.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
 
     config.accumulation(max(resources.workers, 1))
+    if output.exists(TRAINING):
+        return _finished(output)
     system, base = filesystem(output.uri)
     system.create_dir(base, recursive=True)
-    begun = _cut_off(output) if resources.workers else None  # local mode keeps no checkpoint to go on from
-    if begun:
+    if begun := _cut_off(output):
         _check_world(output, begun["workers"], resources)
     queue = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
@@ -155,7 +157,7 @@ def train(
     )
     done = begun["step"] if begun else 0
     monitor.start(config.steps, "step", done)
-    with _draining(queue, monitor, done):
+    with _draining(queue, monitor, done), _interruptible():
         result: Any = trainer.fit()
     if isinstance(result.return_value, UserError):
         raise result.return_value
@@ -164,10 +166,17 @@ def train(
         state = _read_state(folder)
         output.write_bytes(WEIGHTS, (Path(folder) / BEST).read_bytes())
     output.write_bytes(METRICS, "\n".join(map(json.dumps, state["reports"])).encode())
-    output.write_json(TRAINING, {name: state[name] for name in ("workers", "resumed_from_weights")})
+    output.write_json(TRAINING, {name: state[name] for name in ("workers", "resumed_from_weights", "best")})
+    return _finished(output)
+
+
+def _finished(output: Output) -> dict[str, float]:
+    """The best report of a training that has written all it makes; its checkpoints go."""
+    system, base = filesystem(output.uri)
     if output.exists("checkpoints"):
         system.delete_dir(f"{base}/checkpoints")
-    return state["best"]
+    best: dict[str, float] = output.read_json(TRAINING)["best"]
+    return best
 
 
 def _scaling(resources: WorkerResources) -> Any:
@@ -202,14 +211,20 @@ def _read_state(folder: str) -> State:
 
 
 def _cut_off(output: Output) -> State | None:
-    """The state of the last checkpoint of a run that did not finish."""
+    """The state of the last checkpoint of a run that did not finish. Raises UserError when nobody can tell which it is."""
     import ray.train
+    from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 
     system, base = filesystem(output.uri)
     try:
         checkpoint = ray.train.Result.from_path(f"{base}/checkpoints", system).checkpoint
     except RuntimeError:  # the run did not come to a checkpoint
         return None
+    except CheckpointManagerInitializationError as error:
+        raise UserError(
+            f"{output.path('checkpoints')}: the list of checkpoints is broken, by a kill or a full disk at the moment it was "
+            f"written, or is another Ray version's ({error}); remove this folder to train from the start"
+        ) from error
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
@@ -218,6 +233,11 @@ def _cut_off(output: Output) -> State | None:
 
 def _check_world(output: Output, before: int, resources: WorkerResources) -> None:
     """ZeRO checkpoints are tied to the number of workers: only the weights can go over to another number."""
+    if not resources.workers:
+        raise UserError(
+            f"{output.uri}: training began with {before} worker(s), and workers: 0 keeps no checkpoint to go on from; go back "
+            f"to workers: {before}, or remove {output.path('checkpoints')} to train from the start"
+        )
     if before != resources.workers and resources.on_changed_world == "error":
         raise UserError(
             f"{output.uri}: training began with {before} worker(s), its resources now say {resources.workers}; go back to "
@@ -247,6 +267,19 @@ def _draining(queue: Any, monitor: Monitor, reached: int) -> Iterator[None]:
         stop.set()
         thread.join()
         queue.shutdown()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stays Ctrl-C: Ray Train's handler ends the process as if it had succeeded, and outlives the training."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        raise KeyboardInterrupt from end
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
 
 
 def _worker(arguments: dict[str, Any]) -> Any:

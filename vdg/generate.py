@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 
 from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.monitor import Monitor
-from cluster.parts import run_parts
+from cluster.parts import run_actors
 from cluster.training import stable_seed
 from mining import tables
 from vdg.agreement import medoid
@@ -61,16 +60,7 @@ def generate(
     images.check(_image_ids(pairs), f"mine: {pairs.uri}")
     job = Generation(output, images, pairs, model, config, seed)
 
-    def dataset(names: list[str]) -> ray.data.Dataset:
-        return ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names)).map_batches(
-            PartGenerator,
-            fn_constructor_args=(job, resources.cpus),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(resources.actors, len(names))),
-            **resources.ray_options(),
-        )
-
-    run_parts(output, pairs.part_rows(), dataset, monitor, "delta")
+    run_actors(PartGenerator, job, pairs.part_rows(), resources, monitor, "delta")
 
 
 class PartGenerator:

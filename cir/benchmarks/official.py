@@ -9,7 +9,7 @@ from cir.benchmarks.circo import CIRCO
 from cir.benchmarks.cirr import CIRR
 from cir.benchmarks.fashioniq import FASHIONIQ
 from cir.config import Part
-from cluster.artifacts import Output
+from cluster.artifacts import Output, below
 from cluster.config import DecodeResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
@@ -73,7 +73,7 @@ def ingest_images(
 def _gallery(output: Output, known: dict[str, str | None], images: str) -> GalleryConfig:
     listed: Any = known if all(known.values()) else list(known)
     output.write_json(_SPLIT, listed)
-    return GalleryConfig(images=images, split=f"{output.uri}/{_SPLIT}", copy_images=False)
+    return GalleryConfig(images=images, split=below(output.uri, _SPLIT), copy_images=False)
 
 
 def ingest_excluded(

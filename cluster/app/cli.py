@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from cluster.app import config as configs
-from cluster.artifacts import Output
+from cluster.artifacts import Output, filesystem
 from cluster.errors import UserError
 from cluster.progress import console
 
@@ -217,7 +217,7 @@ def list_outputs(config: Config, assignments: Set = []) -> None:  # noqa: B006
     table = Table("output", "size", "finished", "used", title=Output(pipeline.root).uri)
     for found in outputs(pipeline.root):
         row = f"{found.size / 2**20:,.1f} MB", "yes" if found.finished else "no", "yes" if found.uri in used else "no"
-        table.add_row("/".join(found.uri.split("/")[-2:]), *row)
+        table.add_row("/".join(filesystem(found.uri)[1].split("/")[-2:]), *row)
     console.print(table)
 
 

@@ -9,25 +9,30 @@ from typing import Any
 import yaml
 from ray.exceptions import RayTaskError
 
-from cluster import session
+from cluster import lease, session
 from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.pipeline import Pipeline
-from cluster.artifacts import Output, Stage, filesystem
+from cluster.artifacts import Output, Stage, below, filesystem
 from cluster.errors import UserError
+from cluster.failures import explained
 from cluster.monitor import Monitor
 from cluster.progress import StageProgress, console
 
 
+@explained
 def run(pipeline: Pipeline, stages: list[Stage], keep_config: bool = False) -> None:
     """Do the stages that have no manifest yet, each as one Ray Data execution or one training run.
 
     `keep_config` marks a whole run: its config stays in its folder, and `vdg clean` spares the outputs it refers to.
-    Raises UserError before any work when an input is missing or MLflow cannot be reached.
+    Raises UserError before any work when an input is missing, another driver is at work on one of the outputs, or MLflow
+    cannot be reached; later when a disk is full, a store is out of reach, or the user stops it. What is finished stays.
     """
     config, log = pipeline.config, log_file(pipeline.config)
     todo = [stage for stage in stages if pipeline.output(stage).manifest() is None]
     check(config, todo)
+    for stage in todo:
+        lease.check(pipeline.output(stage))
     from cluster.tracking import Tracker
 
     tracker = Tracker(tracking_uri(config), config.tracking.experiment, config.name, config.model_dump(mode="json"))
@@ -46,7 +51,7 @@ def run(pipeline: Pipeline, stages: list[Stage], keep_config: bool = False) -> N
         for stage in todo:
             _do(stage, config.root, tracker)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and the SIGTERM of a cluster
         status = "KILLED"
         raise UserError("stopped; the same command goes on from what is finished") from None
     finally:
@@ -57,7 +62,7 @@ def _do(stage: Stage, root: str, tracker: Any) -> None:
     began = time.monotonic()
     record = tracker.begin(stage, root)
     try:
-        with StageProgress(stage.instance) as progress:
+        with StageProgress(stage.instance) as progress, lease.hold(stage.output(root)):
             manifest = stage.run(root, _Both(progress, record))
     except RayTaskError as error:
         record.fail()
@@ -95,7 +100,7 @@ class _Both:
 
 def run_folder(config: RunConfig) -> Output:
     """Where a run's config, report and metrics live."""
-    return Output(f"{config.root.rstrip('/')}/runs/{config.name}")
+    return Output(below(config.root, f"runs/{config.name}"))
 
 
 def log_file(config: RunConfig) -> Path:

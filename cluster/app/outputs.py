@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import yaml
 from pyarrow import fs as pafs
 
+from cluster import lease
 from cluster.app.checks import check_sources
 from cluster.app.config import RunConfig
 from cluster.app.pipeline import KINDS, Pipeline
-from cluster.artifacts import MANIFEST, Output, filesystem
+from cluster.artifacts import MANIFEST, Output, below, filesystem
 from cluster.config import validate
 
 
@@ -28,7 +29,7 @@ def outputs(root: str) -> Iterator[Found]:
     for kind in KINDS:
         for folder in system.get_file_info(pafs.FileSelector(f"{base}/{kind}", allow_not_found=True)):
             files = system.get_file_info(pafs.FileSelector(folder.path, recursive=True))
-            output = Output(f"{root.rstrip('/')}/{kind}/{folder.base_name}")
+            output = Output(below(root, f"{kind}/{folder.base_name}"))
             yield Found(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
 
 
@@ -40,7 +41,7 @@ def unused(pipeline: Pipeline) -> list[Found]:
     system, base = filesystem(pipeline.root)
     pipelines = [pipeline]
     for folder in system.get_file_info(pafs.FileSelector(f"{base}/runs", allow_not_found=True)):
-        run = Output(f"{pipeline.root.rstrip('/')}/runs/{folder.base_name}")
+        run = Output(below(pipeline.root, f"runs/{folder.base_name}"))
         if run.exists("config.yaml"):
             content = yaml.safe_load(run.read_bytes("config.yaml"))
             pipelines.append(Pipeline(validate(RunConfig, content, run.path("config.yaml"))))
@@ -51,7 +52,9 @@ def unused(pipeline: Pipeline) -> list[Found]:
 
 
 def remove(found: list[Found]) -> None:
-    """Delete output folders."""
+    """Delete output folders. Raises UserError, and deletes nothing, when a driver is at work on one of them."""
+    for output in found:
+        lease.check(Output(output.uri))
     for output in found:
         system, path = filesystem(output.uri)
         system.delete_dir(path)

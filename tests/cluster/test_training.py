@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +34,11 @@ class Regression(torch.nn.Module):
 
 @dataclass
 class RegressionTask:
-    """y = sum of x. Fails once at `fail_at`, as a killed worker would."""
+    """y = sum of x. Fails once at the validation `fail_at`, or is killed there."""
 
     best_metric: str | None = None
     fail_at: int | None = None
+    killed: bool = False
     marker: str = ""
     best_step: int | None = None
 
@@ -54,7 +57,9 @@ class RegressionTask:
         self._calls = getattr(self, "_calls", 0) + 1
         if self.fail_at == self._calls and not Path(self.marker).exists():
             Path(self.marker).touch()
-            raise RuntimeError("killed")
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("gave up")
         error = float((module.line.weight - 1).abs().sum())
         return {"val": -error if self.best_step is None else float(self._calls == self.best_step)}
 
@@ -141,6 +146,21 @@ def test_a_users_mistake_in_local_mode(ray_session: None, tmp_path: Path, monito
     train(Output(str(tmp_path / "next")), RegressionTask(), config(steps=2), 0, LOCAL, monitor)  # nothing is left behind
 
 
+def test_a_training_cut_off_after_its_last_step_is_not_done_again(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    output = Output(str(tmp_path / "out"))
+    best = train(output, RegressionTask(), config(steps=2), 0, LOCAL, monitor)
+    output.write_bytes("checkpoints/checkpoint_manager_snapshot.json", b"half")  # its removal was cut off too
+    assert train(output, Mistaken(marker=str(tmp_path / "built")), config(steps=2), 0, LOCAL, monitor) == best
+    assert not output.exists("checkpoints")
+
+
+def test_a_broken_list_of_checkpoints_is_named(tmp_path: Path, monitor: Monitor) -> None:
+    output = Output(str(tmp_path / "out"))
+    output.write_bytes("checkpoints/checkpoint_manager_snapshot.json", b"")
+    with pytest.raises(UserError, match=r"checkpoints: the list of checkpoints is broken.*remove this folder"):
+        train(output, RegressionTask(), config(), 0, WorkerResources(workers=1), monitor)
+
+
 @pytest.mark.workers
 def test_a_users_mistake_reaches_the_driver_at_once(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
@@ -160,26 +180,30 @@ def test_a_cut_off_run_goes_on_with_other_workers_from_the_weights_alone(
     def go_on(task: RegressionTask, workers: int, failures: int = 0, **changes: Any) -> dict[str, float]:
         return train(output, task, config(), 0, WorkerResources(workers=workers, max_failures=failures, **changes), monitor)
 
-    with pytest.raises(Exception, match="killed"):
+    with pytest.raises(Exception, match="gave up"):
         go_on(RegressionTask(fail_at=2, marker=str(tmp_path / "first")), 1)
     with pytest.raises(UserError, match=r"began with 1 worker.*on_changed_world: weights"):
         go_on(RegressionTask(), 2)
+    with pytest.raises(UserError, match=r"began with 1 worker.*workers: 0 keeps no checkpoint"):
+        go_on(RegressionTask(), 0)
     failing = RegressionTask(fail_at=1, marker=str(tmp_path / "second"))  # before there is a checkpoint of two workers
     assert go_on(failing, 2, failures=1, on_changed_world="weights")["step"] == 30
     assert (tmp_path / "second").exists()
     assert monitor.resumed == 10
-    assert output.read_json(TRAINING) == {"workers": 2, "resumed_from_weights": [10]}
+    training = output.read_json(TRAINING)
+    assert (training["workers"], training["resumed_from_weights"]) == (2, [10])
     assert [json.loads(line)["step"] for line in output.read_bytes(METRICS).splitlines()] == [10, 20, 30]
     assert losses(output)[30] < losses(output)[10]
 
 
 @pytest.mark.workers
-def test_a_failed_worker_goes_on_from_its_checkpoint(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+def test_a_killed_worker_goes_on_from_its_checkpoint(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     whole, broken = Output(str(tmp_path / "whole")), Output(str(tmp_path / "broken"))
-    train(whole, RegressionTask(), config(), 0, LOCAL, monitor)
-    failing = RegressionTask(fail_at=2, marker=str(tmp_path / "failed"))
-    train(broken, failing, config(), 0, WorkerResources(workers=1, max_failures=1), monitor)
+    midway = config(checkpoint_every=7)  # an epoch is 5 steps
+    train(whole, RegressionTask(), midway, 0, LOCAL, monitor)
+    failing = RegressionTask(fail_at=2, killed=True, marker=str(tmp_path / "failed"))
+    train(broken, failing, midway, 0, WorkerResources(workers=1, max_failures=1), monitor)
     assert (tmp_path / "failed").exists()
     assert losses(broken) == pytest.approx(losses(whole))
     assert torch.equal(load(broken.read_bytes(WEIGHTS))["line.weight"], load(whole.read_bytes(WEIGHTS))["line.weight"])

@@ -12,14 +12,15 @@ from mining.config import EmbedConfig, GalleryConfig, IngestConfig, TowerConfig,
 from mining.embed import embed_gallery, plain_parts, read_part
 from mining.features import Features, Online, read_mean
 from mining.gallery import ingest_gallery, keys
+from tests.chaos.killing import assert_same_embeddings, killing
 
 RESOURCES = EmbedResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2)
 VIEWS = ViewsConfig(count=3)
 
 
-def ingest(photos: Path, folder: Path, monitor: Monitor, copy_images: bool = True) -> Output:
+def ingest(photos: Path, folder: Path, monitor: Monitor, copy_images: bool = True, shard_rows: int = 10) -> Output:
     output = Output(str(folder))
-    options = IngestConfig(galleries={}, triplets={}, shard_rows=10)
+    options = IngestConfig(galleries={}, triplets={}, shard_rows=shard_rows)
     ingest_gallery(output, "g", GalleryConfig(images=str(photos), copy_images=copy_images), options, RESOURCES, monitor)
     return output
 
@@ -61,6 +62,16 @@ def test_resume_makes_only_what_is_missing_and_makes_it_alike(
     embed(gallery, tower, tmp_path / "e", monitor)
     assert monitor.advanced == 10
     assert all(np.array_equal(read_part(output, name)[1], values) for name, values in before.items())
+
+
+def test_a_killed_actor_is_replaced_and_the_parts_are_the_same(
+    ray_session: None, photo_folder: Path, tower: TowerConfig, tmp_path: Path, monitor: Monitor
+) -> None:
+    gallery = ingest(photo_folder, tmp_path / "gallery", monitor, shard_rows=2)
+    whole, broken = embed(gallery, tower, tmp_path / "whole", monitor, ViewsConfig()), Output(str(tmp_path / "broken"))
+    with killing("Embedder", lambda: len(broken.parts()) > 2):
+        embed(gallery, tower, tmp_path / "broken", monitor, ViewsConfig())
+    assert_same_embeddings(broken, whole)
 
 
 def test_cached_and_online_features_are_the_same(gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor) -> None:

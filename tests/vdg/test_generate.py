@@ -17,6 +17,7 @@ from cluster.monitor import Monitor
 from cluster.training import WEIGHTS
 from mining import tables
 from mining.features import Features, copy_mean, read_mean
+from tests.chaos.killing import assert_same_table, killing
 from vdg.agreement import medoid
 from vdg.backbones import build, load_generator
 from vdg.config import DESCRIPTION, GenerateConfig
@@ -79,6 +80,23 @@ def test_a_second_run_makes_only_what_is_missing_and_makes_it_the_same(run, moni
     assert run().read_bytes(PARTS[1]) == first[PARTS[1]]
     assert kept.stat().st_mtime_ns == before
     assert (monitor.total, monitor.resumed) == (14, 7)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_killed_actor_is_replaced_and_the_deltas_are_the_same(embeddings, pairs, model, tmp_path, monitor):
+    table = pairs.read_parts(tables.PAIRS)
+    small, whole, broken = (Output(str(tmp_path / name)) for name in ("small", "whole", "broken"))
+    for row in range(len(table)):  # a pair a part
+        small.write_table(f"part-{row:05d}.parquet", table.slice(row, 1), tables.PAIRS)
+
+    def write(output: Output) -> None:
+        config = CONFIG.model_copy(update={"max_new_tokens": 24})
+        generate(output, Features(embeddings), small, model, config, 0, ActorResources(), monitor)
+
+    write(whole)
+    with killing("PartGenerator", lambda: len(broken.parts()) > 2):
+        write(broken)
+    assert_same_table(broken, whole, tables.TRIPLETS, "triplet_id")
 
 
 def test_another_seed_makes_other_deltas(embeddings, pairs, model, tmp_path):

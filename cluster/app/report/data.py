@@ -17,7 +17,7 @@ from cluster.app.config import PRESETS, RunConfig, load
 from cluster.app.pipeline import Pipeline
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
 from cluster.app.report.results import Results, collect_results, headline
-from cluster.artifacts import MANIFEST, Output, Stage, filesystem
+from cluster.artifacts import MANIFEST, Output, Stage, below, filesystem
 from cluster.training import METRICS
 from mining.gallery import read_images
 from mining.images import decode
@@ -221,7 +221,7 @@ def _command(config: RunConfig) -> str:
     """What repeats the run: the preset's name where it is the preset as it stands, else the config kept with the report."""
     if (PRESETS / f"{config.name}.yaml").exists() and load(config.name, []) == config:
         return config.name
-    return f"{config.root.rstrip('/')}/runs/{config.name}/config.yaml"
+    return below(config.root, f"runs/{config.name}/config.yaml")
 
 
 def _shareable(text: str) -> str:

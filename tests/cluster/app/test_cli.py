@@ -8,6 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from cluster import lease
 from cluster.app import config as configs
 from cluster.app.cli import app, main
 from cluster.artifacts import Output
@@ -218,6 +219,8 @@ def test_ls_and_clean_know_what_is_used(root: str, tmp_path: Path, monkeypatch: 
     shown = invoke("ls", "grocery", "--set", given)
     assert "1.0 MB" in shown
     assert shown.count("yes") == 1  # used
+    with lease.hold(Output(str(stale))):
+        assert "another driver is at work" in fail("clean", "grocery", "--set", given, "--yes")
     assert "1.0 MB" in invoke("clean", "grocery", "--set", given, "--yes")
     assert not stale.exists()
     assert used.exists("part-00000.parquet")
@@ -264,3 +267,13 @@ def test_rounds_of_a_run_are_planned() -> None:
     for instance in ("select:vdg.r2", "instruct:vdg.r2", "generate:photos.r2"):
         assert instance in shown
     assert "vdg.r2" not in invoke("run", "grocery", "--dry-run")
+
+
+def test_a_second_driver_of_the_same_output_is_refused_before_any_work(config: str, tmp_path: Path) -> None:
+    from cluster.app.pipeline import Pipeline
+
+    pipeline = Pipeline(configs.load(config, []))
+    with lease.hold(pipeline.output(pipeline.gallery("photos"))):
+        assert "ingest/photos-" in (message := fail("run", config))
+        assert "another driver is at work" in message
+    assert not (tmp_path / "root" / "mlflow.db").exists()

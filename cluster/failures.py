@@ -1,0 +1,49 @@
+"""A full disk or a store out of reach, said as a user's error behind whatever the libraries made of it."""
+
+import errno
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from cluster.errors import UserError
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "unexpected pos")  # the last is torch.save's way to say it
+UNREACHABLE = (
+    *(os.strerror(number) for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EROFS, errno.EACCES)),
+    "AWS Error",
+    "google::cloud::Status",
+)
+RESUME = "the same command then goes on from what is finished"
+
+
+def explained(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Make the failures of disks and stores in `work` UserErrors.
+
+    They are told by their text: Ray, DeepSpeed and safetensors wrap a worker's OSError in exceptions of their own, of
+    which the traceback's last line is all that is left.
+    """
+
+    @wraps(work)
+    def attempt(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return work(*args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:
+            if (said := _said(error)) is None:
+                raise
+            raise said from error
+
+    return attempt
+
+
+def _said(error: Exception) -> UserError | None:
+    for line in reversed(f"{type(error).__name__}: {error}".splitlines()):
+        if any(symptom in line for symptom in FULL):
+            return UserError(f"a disk is full: {line.strip()}\nmake room (`vdg clean` removes unused outputs); {RESUME}")
+        if any(symptom in line for symptom in UNREACHABLE):
+            return UserError(f"a store cannot be used: {line.strip()}\nsee that it can be reached and written; {RESUME}")
+    return None

@@ -1,0 +1,54 @@
+"""An embed stage of which one part in a hundred is missing against the whole stage, with the start of the actors."""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+
+from cluster import session
+from cluster.app.config import load
+from cluster.artifacts import Output, Stage
+from cluster.config import EmbedResources
+from cluster.monitor import Silent
+from mining.config import EmbedConfig, GalleryConfig, IngestConfig, ViewsConfig
+from mining.embed import embed_gallery
+from mining.gallery import ingest_gallery
+
+PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train"
+SHARD = 32  # 92 shards of 2,936 photos; each gives a part a view
+VIEWS = ViewsConfig(count=2)
+RESOURCES = EmbedResources(actors=1, decode_cpus=0.5)
+
+
+def main() -> None:
+    """Print the ratio of the two times."""
+    config = EmbedConfig(towers={"photo": load("grocery", []).embed.towers["photo"]})
+    with tempfile.TemporaryDirectory() as folder:
+        session.start(session.RayConfig(num_cpus=2), Path(folder) / "log.txt")
+        gallery = Output(f"{folder}/gallery")
+        options = IngestConfig(galleries={}, triplets={}, shard_rows=SHARD)
+        ingest_gallery(gallery, "bench", GalleryConfig(images=str(PHOTOS)), options, RESOURCES, Silent())
+        stage = Stage(
+            "embed:bench",
+            1,
+            {},
+            lambda output, monitor: embed_gallery(output, gallery, "photo", config, VIEWS, RESOURCES, monitor),
+        )
+
+        def seconds() -> float:
+            began = time.perf_counter()
+            stage.run(folder, Silent())
+            return time.perf_counter() - began
+
+        whole, output = seconds(), stage.output(folder)
+        parts = output.parts()
+        missing = ["manifest.json", *parts[: math.ceil(len(parts) / 100)]]
+        for name in missing:
+            Path(output.path(name)).unlink()
+        resumed = seconds()
+    share = f"{len(missing) - 1} of {len(parts)} parts"
+    print(f"embed: resumed ({share} missing) {resumed:.1f} s / whole {whole:.1f} s = {resumed / whole:.3f} (goal <= 0.05)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Kill -9 at seeded moments of a small `vdg run`: it ends with the tables of an undisturbed run, by Ray's own retry or by
+the same command again. `make chaos` runs it and prints a table.
+"""
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from rich.table import Table
+
+from cluster import lease
+from cluster.app import config as configs
+from cluster.app.pipeline import Pipeline
+from cluster.artifacts import Output
+from cluster.progress import console
+from tests.chaos.conftest import LIMIT, assert_same, start
+from tests.chaos.killing import find, kill_when
+
+pytestmark = pytest.mark.slow
+UNITS = {"embed": 16, "instruct": 8, "generate": 12}  # parts or checkpoints of each stage
+SHOWN = {  # what a process of a kind shows, and the stages that it works in
+    "embedding actor": ("Embedder", ["embed"]),
+    "generation actor": ("PartGenerator", ["generate"]),
+    "training worker": ("RayTrainWorker", ["instruct"]),
+    "raylet": ("raylet/raylet", list(UNITS)),
+    "driver": (None, list(UNITS)),
+    "Ctrl-C": (None, list(UNITS)),
+}
+KILLS = [(kind, seed) for kind, count in zip(SHOWN, (4, 4, 4, 4, 6, 3), strict=True) for seed in range(count)]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[list[tuple[str, ...]]]:
+    """Rows of the table that is printed at the end."""
+    rows: list[tuple[str, ...]] = []
+    yield rows
+    table = Table("kill -9 of", "seed", "in", "after", "finished by", "seconds", title="chaos: the same tables each time")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def counter(output: Output) -> Callable[[], int]:
+    """Counts what a stage has finished so far: its parts, or the checkpoints that it ever had."""
+    checkpoints: set[str] = set()
+
+    def count() -> int:
+        folder = Path(output.path("checkpoints"))
+        checkpoints.update(path.name for path in folder.glob("checkpoint_*"))
+        return len(checkpoints) + len(output.parts())
+
+    return count
+
+
+@pytest.mark.parametrize(("kind", "seed"), KILLS)
+def test_a_kill_changes_no_table(
+    kind: str, seed: int, config: str, undisturbed: Path, tmp_path: Path, outcomes: list[tuple[str, ...]]
+) -> None:
+    shown, stages = SHOWN[kind]
+    rng = np.random.default_rng([list(SHOWN).index(kind), seed])
+    stage = stages[rng.integers(len(stages))]
+    after, pause = int(rng.integers(UNITS[stage] - 1)), rng.uniform(0, 0.05)
+    root = shutil.copytree(undisturbed, tmp_path / "root")
+    shutil.rmtree(root / stage)
+    pipeline, expected = (Pipeline(configs.load(config, [f"root={path}"])) for path in (root, undisturbed))
+    of_stage = {"embed": pipeline.embeddings("photo", "photos"), "instruct": pipeline.generator()}
+    output = pipeline.output(of_stage.get(stage, pipeline.pseudo_triplets()))
+    count = counter(output)
+
+    def ready() -> bool:
+        if lease.read(output) is None or count() < after:
+            return False
+        time.sleep(pause)
+        return True
+
+    began = time.monotonic()
+    log = tmp_path / "log"
+    driver = start(config, str(root), log)
+    victim = partial(psutil.Process, driver.pid) if shown is None else partial(find, driver.pid, shown)
+    number = signal.SIGINT if kind == "Ctrl-C" else signal.SIGKILL
+    assert kill_when(victim, ready, lambda: driver.poll() is None, number), log.read_text()
+    status = driver.wait(LIMIT)
+    if status:
+        assert kind != "Ctrl-C" or (status == 2 and "the same command goes on" in log.read_text()), log.read_text()
+        assert start(config, str(root), log).wait(LIMIT) == 0, log.read_text()
+    finished = "the same command" if status else "Ray's own retry"
+    outcomes.append((kind, str(seed), stage, str(after), finished, f"{time.monotonic() - began:.0f}"))
+    assert_same(pipeline, expected)

@@ -1,0 +1,79 @@
+"""Outputs, leases and checkpoints on an S3-compatible store, as in a local folder."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+from pyarrow import fs as pafs
+
+from cluster import lease
+from cluster.app import config as configs
+from cluster.app.outputs import outputs, remove
+from cluster.app.pipeline import Pipeline
+from cluster.artifacts import Output, filesystem
+from cluster.errors import UserError
+from tests.chaos.conftest import LIMIT, assert_same, start
+from tests.chaos.killing import kill_when
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    """The root of an S3-compatible store on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "none")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "none")
+        address = f"{host}:{port}"
+        pafs.S3FileSystem(endpoint_override=address, scheme="http", region="us-east-1", allow_bucket_creation=True).create_dir(
+            "bucket"
+        )
+        yield f"s3://bucket/root?endpoint_override={address}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def test_a_run_killed_in_training_goes_on_from_its_checkpoint(
+    store: str, config: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    log, tracking = tmp_path / "log", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    pipeline, expected = (Pipeline(configs.load(config, [f"root={root}"])) for root in (store, undisturbed))
+    system, base = filesystem(pipeline.output(pipeline.generator()).uri)
+
+    def has_checkpoint() -> bool:
+        return system.get_file_info(f"{base}/checkpoints/checkpoint_manager_snapshot.json").is_file
+
+    driver = start(config, store, log, tracking)
+    assert kill_when(partial(psutil.Process, driver.pid), has_checkpoint, lambda: driver.poll() is None), log.read_text()
+    assert driver.wait(LIMIT) == -signal.SIGKILL
+    assert start(config, store, log, tracking).wait(LIMIT) == 0, log.read_text()
+    assert_same(pipeline, expected)
+    assert all(found.finished for found in outputs(store))
+    assert start(config, store, log, tracking).wait(LIMIT) == 0
+    assert "0 of" in log.read_text().splitlines()[-1]
+    remove(list(outputs(store)))
+    assert not list(outputs(store))
+
+
+def test_the_last_of_two_drivers_to_write_its_lease_goes_on(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Output(store.replace("root?", "leased?"))
+    monkeypatch.setattr(lease, "SETTLE", 0.1)
+    with lease.hold(output):
+        mine = lease.read(output)
+        assert mine is not None
+        with pytest.raises(UserError, match="another driver is at work"):
+            lease.hold(output).__enter__()
+    assert lease.read(output) is None
+    rival = replace(mine, owner="other", host="far")
+    monkeypatch.setattr(lease.time, "sleep", lambda _: output.write_json(lease.LEASE, asdict(rival)))
+    with pytest.raises(UserError, match="on far"):
+        lease.hold(output).__enter__()
+    assert lease.read(output) == rival

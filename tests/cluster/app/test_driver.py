@@ -1,0 +1,127 @@
+"""A driver that is stopped, or whose disk or store fails, says so and leaves what is finished for the next."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from cluster import lease
+from cluster.app import config as configs
+from cluster.app import driver
+from cluster.app.pipeline import Pipeline
+from cluster.artifacts import Output, Stage
+from cluster.config import ActorResources
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+from cluster.parts import run_actors
+
+PARTS = {f"part-{i}.parquet": 1 for i in range(4)}
+FIRST, *_, LAST = PARTS
+SMALL, LARGE = 300_000, 3_000_000  # bytes of a part, and of one that is too large for the disk
+SCHEMA = pa.schema([("content", pa.binary())])
+
+
+def write(output: Output, part: str, size: int = SMALL) -> None:
+    output.write_table(part, pa.table({"content": [os.urandom(size)]}), SCHEMA)
+
+
+class Writer:
+    """An actor that writes parts."""
+
+    def __init__(self, job: "Job", cpus: float) -> None:
+        self.job = job
+
+    def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        name = str(row["part"][0])
+        write(self.job.output, name, LARGE if name == self.job.large else SMALL)
+        return {"part": [name], "rows": [1]}
+
+
+class Job:
+    def __init__(self, output: Output, large: str | None) -> None:
+        self.output, self.large = output, large
+
+
+def on_actors(large: str | None) -> Callable[[Output, Monitor], None]:
+    """A stage's work on Ray actors."""
+    return lambda output, monitor: run_actors(Writer, Job(output, large), PARTS, ActorResources(), monitor, "part")
+
+
+def here(output: Output, monitor: Monitor) -> None:
+    """A stage's work in the driver, too large for the disk."""
+    write(output, FIRST)
+    write(output, LAST, LARGE)
+
+
+def pipeline(root: Path, folder: Path) -> Pipeline:
+    return Pipeline(configs.load("grocery", [f"root={root}", f"tracking.uri=sqlite:///{folder}/mlflow.db"]))
+
+
+def output_of(pipeline: Pipeline) -> Output:
+    return pipeline.output(Stage("mine:x", 1, {}, here))
+
+
+def run(pipeline: Pipeline, work: Callable[[Output, Monitor], None]) -> Output:
+    """Run one stage. Its output is the same folder whatever the work is."""
+    driver.run(pipeline, [Stage("mine:x", 1, {}, work)])
+    return output_of(pipeline)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_what_is_finished_stays(ray_session: None, small_disk: Path, tmp_path: Path) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
+    small = pipeline(small_disk, tmp_path)
+    for work in (here, on_actors(LAST)):
+        with pytest.raises(UserError, match=r"a disk is full: OSError.*No space left on device.*\n.*goes on from"):
+            run(small, work)
+        output = output_of(small)
+        assert lease.read(output) is None
+        assert output.manifest() is None
+        assert FIRST in output.parts()
+        assert not [name for name in os.listdir(output.uri) if name.startswith(".part")]
+    before = {name: Path(output.path(name)).stat().st_mtime_ns for name in output.parts()}
+    assert run(small, on_actors(None)).manifest() is not None
+    assert output.parts() == list(PARTS)
+    assert all(Path(output.path(name)).stat().st_mtime_ns == before[name] for name in before)
+
+
+def test_a_stopped_driver_gives_its_lease_back_and_is_followed(ray_session: None, tmp_path: Path) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    def stopped(output: Output, monitor: Monitor) -> None:
+        write(output, FIRST)
+        signal.raise_signal(signal.SIGINT)
+        write(output, LAST)
+
+    with pytest.raises(UserError, match="stopped; the same command goes on"):
+        run(pipeline(tmp_path / "root", tmp_path), stopped)
+    output = output_of(pipeline(tmp_path / "root", tmp_path))
+    assert (output.parts(), output.manifest(), lease.read(output)) == ([FIRST], None, None)
+    assert run(pipeline(tmp_path / "root", tmp_path), on_actors(None)).parts() == list(PARTS)
+
+
+def test_a_store_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    root = "s3://bucket/root?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1"
+    config = configs.load("grocery", [f"root={root}", "tracking.uri=sqlite:///none.db"])
+    with pytest.raises(UserError, match=r"a store cannot be used: OSError.*AWS Error"):
+        driver.run(Pipeline(config), Pipeline(config).stages)

@@ -1,0 +1,125 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from cluster import lease
+from cluster.artifacts import Output
+from cluster.errors import UserError
+from cluster.lease import LEASE, Lease, hold
+
+KILLED = "import os, sys; from cluster import lease; from cluster.artifacts import Output; "
+KILLED += "held = lease.hold(Output(sys.argv[1])); held.__enter__(); os.kill(os.getpid(), 9)"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Output:
+    return Output(str(tmp_path / "out"))
+
+
+@pytest.fixture
+def mine(output: Output) -> Lease:
+    """A lease as this process writes it."""
+    with hold(output):
+        found = lease.read(output)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def elsewhere(mine: Lease) -> Lease:
+    """A live lease of a driver on another machine."""
+    return replace(mine, owner="other", host="far", pid=12)
+
+
+def test_a_second_driver_is_refused_and_told_who_is_at_work(output: Output) -> None:
+    with hold(output):
+        with pytest.raises(UserError, match=rf"out: another driver is at work.*process {os.getpid()} on .*lease ends in"):
+            hold(output).__enter__()
+        assert lease.read(output) is not None
+
+
+def test_a_driver_elsewhere_is_believed_until_its_lease_expires(output: Output, elsewhere: Lease) -> None:
+    output.write_json(LEASE, asdict(elsewhere))
+    with pytest.raises(UserError, match="process 12 on far"):
+        lease.check(output)
+    output.write_json(LEASE, asdict(replace(elsewhere, expires=time.time() - 1)))
+    with hold(output):
+        assert lease.read(output).owner != "other"
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit, ValueError, None])
+def test_it_is_given_back_however_the_work_ends(output: Output, how: type[BaseException] | None) -> None:
+    if how is None:
+        with hold(output):
+            pass
+    else:
+        with pytest.raises(how), hold(output):
+            raise how
+    assert lease.read(output) is None
+    lease.check(output)
+
+
+def test_a_killed_driver_of_this_machine_is_followed_at_once(output: Output) -> None:
+    assert subprocess.run([sys.executable, "-c", KILLED, output.uri], check=False).returncode == -9
+    left = lease.read(output)
+    assert left is not None
+    assert left.expires > time.time()
+    with hold(output):
+        assert lease.read(output).pid == os.getpid()
+
+
+def test_a_later_process_of_the_same_number_is_no_driver(output: Output, mine: Lease) -> None:
+    output.write_json(LEASE, asdict(mine))
+    with pytest.raises(UserError):
+        lease.check(output)
+    output.write_json(LEASE, asdict(replace(mine, started=mine.started - 3600)))
+    lease.check(output)
+
+
+def test_in_another_container_of_this_machine_a_number_says_nothing(output: Output, mine: Lease) -> None:
+    output.write_json(LEASE, asdict(replace(mine, processes="pid:[1]", started=0.0)))
+    with pytest.raises(UserError):
+        lease.check(output)
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_EVERY", 0.01)
+
+
+def _waiting() -> Iterator[None]:
+    for _ in range(3000):
+        time.sleep(0.01)
+        yield
+    raise AssertionError("nothing happened in 30 s")
+
+
+def test_it_is_renewed_while_the_work_goes_on(output: Output, often: None) -> None:
+    with hold(output):
+        first = lease.read(output).expires
+        for _ in _waiting():
+            if lease.read(output).expires > first:
+                return
+
+
+def test_a_driver_that_lost_its_lease_stops(output: Output, elsewhere: Lease, often: None) -> None:
+    def work() -> None:
+        with hold(output):
+            for _ in _waiting():
+                output.write_json(LEASE, asdict(elsewhere))
+
+    with pytest.raises(UserError, match="process 12 on far"):
+        work()
+    assert lease.read(output).owner == "other"
+
+
+def test_a_lease_is_no_file_of_the_output(output: Output) -> None:
+    with hold(output):
+        output.write_bytes("part-00000.parquet", b"")
+        assert output.names() == ["part-00000.parquet"]
