@@ -86,6 +86,11 @@ def _view_part(part: str, view: int) -> str:
     return part.replace(".parquet", f".v{view}.parquet")
 
 
+def gallery_part(part: str) -> str:
+    """The part of the gallery that a part of the embeddings was made of."""
+    return part.rsplit(".v", 1)[0] + ".parquet"
+
+
 def view_of(part: str) -> int:
     """The view that a part of the embeddings holds."""
     return int(part.removesuffix(".parquet").rsplit(".v", 1)[1])
@@ -100,11 +105,10 @@ def _decode_part(
     are an empty part, whose shape only the tower knows.
     """
     name = str(row["part"][0])
-    stem, view = name.removesuffix(".parquet").rsplit(".v", 1)
     reader, ids, pixels, rejects = BytesReader(), [], [], []
-    for image in gallery.read_table(f"{stem}.parquet", tables.GALLERY).to_pylist():
+    for image in gallery.read_table(gallery_part(name), tables.GALLERY).to_pylist():
         try:
-            pixels.append(render(image_bytes(image, reader), tower, views, (image["image_id"], int(view))))
+            pixels.append(render(image_bytes(image, reader), tower, views, (image["image_id"], view_of(name))))
             ids.append(image["image_id"])
         except (BadImage, OSError) as error:
             detail = f"image_id {image['image_id']}: {error}"[:200]
