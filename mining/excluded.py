@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Output
 from mining import tables
-from mining.embed import gallery_part, plain_parts, read_part
+from mining.embeddings import gallery_part, plain_parts, read_part
 from mining.features import centred, unit_vectors
 
 LISTING = "excluded.parquet"  # tables.EXCLUDED, beside a gallery of the benchmark's images where they are given

@@ -12,7 +12,7 @@ import numpy as np
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from mining.config import TowerConfig, ViewsConfig
-from mining.embed import INFO, MEAN, plain_parts, read_ids, read_part, view_of
+from mining.embeddings import INFO, MEAN, plain_parts, read_ids, read_part, view_of
 from mining.gallery import read_images
 from mining.images import render
 from mining.scratch import shared

@@ -18,7 +18,7 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from mining import tables
 from mining.config import MineConfig
-from mining.embed import view_of
+from mining.embeddings import view_of
 from mining.excluded import ORIGIN, Guard, find_excluded
 from mining.features import read_mean, unit_vectors
 from mining.gallery import part_name

@@ -5,7 +5,7 @@ import pyarrow as pa
 
 from cluster.artifacts import Output
 from mining import tables
-from mining.embed import plain_parts, read_ids
+from mining.embeddings import plain_parts, read_ids
 from mining.features import Features, FeatureSource, centred
 
 SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs

@@ -9,7 +9,8 @@ from safetensors.numpy import save
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from mining.config import TowerConfig, ViewsConfig
-from mining.embed import INFO, MEAN, _schema, _to_table
+from mining.embed import _schema, _to_table
+from mining.embeddings import INFO, MEAN
 from mining.features import Features, Online, centred, unit_vectors
 from mining.scratch import UNUSED_SECONDS
 

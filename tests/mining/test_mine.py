@@ -11,7 +11,8 @@ from cluster.config import TaskResources
 from cluster.errors import UserError
 from mining import tables
 from mining.config import IndexConfig, MatchedConfig, MineConfig, RandomConfig, WalkConfig
-from mining.embed import INFO, MEAN, _schema, _to_table
+from mining.embed import _schema, _to_table
+from mining.embeddings import INFO, MEAN
 from mining.features import centred
 from mining.indexes import kind_for
 from mining.matched import Matcher
