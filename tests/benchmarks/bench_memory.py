@@ -4,7 +4,7 @@
 
 Goal: the largest at most 1.1 times the smallest for ingest, embed and generate; mine grows by some bytes an image. Each size
 runs in a process and a Ray of its own, with a random tower and a random language model, both tiny. Galleries are kept in
-`--folder`; 100,000 images take about 40 minutes on two cores.
+`--folder`.
 """
 
 import argparse
@@ -17,22 +17,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from large_gallery import make
+from memory import peaks
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-PAIRS, PART_PAIRS, DIM = 256, 64, 16
+from cluster import session
+from cluster.artifacts import Output
+from cluster.config import ActorResources, EmbedResources, TaskResources
+from cluster.monitor import Silent
+from cluster.training import WEIGHTS
+from mining import tables
+from mining.config import EmbedConfig, GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig, WalkConfig
+from mining.embed import embed_gallery
+from mining.features import Features, copy_mean
+from mining.gallery import ingest_gallery
+from mining.mine import mine_pairs
+from vdg.backbones import build
+from vdg.config import DESCRIPTION, GenerateConfig, VdgConfig
+from vdg.generate import generate
+from vdg.train import describe
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for the tiny language model of the tests
+PAIRS, PART_PAIRS = 256, 64
 STAGES = ("ingest", "embed", "mine", "generate")
 
 
 def measure(images: int, folder: Path) -> dict[str, dict[str, float]]:
     """Peak bytes by kind of process, and seconds, of each stage on one gallery."""
-    from large_gallery import make
-    from memory import peaks
-
-    from cluster import session
-
     make(source := folder / f"source-{images}", images)
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -46,17 +59,6 @@ def measure(images: int, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _stages(source: Path, work: Path) -> dict[str, Callable[[], None]]:
-    from cluster.artifacts import Output
-    from cluster.config import ActorResources, EmbedResources, TaskResources
-    from cluster.monitor import Silent
-    from mining.config import EmbedConfig, GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig, WalkConfig
-    from mining.embed import embed_gallery
-    from mining.features import Features
-    from mining.gallery import ingest_gallery
-    from mining.mine import mine_pairs
-    from vdg.config import GenerateConfig
-    from vdg.generate import generate
-
     resources = EmbedResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2)
     gallery, embeddings, mined, sample = (Output(str(work / name)) for name in ("gallery", "embeddings", "mined", "sample"))
     options = IngestConfig(galleries={}, triplets={}, shard_rows=512)
@@ -80,9 +82,8 @@ def _stages(source: Path, work: Path) -> dict[str, Callable[[], None]]:
     return dict(zip(STAGES, (ingest, embed, lambda: mine_pairs(*walk), write_deltas), strict=True))
 
 
-def _sample(mined: "Output", sample: "Output") -> None:  # noqa: F821
+def _sample(mined: Output, sample: Output) -> None:
     """As many of the mined pairs at every size, drawn over the whole gallery: their images lie in all parts."""
-    from mining import tables
 
     table = mined.read_parts(tables.PAIRS)
     table = table.take(np.random.default_rng(0).permutation(len(table))[:PAIRS])
@@ -90,17 +91,10 @@ def _sample(mined: "Output", sample: "Output") -> None:  # noqa: F821
         sample.write_table(f"part-{part:05d}.parquet", table.slice(first, PART_PAIRS), tables.PAIRS)
 
 
-def _generator(embeddings: "Output", work: Path) -> "Output":  # noqa: F821
+def _generator(embeddings: Output, work: Path) -> Output:
     """An untrained generator as `instruct` leaves it."""
-    from safetensors.torch import save
 
-    from cluster.artifacts import Output
-    from cluster.training import WEIGHTS
-    from mining.features import Features, copy_mean
     from tests.tiny import language_model
-    from vdg.backbones import build
-    from vdg.config import DESCRIPTION, VdgConfig
-    from vdg.train import describe
 
     weights, output = language_model(work / "language_model"), Output(str(work / "model"))
     vdg = VdgConfig(language_model=weights, tokens_per_feature=2, prompt="short", lora_rank=4)
