@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ def measure(images: int, folder: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=folder) as work:
         session.start(session.RayConfig(num_cpus=2), Path(work) / "log.txt")
-        for name, stage in _stages(source, Path(work)).items():
+        for name, stage in _stages(source, Path(work)):
             began = time.perf_counter()
             with peaks() as found[name]:
                 stage()
@@ -58,33 +58,27 @@ def measure(images: int, folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def _stages(source: Path, work: Path) -> dict[str, Callable[[], None]]:
+def _stages(source: Path, work: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each stage when the one before has run."""
     resources = EmbedResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2)
     gallery, embeddings, mined, sample = (Output(str(work / name)) for name in ("gallery", "embeddings", "mined", "sample"))
     options = IngestConfig(galleries={}, triplets={}, shard_rows=512)
     tower = TowerConfig(library="timm", model="test_efficientnet", image_size=64, precision="fp32")
     mine = MineConfig(gallery="large", tower="tiny", walk=WalkConfig(max_slots=2, max_similarity=1.0, spacing=0.0))
 
-    def ingest() -> None:
-        ingest_gallery(gallery, "large", GalleryConfig(images=str(source)), options, resources, Silent())
-
-    def embed() -> None:
-        config = EmbedConfig(towers={"tiny": tower})
-        embed_gallery(embeddings, gallery, "tiny", config, ViewsConfig(), resources, Silent())
-
-    def write_deltas() -> None:
-        _sample(mined, sample)
-        config = GenerateConfig(max_new_tokens=8, batch_size=32)
-        model = _generator(embeddings, work)
-        generate(Output(str(work / "pseudo")), Features(embeddings), sample, model, config, 0, ActorResources(), Silent())
-
-    walk = (mined, embeddings, None, None, mine, 0, TaskResources(), Silent())
-    return dict(zip(STAGES, (ingest, embed, lambda: mine_pairs(*walk), write_deltas), strict=True))
+    ingest = GalleryConfig(images=str(source)), options, resources, Silent()
+    yield "ingest", lambda: ingest_gallery(gallery, "large", *ingest)
+    embed = EmbedConfig(towers={"tiny": tower}), ViewsConfig(), resources, Silent()
+    yield "embed", lambda: embed_gallery(embeddings, gallery, "tiny", *embed)
+    yield "mine", lambda: mine_pairs(mined, embeddings, None, None, mine, 0, TaskResources(), Silent())
+    _sample(mined, sample)
+    pseudo, model = Output(str(work / "pseudo")), _generator(embeddings, work)
+    how = GenerateConfig(max_new_tokens=8, batch_size=32), 0, ActorResources(), Silent()
+    yield "generate", lambda: generate(pseudo, Features(embeddings), sample, model, *how)
 
 
 def _sample(mined: Output, sample: Output) -> None:
     """As many of the mined pairs at every size, drawn over the whole gallery: their images lie in all parts."""
-
     table = mined.read_parts(tables.PAIRS)
     table = table.take(np.random.default_rng(0).permutation(len(table))[:PAIRS])
     for part, first in enumerate(range(0, len(table), PART_PAIRS)):
@@ -93,7 +87,6 @@ def _sample(mined: Output, sample: Output) -> None:
 
 def _generator(embeddings: Output, work: Path) -> Output:
     """An untrained generator as `instruct` leaves it."""
-
     from tests.tiny import language_model
 
     weights, output = language_model(work / "language_model"), Output(str(work / "model"))
