@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from cluster.artifacts import Output
@@ -128,7 +129,7 @@ def _write_walked(job: _Mining) -> Iterator[int]:
 def _candidates(output: Output) -> np.ndarray:
     """Groups int32 [m, 6] of all anchors, in the order of the anchors."""
     parts = [output.read_table(f"{CANDIDATES}/{name}", _CANDIDATE)["rows"] for name in output.names(CANDIDATES)]
-    return np.concatenate([pa.compute.list_flatten(rows).to_numpy() for rows in parts]).reshape(-1, GROUP_SIZE)
+    return np.concatenate([pc.list_flatten(rows).to_numpy() for rows in parts]).reshape(-1, GROUP_SIZE)
 
 
 def _write_grouped(
