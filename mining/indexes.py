@@ -55,7 +55,7 @@ def _on_disk(vectors: np.ndarray, lists: int) -> Any:
 
     content = hashlib.sha256(repr((vectors.shape, lists)).encode())
     for first in range(0, len(vectors), SHARD_ROWS):
-        content.update(vectors[first : first + SHARD_ROWS])
+        content.update(vectors[first : first + SHARD_ROWS].data)
     folder = shared(content.digest(), ".lists", lambda partial: _write_lists(vectors, lists, partial))
     return faiss.read_index(str(folder / "index"), faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR)
 
@@ -67,7 +67,7 @@ def _write_lists(vectors: np.ndarray, lists: int, folder: Path) -> None:
 
     folder.mkdir()
     index = _trained(vectors, lists)
-    shards = []
+    shards: list[Path] = []
     for first in range(0, len(vectors), SHARD_ROWS):
         shard = faiss.clone_index(index)
         rows = np.arange(first, min(first + SHARD_ROWS, len(vectors)))

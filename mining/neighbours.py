@@ -28,7 +28,7 @@ class Neighbours:
         config = config or IndexConfig()
         self.vectors, self.top = vectors, top
         kind = kind_for(config, len(vectors)) if top else "exact"
-        self._index = None if kind == "exact" else inverted_lists(vectors, kind, config.nlist)
+        self._index: Any = None if kind == "exact" else inverted_lists(vectors, kind, config.nlist)
         self.report: dict[str, Any] = {"index": kind, "images": len(vectors), "top": top, "recall": 1.0}
         if self._index is not None:
             self.report |= self._probe(config, np.random.default_rng(seed))

@@ -121,7 +121,7 @@ def _images_in(system: pafs.FileSystem, path: PurePosixPath, relative: str, size
     elif path.suffix == ".tar":
         with system.open_input_file(str(path)) as stream, tarfile.open(fileobj=stream) as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # tarfile keeps all it has seen
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has seen
                 if member.isfile() and _has_image_suffix(member.name):
                     yield member.name, member.offset_data, member.size
     elif _has_image_suffix(relative):
