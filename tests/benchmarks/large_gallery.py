@@ -2,7 +2,7 @@
 
     python tests/benchmarks/large_gallery.py FOLDER --images 100000
 
-Images are 64 to 96 pixels a side, about 2 KB each. The same number of images gives the same files.
+Images are 64 to 96 pixels a side, about 4 KB each. The same number of images gives the same files.
 """
 
 import argparse
