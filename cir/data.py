@@ -13,7 +13,7 @@ from cir.config import Validation, VariantConfig
 from cir.selection import Pseudo, chosen
 from cluster.artifacts import Output
 from mining import tables
-from mining.embed import INFO
+from mining.embeddings import INFO
 from mining.features import Features, FeatureSource, centred
 
 VALIDATION_BATCH = 512

@@ -18,7 +18,7 @@ from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from mining.embed import INFO
+from mining.embeddings import INFO
 
 EVALUATE_VERSION = 3
 CONTROLS = "controls"  # folder of the control rows' rankings

@@ -16,7 +16,7 @@ from cluster.config import ActorResources
 from cluster.monitor import Monitor
 from cluster.parts import run_actors
 from mining import tables
-from mining.embed import plain_parts, read_ids
+from mining.embeddings import plain_parts, read_ids
 from mining.features import Features
 
 SCORE_VERSION = 1

@@ -9,7 +9,7 @@ from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.training import train
-from mining.embed import INFO
+from mining.embeddings import INFO
 from mining.features import Features, copy_mean
 
 TRAIN_VERSION = 3

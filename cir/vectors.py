@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from cir.benchmarks.benchmark import Benchmark, image_id
 from cluster.artifacts import Output, filesystem
 from cluster.errors import UserError
-from mining.embed import plain_parts, read_part
+from mining.embeddings import plain_parts, read_part
 from mining.features import Features
 
 BLOCK = 1024  # rows of a file that are read at a time

@@ -25,6 +25,7 @@ from cluster.monitor import Monitor
 
 MANIFEST = "manifest.json"
 ENVIRONMENT = "environment"  # folder of an output: what the models that made it ran on
+REUSED = "reused.json"  # rows that an output took over from earlier ones, by their names
 T = TypeVar("T")
 REJECTS = pa.schema([("key", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
@@ -249,6 +250,7 @@ class Stage:
             "rejects": dict(Counter(output.rejects()["reason"].to_pylist())),
             "seconds": round(seconds, 1),
             "environment": [output.read_json(f"{ENVIRONMENT}/{name}") for name in output.names(ENVIRONMENT)],
+            **({"reused": output.read_json(REUSED)} if output.exists(REUSED) else {}),
             "parts": {name: {"rows": n, "sha256": hashes[name]} for name, n in rows.items()},
         }
 

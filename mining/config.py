@@ -138,6 +138,21 @@ class EmbedConfig(Section):
         return any(views.online for views in (self.views, *self.views_for.values()))
 
 
+class IndexConfig(Section):
+    """How an image's neighbours are searched. Whichever index finds them, their similarities are exact."""
+
+    kind: Literal["auto", "exact", "ivf", "ondisk"] = Field(
+        "auto",
+        description="exact, inverted lists in memory, or inverted lists in a file on the node's disk; "
+        "auto: exact up to 200,000 images, ivf up to 1,000,000, then ondisk",
+    )
+    nlist: int | None = Field(None, gt=0, description="inverted lists; None: 4 x the root of the number of images")
+    nprobe: int | None = Field(
+        None, gt=0, description="lists searched; None: as few as reach `recall`, one of 32 (or 16 in all) at most"
+    )
+    recall: float = Field(0.95, gt=0, le=1, description="share of a sample's exact neighbours that is to be found")
+
+
 class WalkConfig(Section):
     """The paper's subgroups (section 3.2; as CIRR's)."""
 
@@ -145,6 +160,12 @@ class WalkConfig(Section):
     max_similarity: float = Field(0.94, description="neighbours above are near duplicates")
     spacing: float = Field(0.002, ge=0, description="least distance in similarity to the image added before")
     max_overlap: int = Field(2, ge=0, description="images that two kept groups may share; of matched groups too")
+    max_slots: int | None = Field(  # off, it leaves digests as they were
+        None,
+        gt=0,
+        exclude_if=lambda slots: slots is None,
+        description="kept groups that an image may be in; it bounds the work of max_overlap on large galleries",
+    )
 
 
 class MatchedConfig(Section):
@@ -183,6 +204,9 @@ class MineConfig(Section):
     walk: WalkConfig = WalkConfig()
     matched: MatchedConfig = Field(MatchedConfig(), description="of 'matched' and 'matched_groups'")
     random: RandomConfig = RandomConfig()
+    index: IndexConfig = Field(  # a default leaves digests as they were
+        IndexConfig(), exclude_if=lambda index: index == IndexConfig(), description="of all methods but 'random'"
+    )
     triplets: str | None = Field(None, description="labelled triplets whose similarities the matched pairs imitate")
     exclude: dict[Benchmark, ExcludeConfig] = Field({}, description="benchmarks whose val and test images are not mined")
     duplicate_similarity: float = Field(

@@ -8,23 +8,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 
-from cluster.artifacts import Output
+from cluster.artifacts import REUSED, Output
 from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.parts import run_parts
 from mining import tables
 from mining.config import EmbedConfig, TowerConfig, ViewsConfig
+from mining.embeddings import INFO, MEAN, gallery_part, plain_parts, read_part, view_of, view_part
 from mining.gallery import image_bytes
 from mining.images import BadImage, render
+from mining.reuse import Earlier, count_reused, note_reused
 from mining.sources import BytesReader
 
 EMBED_VERSION = 2
-INFO = "info.json"
-MEAN = "mean.safetensors"
 
 
 def embed_gallery(
@@ -35,17 +34,19 @@ def embed_gallery(
     views: ViewsConfig,
     resources: EmbedResources,
     monitor: Monitor,
+    earlier: Earlier | None = None,
 ) -> None:
     """Write the embeddings of `views.count` views of every image, `info.json` and the plain view's mean.
 
-    Raises UserError when weights or what comes with them is missing, before an actor starts, or when no image can be read
-    any more.
+    Of `earlier` embeddings those of images that are the same are taken over: of a grown gallery only the new images go
+    through the tower, and `reused.json` counts the others. Raises UserError when weights or what comes with them is
+    missing, before an actor starts, or when no image can be read any more.
     """
     settings = config.towers[tower]
     _check(settings)
     rows = gallery.part_rows()
-    parts = {_view_part(part, view): n for part, n in rows.items() for view in range(views.count)}
-    decode = partial(_decode_part, gallery=gallery, output=output, tower=settings, views=views)
+    parts = {view_part(part, view): n for part, n in rows.items() for view in range(views.count)}
+    decode = partial(_decode_part, gallery=gallery, output=output, tower=settings, views=views, earlier=earlier)
 
     def dataset(names: list[str]) -> ray.data.Dataset:
         return (
@@ -67,6 +68,8 @@ def embed_gallery(
 
     run_parts(output, parts, dataset, monitor, "image")
     _summarise(output, views)
+    if earlier is not None:
+        output.write_json(REUSED, count_reused(output, plain_parts(output)))
 
 
 def _check(tower: TowerConfig) -> None:
@@ -82,29 +85,30 @@ def _check(tower: TowerConfig) -> None:
         preprocessing(tower)
 
 
-def _view_part(part: str, view: int) -> str:
-    return part.replace(".parquet", f".v{view}.parquet")
-
-
-def view_of(part: str) -> int:
-    """The view that a part of the embeddings holds."""
-    return int(part.removesuffix(".parquet").rsplit(".v", 1)[1])
-
-
 def _decode_part(
-    row: dict[str, Any], gallery: Output, output: Output, tower: TowerConfig, views: ViewsConfig
+    row: dict[str, Any],
+    gallery: Output,
+    output: Output,
+    tower: TowerConfig,
+    views: ViewsConfig,
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """One row: the pixels uint8 [n, size, size, 3] of one view of one gallery part, so that no batch mixes parts.
 
-    Images that can no longer be read are rejected. A part that has none gives one black image and no id: its embeddings
-    are an empty part, whose shape only the tower knows.
+    Images that were embedded earlier are not decoded: their values float16 come along, as int16, which Arrow tensors know,
+    and the name of the output that they are from. Images that can no longer be read are rejected. A part with nothing to
+    decode gives one black image: its embeddings may be an empty part, whose shape only the tower knows.
     """
     name = str(row["part"][0])
-    stem, view = name.removesuffix(".parquet").rsplit(".v", 1)
+    images = gallery.read_table(gallery_part(name), tables.GALLERY)
+    known = earlier.find(images, view_of(name)) if earlier else {}
     reader, ids, pixels, rejects = BytesReader(), [], [], []
-    for image in gallery.read_table(f"{stem}.parquet", tables.GALLERY).to_pylist():
+    for image in images.to_pylist():
+        if image["image_id"] in known:
+            ids.append(image["image_id"])
+            continue
         try:
-            pixels.append(render(image_bytes(image, reader), tower, views, (image["image_id"], int(view))))
+            pixels.append(render(image_bytes(image, reader), tower, views, (image["image_id"], view_of(name))))
             ids.append(image["image_id"])
         except (BadImage, OSError) as error:
             detail = f"image_id {image['image_id']}: {error}"[:200]
@@ -116,6 +120,9 @@ def _decode_part(
         "rows": np.array([len(ids) + len(rejects)]),
         "image_id": np.array([ids], np.int64),
         "pixels": np.stack(pixels or [black])[None],
+        "earlier": np.array([earlier.name if earlier else ""]),
+        "reused": np.array([[image_id in known for image_id in ids]], np.uint8),
+        "values": np.stack([*known.values()] or [np.zeros((1, 1), np.float16)]).view(np.int16)[None],
     }
 
 
@@ -133,9 +140,14 @@ class Embedder:
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
         """Embed and write one row of `_decode_part`."""
-        name, ids = str(row["part"][0]), row["image_id"][0]
-        values = self._embed(row["pixels"][0])[: len(ids)]
-        self.output.write_table(name, _to_table(ids, view_of(name), values), _schema(values))
+        name, ids, reused = str(row["part"][0]), row["image_id"][0], row["reused"][0].astype(bool)
+        new = self._embed(row["pixels"][0])
+        values = np.empty((len(ids), *new.shape[1:]), np.float16)
+        values[~reused] = new[: (~reused).sum()]
+        if reused.any():
+            values[reused] = row["values"][0].view(np.float16)
+        table = note_reused(_to_table(ids, view_of(name), values), str(row["earlier"][0]), int(reused.sum()))
+        self.output.write_table(name, table, _schema(values))
         return {"part": row["part"], "rows": row["rows"]}
 
     def _embed(self, pixels: np.ndarray) -> np.ndarray:
@@ -155,26 +167,6 @@ def _to_table(ids: np.ndarray, view: int, values: np.ndarray) -> pa.Table:
     lists = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), tokens * dim)
     columns = [pa.array(ids), pa.array(np.full(rows, view, np.int16)), pa.array(np.full(rows, tokens, np.int16)), lists]
     return pa.table(columns, schema=_schema(values))
-
-
-def read_part(output: Output, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(image ids [n], values float16 [n, tokens, dim]) of one part of the embeddings."""
-    tokens, dim = _info(output)
-    table = output.read_table(name, tables.embeddings(tokens, dim), ["image_id", "values"])
-    values = pc.list_flatten(table["values"]).to_numpy()
-    return table["image_id"].to_numpy(), values.reshape(-1, tokens, dim)
-
-
-def read_ids(output: Output, name: str) -> np.ndarray:
-    """Image ids int64 [n] of one part of the embeddings."""
-    return output.read_table(name, tables.embeddings(*_info(output)), ["image_id"])["image_id"].to_numpy()
-
-
-def _info(output: Output) -> tuple[int, int]:
-    if not output.exists(INFO):
-        raise FileNotFoundError(f"{output.uri} has no {INFO}: the embeddings are not finished")
-    info = output.read_json(INFO)
-    return info["tokens"], info["dim"]
 
 
 def _summarise(output: Output, views: ViewsConfig) -> None:
@@ -204,8 +196,3 @@ def _shape(output: Output) -> tuple[int, int]:
         file = pq.ParquetFile(stream)
         tokens = file.read_row_group(0, columns=["tokens"])["tokens"][0].as_py()
         return tokens, file.schema_arrow.field("values").type.list_size // tokens
-
-
-def plain_parts(output: Output) -> list[str]:
-    """Names of the parts of the plain view."""
-    return [name for name in output.parts() if view_of(name) == 0]

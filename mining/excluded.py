@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Output
 from mining import tables
-from mining.embed import plain_parts, read_ids, read_part
+from mining.embeddings import gallery_part, plain_parts, read_part
 from mining.features import centred, unit_vectors
 
 LISTING = "excluded.parquet"  # tables.EXCLUDED, beside a gallery of the benchmark's images where they are given
@@ -36,54 +36,69 @@ class Guard:
 
 
 def find_excluded(guard: Guard, embeddings: Output) -> dict[int, Reject]:
-    """The embedded images that must not be mined, by id, each with the first reason found.
+    """The embedded images that must not be mined, by id, each with the first reason found, part by part of the gallery.
 
     Reasons are excluded_name, excluded_prefix (both of the last part of the key), excluded_content (the encoded bytes are
     the same) and near_duplicate.
     """
-    embedded = pa.array(np.concatenate([read_ids(embeddings, part) for part in plain_parts(embeddings)]))
-    images = guard.gallery.read_parts(tables.GALLERY, ["image_id", "key", "sha256"])
-    images = images.filter(pc.is_in(images["image_id"], embedded))
-    keys = dict(zip(images["image_id"].to_pylist(), images["key"].to_pylist(), strict=True))
+    benchmarks = [(excluded.benchmark, _Listing(excluded), _Looks(excluded)) for excluded in guard.benchmarks]
     found: dict[int, Reject] = {}
-    for benchmark in guard.benchmarks:
-        for image_id, reason, detail in (
-            *_listed(images, benchmark.images),
-            *_near_duplicates(embeddings, benchmark, guard.similarity),
-        ):
-            row = {"key": keys[image_id], "stage": "mine", "reason": reason, "detail": f"{benchmark.benchmark}: {detail}"[:200]}
-            found.setdefault(image_id, row)
+    for part in plain_parts(embeddings):
+        image_ids, values = read_part(embeddings, part)
+        images = _images(guard.gallery, part, image_ids)
+        keys = dict(zip(images["image_id"].to_pylist(), images["key"].to_pylist(), strict=True))
+        for benchmark, listing, looks in benchmarks:
+            for image_id, reason, detail in (*listing.find(images), *looks.find(image_ids, values, guard.similarity)):
+                row = {"key": keys[image_id], "stage": "mine", "reason": reason, "detail": f"{benchmark}: {detail}"[:200]}
+                found.setdefault(image_id, row)
     return found
 
 
-def _listed(images: pa.Table, excluded: Output) -> Iterator[tuple[int, str, str]]:
-    """(image id, reason, detail) of the images that the listing names."""
-    listing = excluded.read_table(LISTING, tables.EXCLUDED).to_pylist()
-    names = {row["name"] for row in listing if not row["is_prefix"]}
-    prefixes = tuple(row["name"] for row in listing if row["is_prefix"])
-    hashes = {row["sha256"] for row in listing if row["sha256"]}
-    for image_id, key, sha256 in zip(*(images[column].to_pylist() for column in images.column_names), strict=True):
-        name = key.rpartition("/")[2]
-        if name in names:
-            yield image_id, "excluded_name", name
-        elif name.startswith(prefixes):
-            yield image_id, "excluded_prefix", next(prefix for prefix in prefixes if name.startswith(prefix))
-        elif sha256 in hashes:
-            yield image_id, "excluded_content", f"sha256 {sha256}"
+def _images(gallery: Output, part: str, image_ids: np.ndarray) -> pa.Table:
+    """Names and hashes of the images of one part of the embeddings."""
+    images = gallery.read_table(gallery_part(part), tables.GALLERY, ["image_id", "key", "sha256"])
+    return images.filter(pc.is_in(images["image_id"], pa.array(image_ids)))
 
 
-def _near_duplicates(embeddings: Output, benchmark: Excluded, similarity: float) -> Iterator[tuple[int, str, str]]:
-    """(image id, reason, detail) of the images whose nearest image of the benchmark is as similar as that, part by part."""
-    import faiss
+class _Listing:
+    """Images that a benchmark names."""
 
-    if benchmark.embeddings is None:
-        return
-    ids, vectors = unit_vectors(benchmark.embeddings, ORIGIN)
-    listing = benchmark.images.read_parts(tables.GALLERY, ["image_id", "key"])
-    keys = dict(zip(listing["image_id"].to_pylist(), listing["key"].to_pylist(), strict=True))
-    for part in plain_parts(embeddings):
-        image_ids, values = read_part(embeddings, part)
+    def __init__(self, excluded: Excluded) -> None:
+        listing = excluded.images.read_table(LISTING, tables.EXCLUDED).to_pylist()
+        self.names = {row["name"] for row in listing if not row["is_prefix"]}
+        self.prefixes = tuple(row["name"] for row in listing if row["is_prefix"])
+        self.hashes = {row["sha256"] for row in listing if row["sha256"]}
+
+    def find(self, images: pa.Table) -> Iterator[tuple[int, str, str]]:
+        """(image id, reason, detail) of the images that are named."""
+        for image_id, key, sha256 in zip(*(images[column].to_pylist() for column in images.column_names), strict=True):
+            name = key.rpartition("/")[2]
+            if name in self.names:
+                yield image_id, "excluded_name", name
+            elif name.startswith(self.prefixes):
+                yield image_id, "excluded_prefix", next(prefix for prefix in self.prefixes if name.startswith(prefix))
+            elif sha256 in self.hashes:
+                yield image_id, "excluded_content", f"sha256 {sha256}"
+
+
+class _Looks:
+    """Images of a benchmark, where they are given."""
+
+    def __init__(self, excluded: Excluded) -> None:
+        self.vectors: np.ndarray | None = None
+        if excluded.embeddings is not None:
+            self.ids, self.vectors = unit_vectors(excluded.embeddings, ORIGIN)
+            listing = excluded.images.read_parts(tables.GALLERY, ["image_id", "key"])
+            self.keys = dict(zip(listing["image_id"].to_pylist(), listing["key"].to_pylist(), strict=True))
+
+    def find(self, image_ids: np.ndarray, values: np.ndarray, similarity: float) -> Iterator[tuple[int, str, str]]:
+        """(image id, reason, detail) of the images whose nearest image of the benchmark is as similar as that."""
+        import faiss
+
+        if self.vectors is None:
+            return
         block = centred(values.mean(axis=1, dtype=np.float32), ORIGIN)
-        scores, nearest = (column[:, 0] for column in faiss.knn(block, vectors, 1, metric=faiss.METRIC_INNER_PRODUCT))
+        scores, nearest = (column[:, 0] for column in faiss.knn(block, self.vectors, 1, metric=faiss.METRIC_INNER_PRODUCT))
         for row in np.flatnonzero(scores >= similarity).tolist():
-            yield int(image_ids[row]), "near_duplicate", f"cosine {scores[row]:.3f} with '{keys[ids[nearest[row]]]}'"
+            detail = f"cosine {scores[row]:.3f} with '{self.keys[self.ids[nearest[row]]]}'"
+            yield int(image_ids[row]), "near_duplicate", detail

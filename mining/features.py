@@ -1,28 +1,23 @@
 """Tower outputs for training: cached views, memory-mapped on each node, or the tower run online on fresh views."""
 
-import hashlib
-import os
-import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from filelock import FileLock
 
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from mining.config import TowerConfig, ViewsConfig
-from mining.embed import INFO, MEAN, plain_parts, read_ids, read_part, view_of
+from mining.embeddings import INFO, MEAN, plain_parts, read_ids, read_part, view_of
 from mining.gallery import read_images
 from mining.images import render
+from mining.scratch import shared
 
 ONLINE_VIEWS = 2**15  # as many different views as the schema's int16 can name
-UNUSED_SECONDS = 24 * 3600  # a joined file that nobody opened for so long is removed
 
 
 class FeatureSource(Protocol):
@@ -85,8 +80,7 @@ class Features:
 class CachedFeatures:
     """Cached views of some images, joined once a node into a memory-mapped array [images, views, tokens, dim].
 
-    The joined files live in a temporary folder of this user, and whoever opens the same images of the same outputs uses
-    the same file. A file that nobody opened for a day is removed when another is made; who still maps it keeps it.
+    Whoever opens the same images of the same outputs uses the same file (`mining.scratch`).
     """
 
     def __init__(self, embeddings: tuple[Output, ...], image_ids: np.ndarray, views: int) -> None:
@@ -98,20 +92,11 @@ class CachedFeatures:
 
     def _joined(self, embeddings: tuple[Output, ...]) -> np.ndarray:
         key = repr((embeddings, self.views)).encode() + self.mean.tobytes() + self.image_ids.tobytes()
-        folder = Path(tempfile.gettempdir()) / f"vdg-features-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        path = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.npy"
-        with FileLock(folder / "lock"):
-            if not path.exists():
-                _remove_unused(folder)
-                self._join(embeddings, path)
-            path.touch()
-            return np.load(path, mmap_mode="r")
+        return np.load(shared(key, ".npy", partial(self._join, embeddings)), mmap_mode="r")
 
     def _join(self, embeddings: tuple[Output, ...], path: Path) -> None:
         shape = (len(self.image_ids), self.views, self.tokens, self.dim)
-        partial = path.with_suffix(".partial")
-        values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+        values = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
         found = np.zeros(shape[:2], bool)
         parts = [(output, part) for output in embeddings for part in output.parts() if view_of(part) < self.views]
         for source, part in parts:
@@ -122,8 +107,6 @@ class CachedFeatures:
             found[places, view_of(part)] = True
         if not found.all():
             raise _without_embeddings(self.image_ids[~found.all(axis=1)], "the rows of this stage", embeddings[0])
-        values.flush()
-        partial.rename(path)
 
     def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Uniform over the cached views."""
@@ -184,12 +167,6 @@ class OnlineFeatures:
         return self._tower(torch.from_numpy(self.pixels.take(image_ids, views))).cpu().numpy()
 
 
-def _remove_unused(folder: Path) -> None:
-    for path in folder.glob("*.*"):  # not the lock
-        if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
-            path.unlink()
-
-
 def _without_embeddings(missing: np.ndarray, where: str, embeddings: Output) -> UserError:
     return UserError(
         f"{where}: {len(missing)} image(s) have no embeddings in {embeddings.uri}, such as image_id {missing[0]}: they are of "
@@ -225,15 +202,20 @@ def centred(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
 def unit_vectors(output: Output, mean: np.ndarray, without: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(image ids int64 [n], float32 [n, dim]) of a gallery's plain view: tokens averaged, less `mean`, of norm 1.
 
-    The images `without` (their ids) are left out. The vectors are held in memory, once.
+    The images `without` (their ids) are left out. The vectors are memory-mapped, from one file a node (`mining.scratch`):
+    they are in no process's own memory.
     """
-    rows = {name: count for name, count in output.part_rows().items() if view_of(name) == 0}
-    vectors = np.empty((sum(rows.values()), output.read_json(INFO)["dim"]), np.float32)
-    ids, first = np.empty(len(vectors), np.int64), 0
-    for name in rows:
-        found, values = read_part(output, name)
-        kept = np.isin(found, [] if without is None else without, invert=True)
-        here = slice(first, first + int(kept.sum()))
-        ids[here], vectors[here] = found[kept], centred(values[kept].mean(axis=1, dtype=np.float32), mean)
-        first = here.stop
-    return ids[:first], vectors[:first]
+    found = [read_ids(output, name) for name in plain_parts(output)]
+    kept = [np.isin(ids, [] if without is None else without, invert=True) for ids in found]
+    ids = np.concatenate([ids[mask] for ids, mask in zip(found, kept, strict=True)])
+
+    def write(path: Path) -> None:
+        shape, first = (len(ids), output.read_json(INFO)["dim"]), 0
+        vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        for name, mask in zip(plain_parts(output), kept, strict=True):
+            values = read_part(output, name)[1][mask].mean(axis=1, dtype=np.float32)
+            vectors[first : first + len(values)] = centred(values, mean)
+            first += len(values)
+
+    key = repr(("unit", output)).encode() + read_mean(output).tobytes() + mean.tobytes() + ids.tobytes()
+    return ids, np.load(shared(key, ".npy", write), mmap_mode="r")

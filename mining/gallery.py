@@ -1,7 +1,7 @@
 """Ingest: from outside sources to checked gallery, triplet and caption tables; and reading galleries back."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -19,7 +19,7 @@ from mining import tables
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig
 from mining.images import BadImage, decode
 from mining.labelled import read_captions, read_triplets
-from mining.sources import BytesReader, list_images, reject
+from mining.sources import LISTED_ROWS, BytesReader, list_images, reject
 
 INGEST_VERSION = 3
 GROUPS = "groups.parquet"
@@ -40,7 +40,7 @@ def ingest_gallery(
     """
     index, rejects = list_images(config, f"ingest.galleries.{name}.images")
     output.write_rejects("listing.parquet", rejects)
-    tables.check_unique((tables.stable_id(name, key) for key in index["key"].to_pylist()), f"gallery {name}")
+    tables.check_unique((tables.stable_id(name, key) for key in _keys(index)), f"gallery {name}")
     starts = range(0, len(index), options.shard_rows)
     shards = {part_name(i): index.slice(start, options.shard_rows) for i, start in enumerate(starts)}
     ingest = partial(_ingest_shard, output=output, gallery=name, copy_images=config.copy_images, max_pixels=options.max_pixels)
@@ -56,6 +56,10 @@ def ingest_gallery(
         )
 
     run_parts(output, {name: len(shard) for name, shard in shards.items()}, dataset, monitor, "image")
+
+
+def _keys(index: pa.Table) -> Iterator[str]:
+    return (key for block in index.to_batches(LISTED_ROWS) for key in block["key"].to_pylist())
 
 
 def _ingest_shard(index: pa.Table, output: Output, gallery: str, copy_images: bool, max_pixels: int) -> dict[str, list[Any]]:
@@ -121,6 +125,11 @@ def keys(gallery: Output) -> dict[str, int]:
     """Image id of every key of a gallery."""
     table = gallery.read_parts(tables.GALLERY, ["key", "image_id"])
     return dict(zip(table["key"].to_pylist(), table["image_id"].to_pylist(), strict=True))
+
+
+def read_image_ids(gallery: Output) -> np.ndarray:
+    """Image ids int64 [n] of a gallery."""
+    return gallery.read_parts(tables.GALLERY, ["image_id"])["image_id"].to_numpy()
 
 
 def image_bytes(row: _Row, reader: BytesReader) -> bytes:

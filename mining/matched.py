@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mining.config import MatchedConfig
+from mining.config import IndexConfig, MatchedConfig
 from mining.neighbours import Block, Neighbours
 
 COUNTED_ANCHORS = 4096  # anchors whose candidates estimate the gallery's histogram
@@ -23,10 +23,12 @@ class Matcher:
     histogram is the labelled pairs'.
     """
 
-    def __init__(self, vectors: np.ndarray, labelled: np.ndarray, config: MatchedConfig, seed: int) -> None:
+    def __init__(
+        self, vectors: np.ndarray, labelled: np.ndarray, config: MatchedConfig, seed: int, index: IndexConfig | None = None
+    ) -> None:
         rng = np.random.default_rng(seed)
-        self.vectors, self.top = vectors, config.neighbours
-        self._neighbours = Neighbours(vectors)
+        self.vectors = vectors
+        self.neighbours = Neighbours(vectors, config.neighbours, index, seed)
         self._sample = np.sort(rng.choice(len(vectors), min(config.sample, len(vectors)), replace=False))
         self._in_sample = np.isin(np.arange(len(vectors)), self._sample)
         self._edges = np.linspace(-1, 1, config.bins + 1)
@@ -59,7 +61,7 @@ class Matcher:
         The cosine is -inf where a place has no candidate.
         """
         sample = self._sample
-        for rows, near, near_scores in self._neighbours.blocks(self.top, anchors):
+        for rows, near, near_scores in self.neighbours.blocks(anchors):
             columns = np.hstack([np.broadcast_to(sample, (len(rows), len(sample))), near])
             scores = np.hstack([self.vectors[rows] @ self.vectors[sample].T, near_scores])
             scores[:, len(sample) :][(near < 0) | self._in_sample[near]] = -np.inf

@@ -1,14 +1,16 @@
 """Mine: related pairs of a gallery's images, by the paper's walk, matched to the labelled pairs, or at random.
 
-One Ray task holds the gallery's vectors: an image's neighbours may be anywhere in it.
+One Ray task searches the gallery: an image's neighbours may be anywhere in it. The vectors lie in a memory-mapped file.
 """
 
-from collections.abc import Generator, Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from cluster.artifacts import Output
@@ -16,21 +18,24 @@ from cluster.config import TaskResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from mining import tables
-from mining.config import MineConfig, WalkConfig
-from mining.embed import view_of
+from mining.config import MineConfig
+from mining.embeddings import view_of
 from mining.excluded import ORIGIN, Guard, find_excluded
 from mining.features import read_mean, unit_vectors
 from mining.gallery import part_name
 from mining.matched import Matcher
 from mining.matched_groups import draw_groups, thin
-from mining.walk import GROUP_SIZE, PAIR_RANKS, Group, walk, without_overlap
+from mining.neighbours import Neighbours, blocks_of
+from mining.similarities import cosines, labelled_rows, write_similarities
+from mining.walk import GROUP_SIZE, PAIR_RANKS, groups_of, pairs_of, shuffled, without_overlap
 
 MINE_VERSION = 2
 PAIRS_VERSION = 1
-SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs, for the report
-HISTOGRAM_BINS = 40
-HISTOGRAM_PAIRS = 20_000
-COSINES = 4096  # pairs whose vectors are gathered at a time
+NEIGHBOURS = "neighbours.json"  # the index that found the neighbours, and its recall
+CANDIDATES = "candidates"  # folder of the walk's groups before the overlap rule: what a killed walk goes on from
+_CANDIDATE = pa.schema([("rows", pa.list_(pa.int32(), GROUP_SIZE))])  # of the images that may be mined
+_RANKS = np.array(PAIR_RANKS)
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class _Mining:
     config: MineConfig
     seed: int
     excluded: np.ndarray  # ids of images that are not mined
-    shards: dict[str, np.ndarray]  # rows of the anchors of each part that is still to be matched
+    shards: dict[str, np.ndarray]  # rows of the anchors of each part that is still to be walked from or matched
 
     def vectors(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n], unit vectors float32 [n, dim]) of the images that may be mined."""
@@ -62,9 +67,9 @@ def mine_pairs(
 ) -> None:
     """Write the pairs table in parts of `config.part_rows`, in one Ray task with its own FAISS threads.
 
-    Images that the `guard` excludes are rejects of this stage and in no pair. Matched pairs are drawn part by part, so a
-    killed stage goes on from the parts that exist; the other methods need all anchors first. Raises UserError when the
-    gallery has fewer images than a group, or no pair is found.
+    Images that the `guard` excludes are rejects of this stage and in no pair. Anchors are searched part by part, so a killed
+    stage goes on from the parts that exist; matched groups are drawn in one go. Raises UserError when the gallery has fewer
+    images than a group, or no pair is found.
     """
     excluded = np.empty(0, np.int64)
     if guard is not None:
@@ -73,13 +78,15 @@ def mine_pairs(
     if images < GROUP_SIZE:
         less = f" that no benchmark excludes ({len(excluded)} are excluded)" if len(excluded) else ""
         raise UserError(f"mine.gallery: '{config.gallery}' has {images} image(s){less}, fewer than a group of {GROUP_SIZE}")
-    shards = _missing_shards(output, images, config, seed) if config.method == "matched" else {}
-    left = sum(map(len, shards.values())) if config.method == "matched" else images
+    shards = _missing_shards(output, images, config, seed)
+    left = images if shards is None else sum(map(len, shards.values()))
     monitor.start(images, "image", images - left)
-    job = _Mining(output, embeddings, labelled, config, seed, excluded, shards)
+    job = _Mining(output, embeddings, labelled, config, seed, excluded, shards or {})
     task: Any = ray.remote(**resources.ray_options())(_mine)
     for searched in task.remote(job, resources.cpus):
         monitor.advance(ray.get(searched))
+    if output.exists(NEIGHBOURS):
+        _LOG.info("mine: neighbours by %s", output.read_json(NEIGHBOURS))
 
 
 def _exclude(output: Output, embeddings: Output, guard: Guard, cpus: float) -> np.ndarray:
@@ -95,6 +102,9 @@ def _mine(job: _Mining, cpus: float) -> Iterator[int]:
     _limit_threads(cpus)
     write = {"walk": _write_walked, "matched": _write_matched, "matched_groups": _write_groups, "random": _write_random}
     yield from write[job.config.method](job)
+    if not sum(job.output.part_rows().values()):
+        raise UserError(f"mine: no pairs found among the images of '{job.config.gallery}'; relax mine.{job.config.method}")
+    write_similarities(job.output, job.embeddings, job.excluded, job.labelled, job.seed)
 
 
 def _limit_threads(cpus: float) -> None:
@@ -105,64 +115,82 @@ def _limit_threads(cpus: float) -> None:
 
 def _write_walked(job: _Mining) -> Iterator[int]:
     ids, vectors = job.vectors(ORIGIN)
-    _write_parts(job, (yield from walked(ids, vectors, job.config.walk, job.seed)))
-    del vectors  # the centred ones take their place
-    _summarise(job, *job.vectors(read_mean(job.embeddings)))
+    if job.shards:
+        neighbours = Neighbours(vectors, job.config.walk.top, job.config.index, job.seed)
+        job.output.write_json(NEIGHBOURS, neighbours.report)
+        for name, anchors in job.shards.items():
+            rows = pa.FixedSizeListArray.from_arrays(groups_of(neighbours, anchors, job.config.walk).ravel(), GROUP_SIZE)
+            job.output.write_table(f"{CANDIDATES}/{name}", pa.table([rows], schema=_CANDIDATE), _CANDIDATE)
+            yield len(anchors)
+    groups = without_overlap(shuffled(_candidates(job.output), len(ids), job.seed), len(ids), job.config.walk)
+    _write_grouped(job, ids, vectors, groups, *pairs_of(groups, len(ids)))
 
 
-def walked(ids: np.ndarray, vectors: np.ndarray, config: WalkConfig, seed: int) -> Generator[int, None, pa.Table]:
-    """Pairs of the walk's groups. Yields as `walk`, returns pairs."""
-    return _pairs_of(ids, vectors, (yield from walk(vectors, config, seed)))
+def _candidates(output: Output) -> np.ndarray:
+    """Groups int32 [m, 6] of all anchors, in the order of the anchors."""
+    parts = [output.read_table(f"{CANDIDATES}/{name}", _CANDIDATE)["rows"] for name in output.names(CANDIDATES)]
+    return np.concatenate([pc.list_flatten(rows).to_numpy() for rows in parts]).reshape(-1, GROUP_SIZE)
 
 
-def _pairs_of(ids: np.ndarray, vectors: np.ndarray, groups: list[Group]) -> pa.Table:
-    """Nine ordered pairs a group, an ordered pair kept in the first group that has it."""
-    rows: dict[tuple[int, int], tuple[int, int, int]] = {}
-    for group in groups:
-        group_id = tables.stable_id("group", *ids[list(group.rows)].tolist())
-        for ranks in PAIR_RANKS:
-            rows.setdefault((group.rows[ranks[0]], group.rows[ranks[1]]), (group_id, *ranks))
-    references, targets = np.array(list(rows), np.int64).reshape(-1, 2).T
-    names = ("group_id", "reference_rank", "target_rank")
-    columns = dict(zip(names, zip(*rows.values(), strict=True), strict=True)) if rows else {}
-    return _table(ids, references, targets, _cosines(vectors, references, targets), columns)
+def _write_grouped(
+    job: _Mining, ids: np.ndarray, vectors: np.ndarray, groups: np.ndarray, group: np.ndarray, place: np.ndarray
+) -> None:
+    """Write the pairs at some places of some groups."""
+
+    def part(here: slice) -> pa.Table:
+        references, targets = _members(groups, group[here], place[here])
+        group_ids = [tables.stable_id("group", *members) for members in ids[groups[group[here]]].tolist()]
+        columns = {"group_id": group_ids, "reference_rank": _RANKS[place[here], 0], "target_rank": _RANKS[place[here], 1]}
+        return _table(ids, references, targets, cosines(vectors, references, targets), columns)
+
+    _write_parts(job, len(group), part)
 
 
 def _write_matched(job: _Mining) -> Iterator[int]:
+    if not job.shards:
+        return
     ids, cosine = job.vectors(read_mean(job.embeddings))
     matcher = _matcher(job, ids, cosine)
     for name, anchors in job.shards.items():
         drawn = matcher.draw(anchors, np.random.default_rng([job.seed, tables.stable_id(name)]))
         job.output.write_table(name, _table(ids, *drawn, {}), tables.PAIRS)
         yield len(anchors)
-    _summarise(job, ids, cosine)
 
 
 def _write_groups(job: _Mining) -> Iterator[int]:
     ids, cosine = job.vectors(read_mean(job.embeddings))
     matcher, rng = _matcher(job, ids, cosine), np.random.default_rng(job.seed)
-    groups = yield from draw_groups(matcher, rng.permutation(len(ids)), job.config.matched.pairs, rng)
-    pairs = _pairs_of(ids, cosine, without_overlap(groups, job.config.walk.max_overlap))
-    kept = thin(matcher, pairs["similarity"].to_numpy(), pairs["group_id"].to_numpy(), rng)
-    _write_parts(job, pairs.filter(pa.array(kept)))
-    _summarise(job, ids, cosine)
+    drawn = yield from draw_groups(matcher, rng.permutation(len(ids)), job.config.matched.pairs, rng)
+    groups = without_overlap(drawn, len(ids), job.config.walk)
+    group, place = pairs_of(groups, len(ids))
+    kept = thin(matcher, cosines(cosine, *_members(groups, group, place)), group, rng)
+    _write_grouped(job, ids, cosine, groups, group[kept], place[kept])
+
+
+def _members(groups: np.ndarray, group: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the references and targets at some places of some groups."""
+    return groups[group, _RANKS[place, 0]], groups[group, _RANKS[place, 1]]
 
 
 def _matcher(job: _Mining, ids: np.ndarray, cosine: np.ndarray) -> Matcher:
-    labels = _labelled_similarities(job, ids, cosine)
+    labels = cosines(cosine, *labelled_rows(ids, job.labelled))
     if not len(labels):
         config = job.config
         raise UserError(f"mine.triplets: no labelled pair of '{config.triplets}' has both images in gallery '{config.gallery}'")
-    return Matcher(cosine, labels, job.config.matched, job.seed)
+    matcher = Matcher(cosine, labels, job.config.matched, job.seed, job.config.index)
+    job.output.write_json(NEIGHBOURS, matcher.neighbours.report)
+    return matcher
 
 
 def _write_random(job: _Mining) -> Iterator[int]:
     ids, vectors = job.vectors(ORIGIN)
     references, targets = random_pairs(len(ids), job.config.random.pairs, job.seed)
-    _write_parts(job, _table(ids, references, targets, _cosines(vectors, references, targets), {}))
+
+    def part(here: slice) -> pa.Table:
+        return _table(ids, references[here], targets[here], cosines(vectors, references[here], targets[here]), {})
+
+    _write_parts(job, len(references), part)
     yield len(ids)
-    del vectors
-    _summarise(job, *job.vectors(read_mean(job.embeddings)))
 
 
 def random_pairs(images: int, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -176,9 +204,12 @@ def random_pairs(images: int, pairs: int, seed: int) -> tuple[np.ndarray, np.nda
     return references, others + (others >= references)  # the `others` of an image are numbered without itself
 
 
-def _write_parts(job: _Mining, pairs: pa.Table) -> None:
-    for part, start in enumerate(range(0, len(pairs), job.config.part_rows)):
-        job.output.write_table(part_name(part), pairs.slice(start, job.config.part_rows), tables.PAIRS)
+def _write_parts(job: _Mining, pairs: int, part: Callable[[slice], pa.Table]) -> None:
+    """Write the parts that are missing, each from its own pairs alone."""
+    finished, rows = set(job.output.parts()), job.config.part_rows
+    for index, start in enumerate(range(0, pairs, rows)):
+        if part_name(index) not in finished:
+            job.output.write_table(part_name(index), part(slice(start, start + rows)), tables.PAIRS)
 
 
 def labelled_pairs(output: Output, labelled: Output, monitor: Monitor) -> None:
@@ -193,11 +224,18 @@ def labelled_pairs(output: Output, labelled: Output, monitor: Monitor) -> None:
     monitor.advance(len(pairs))
 
 
-def _missing_shards(output: Output, images: int, config: MineConfig, seed: int) -> dict[str, np.ndarray]:
-    """Anchors of each part that does not exist: in a seeded order, so that every part is a fair sample of the gallery."""
-    count = min(-(-config.matched.pairs // config.part_rows), images)
-    shards = np.array_split(np.random.default_rng(seed).permutation(images), count)
-    finished = set(output.parts())
+def _missing_shards(output: Output, images: int, config: MineConfig, seed: int) -> dict[str, np.ndarray] | None:
+    """Rows of the anchors of each part that does not exist: of the walk's candidates, or of the table of matched pairs.
+
+    Matched anchors come in a seeded order, so that every part is a fair sample of the gallery. None for the other methods.
+    """
+    if config.method == "walk":
+        shards, finished = blocks_of(np.arange(images)), set(output.names(CANDIDATES))
+    elif config.method == "matched":
+        count = min(-(-config.matched.pairs // config.part_rows), images)
+        shards, finished = np.array_split(np.random.default_rng(seed).permutation(images), count), set(output.parts())
+    else:
+        return None
     return {part_name(i): shard for i, shard in enumerate(shards) if part_name(i) not in finished}
 
 
@@ -210,42 +248,3 @@ def _table(
     known = {"pair_id": pair_ids, "reference_id": reference_ids, "target_id": target_ids, "similarity": similarity, **columns}
     nulls = [None] * len(references)
     return pa.table([pa.array(known.get(f.name, nulls), f.type) for f in tables.PAIRS], schema=tables.PAIRS)
-
-
-def _labelled_similarities(job: _Mining, ids: np.ndarray, cosine: np.ndarray) -> np.ndarray:
-    """Centred cosines of the labelled pairs whose images are in this gallery, float32 [m]."""
-    if job.labelled is None:
-        return np.empty(0, np.float32)
-    return _similarities(ids, cosine, job.labelled.read_parts(tables.TRIPLETS, ["reference_id", "target_id"]))
-
-
-def _similarities(ids: np.ndarray, cosine: np.ndarray, pairs: pa.Table) -> np.ndarray:
-    order = np.argsort(ids)
-    wanted = np.stack([pairs[name].to_numpy() for name in ("reference_id", "target_id")])
-    rows = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
-    return _cosines(cosine, *rows[:, (ids[rows] == wanted).all(axis=0)])
-
-
-def _cosines(vectors: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Dot products float32 [m] of rows of unit vectors."""
-    values = np.empty(len(left), np.float32)
-    for first in range(0, len(left), COSINES):
-        here = slice(first, first + COSINES)
-        values[here] = np.einsum("nd,nd->n", vectors[left[here]], vectors[right[here]])
-    return values
-
-
-def _summarise(job: _Mining, ids: np.ndarray, cosine: np.ndarray) -> None:
-    """Write densities over [-1, 1] of the centred cosine: of random pairs of the gallery, labelled and mined pairs."""
-    pairs = job.output.read_parts(tables.PAIRS, ["reference_id", "target_id"])
-    if not len(pairs):
-        raise UserError(f"mine: no pairs found among {len(ids)} images; relax mine.{job.config.method}")
-    rng = np.random.default_rng(job.seed)
-    series = {
-        "gallery": _cosines(cosine, *rng.integers(len(ids), size=(2, HISTOGRAM_PAIRS))),
-        "labelled": _labelled_similarities(job, ids, cosine),
-        "mined": _similarities(ids, cosine, pairs.take(rng.permutation(len(pairs))[:HISTOGRAM_PAIRS])),
-    }
-    edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
-    densities = {name: np.histogram(values, edges, density=True)[0].tolist() for name, values in series.items() if len(values)}
-    job.output.write_json(SIMILARITIES, {"edges": edges.tolist(), **densities})

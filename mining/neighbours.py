@@ -5,56 +5,87 @@ from typing import Any
 
 import numpy as np
 
-EXACT_ROWS = 200_000  # larger galleries are searched through inverted lists
+from mining.config import IndexConfig
+from mining.indexes import inverted_lists, kind_for
+
 BLOCK = 4096  # queries searched at a time
+RESCORED = 512  # queries whose neighbours' vectors are gathered at a time
+LEAST_PROBES, LISTS_A_PROBE = 16, 32  # lists searched: from the first number to one of so many lists
+RECALL_QUERIES = 512
+EPSILON = 1e-6  # two ways of computing one cosine differ by less
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Neighbours:
-    """Searches unit vectors float32 [n, dim]: small galleries as they lie in memory, large ones through one index."""
+    """Finds the `top` nearest of unit vectors float32 [n, dim], which may be memory-mapped.
 
-    def __init__(self, vectors: np.ndarray) -> None:
-        self.vectors = vectors
-        self._index = _inverted_lists(vectors) if len(vectors) > EXACT_ROWS else None
+    Small galleries are searched exactly, larger ones through one approximate index, which is searched as widely as the
+    config's recall needs on a seeded sample of queries; what it finds is scored again by the vectors themselves. `report`
+    says which index it is and its recall.
+    """
 
-    def blocks(self, top: int, anchors: np.ndarray | None = None) -> Iterator[Block]:
+    def __init__(self, vectors: np.ndarray, top: int, config: IndexConfig | None = None, seed: int = 0) -> None:
+        config = config or IndexConfig()
+        self.vectors, self.top = vectors, top
+        kind = kind_for(config, len(vectors)) if top else "exact"
+        self._index: Any = None if kind == "exact" else inverted_lists(vectors, kind, config.nlist)
+        self.report: dict[str, Any] = {"index": kind, "images": len(vectors), "top": top, "recall": 1.0}
+        if self._index is not None:
+            self.report |= self._probe(config, np.random.default_rng(seed))
+
+    def blocks(self, anchors: np.ndarray | None = None) -> Iterator[Block]:
         """Blocks (rows [b], neighbour rows [b, top], cosines [b, top]), most similar first, the image itself left out.
 
         `anchors` are the rows to search for (None: all). A place that no neighbour fills has row -1 and cosine -inf.
         """
-        anchors = np.arange(len(self.vectors)) if anchors is None else anchors
-        for rows in np.array_split(anchors, -(-len(anchors) // BLOCK)):
-            scores, found = self._search(rows, min(top + 1, len(self.vectors)))
-            yield rows, *_without_self(rows, found, scores)
+        for rows in blocks_of(np.arange(len(self.vectors)) if anchors is None else anchors):
+            yield rows, *self.search(rows)
 
-    def _search(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(neighbour rows [b, top], cosines [b, top]) of one block."""
+        if self._index is None:
+            return self._exact(rows)
+        found = self._index.search(self.vectors[rows], min(self.top + 1, len(self.vectors)))[1]
+        return _without_self(rows, *self._rescored(rows, found))
+
+    def _exact(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import faiss
 
-        if self._index is None:
-            return faiss.knn(self.vectors[rows], self.vectors, count, metric=faiss.METRIC_INNER_PRODUCT)
-        return self._exact_scores(rows, self._index.search(self.vectors[rows], count)[1])
+        count = min(self.top + 1, len(self.vectors))
+        scores, found = faiss.knn(self.vectors[rows], self.vectors, count, metric=faiss.METRIC_INNER_PRODUCT)
+        return _without_self(rows, found, scores)
 
-    def _exact_scores(self, rows: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines of approximate neighbours computed again from the vectors, and their order by them."""
-        scores = np.einsum("bd,bkd->bk", self.vectors[rows], self.vectors[found.clip(0)])
+    def _rescored(self, rows: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Approximate neighbours in the order of their cosines, computed again from the vectors, and those."""
+        scores = np.empty(found.shape, np.float32)
+        for first in range(0, len(rows), RESCORED):
+            here = slice(first, first + RESCORED)
+            scores[here] = np.einsum("bd,bkd->bk", self.vectors[rows[here]], self.vectors[found[here].clip(0)])
         scores[found < 0] = -np.inf
         order = np.argsort(-scores, axis=1, kind="stable")
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
+        return np.take_along_axis(found, order, 1), np.take_along_axis(scores, order, 1)
+
+    def _probe(self, config: IndexConfig, rng: np.random.Generator) -> dict[str, Any]:
+        """Search the fewest lists that find the share `config.recall` of a sample's neighbours, or `config.nprobe` lists."""
+        rows = np.sort(rng.choice(len(self.vectors), min(RECALL_QUERIES, len(self.vectors)), replace=False))
+        last = self._exact(rows)[1][:, -1:]
+        lists, recall = self._index.nlist, 0.0
+        for probes in [config.nprobe] if config.nprobe else _doubled(LEAST_PROBES, max(lists // LISTS_A_PROBE, LEAST_PROBES)):
+            self._index.nprobe = min(probes, lists)
+            recall = float((self.search(rows)[1] >= last - EPSILON).mean())
+            if recall >= config.recall:
+                break
+        return {"nlist": lists, "nprobe": self._index.nprobe, "recall": round(recall, 4), "recall_queries": len(rows)}
 
 
-def _inverted_lists(vectors: np.ndarray) -> Any:
-    """An index of half-precision copies of the vectors."""
-    import faiss
+def blocks_of(anchors: np.ndarray) -> list[np.ndarray]:
+    """The rows that are searched at a time."""
+    return np.array_split(anchors, -(-len(anchors) // BLOCK))
 
-    rows, dim = vectors.shape
-    lists = int(4 * np.sqrt(rows))
-    half = faiss.ScalarQuantizer.QT_fp16
-    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, lists, half, faiss.METRIC_INNER_PRODUCT)
-    index.nprobe = max(lists // 32, 16)
-    sample = np.random.default_rng(0).choice(rows, min(rows, 50 * lists), replace=False)
-    index.train(vectors[np.sort(sample)])
-    index.add(vectors)
-    return index
+
+def _doubled(first: int, last: int) -> list[int]:
+    """first, twice first and so on below last, and last."""
+    return [first * 2**i for i in range(last.bit_length()) if first * 2**i < last] + [last]
 
 
 def _without_self(rows: np.ndarray, found: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,11 +3,14 @@
 import json
 import tarfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
@@ -17,6 +20,7 @@ from mining.config import GalleryConfig
 
 INDEX = pa.schema([("key", pa.string()), ("uri", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+LISTED_ROWS = 8192  # rows that are Python objects at a time
 _Row = tuple[str, str, int, int]
 
 
@@ -27,19 +31,34 @@ def list_images(config: GalleryConfig, field: str) -> tuple[pa.Table, list[dict[
     """
     names = {name: path for file in config.splits for name, path in _read_names(file).items()} if config.splits else None
     split = ", ".join(config.splits)
-    rows = sorted(_listed(config.images, names, field))
-    if not rows:
+    rows = _table(_listed(config.images, names, field))
+    if not len(rows):
         raise UserError(f"{field}: no image found in {config.images}" + (f" for the names of {split}" if names else ""))
-    kept: dict[str, _Row] = {}
-    rejects = []
-    for row in rows:
-        if row[0] in kept:
-            rejects.append(reject(row[0], "duplicate_name", f"{row[1]} has the name of {kept[row[0]][1]}"))
-        else:
-            kept[row[0]] = row
-    rejects += [reject(name, "missing_image", f"named in {split}") for name in names or () if name not in kept]
-    columns = zip(*kept.values(), strict=True)
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, INDEX, strict=True)], schema=INDEX), rejects
+    first = _first_of_its_key(rows["key"])
+    again = np.flatnonzero(first != np.arange(len(rows)))
+    rejects = [
+        reject(row["key"], "duplicate_name", f"{row['uri']} has the name of {kept['uri']}")
+        for row, kept in zip(rows.take(again).to_pylist(), rows.take(first[again]).to_pylist(), strict=True)
+    ]
+    known = set(rows["key"].to_pylist()) if names else set()
+    rejects += [reject(name, "missing_image", f"named in {split}") for name in names or () if name not in known]
+    return rows.filter(pa.array(first == np.arange(len(rows)))) if len(again) else rows, rejects
+
+
+def _table(rows: Iterator[_Row]) -> pa.Table:
+    """Rows as an Arrow table, sorted: as Python objects those of a large gallery would be most of the driver's memory."""
+    blocks = [INDEX.empty_table()]
+    while block := list(islice(rows, LISTED_ROWS)):
+        columns = zip(*block, strict=True)
+        blocks.append(pa.table([pa.array(c, f.type) for c, f in zip(columns, INDEX, strict=True)], schema=INDEX))
+    return pa.concat_tables(blocks).sort_by([(name, "ascending") for name in INDEX.names])
+
+
+def _first_of_its_key(keys: pa.ChunkedArray) -> np.ndarray:
+    """Of each row the first row with the same key; keys are sorted."""
+    new = np.ones(len(keys), bool)
+    new[1:] = pc.not_equal(keys[1:], keys[:-1]).to_numpy()
+    return np.maximum.accumulate(np.where(new, np.arange(len(keys)), 0))
 
 
 def read_json(file: str) -> Any:
@@ -96,11 +115,15 @@ def _images_in(system: pafs.FileSystem, path: PurePosixPath, relative: str, size
     """(name, offset, length) of the images of one file: itself, a tar's members, or a Parquet file's rows."""
     if path.suffix == ".parquet":
         with system.open_input_file(str(path)) as stream:
-            keys = pq.read_table(stream, columns=["key"])["key"].to_pylist()
-        yield from ((key, row, 0) for row, key in enumerate(keys))
+            blocks = pq.ParquetFile(stream).iter_batches(LISTED_ROWS, columns=["key"])
+            keys = (key for block in blocks for key in block["key"].to_pylist())
+            yield from ((key, row, 0) for row, key in enumerate(keys))
     elif path.suffix == ".tar":
         with system.open_input_file(str(path)) as stream, tarfile.open(fileobj=stream) as archive:
-            yield from ((m.name, m.offset_data, m.size) for m in archive if m.isfile() and _has_image_suffix(m.name))
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has seen
+                if member.isfile() and _has_image_suffix(member.name):
+                    yield member.name, member.offset_data, member.size
     elif _has_image_suffix(relative):
         yield relative, 0, size
 

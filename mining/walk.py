@@ -1,8 +1,9 @@
-"""The paper's pairs: a walk down each anchor's ranking gives groups of six, and each group nine ordered pairs."""
+"""The paper's pairs: a walk down each anchor's ranking gives groups of six, and each group nine ordered pairs.
 
-from collections import defaultdict
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+A group is a row int [6] of a numpy array, rows of the gallery: the anchor first, then by falling similarity to it.
+"""
+
+from array import array
 
 import numpy as np
 
@@ -14,28 +15,15 @@ GROUP_SIZE = 6  # images of a group, the anchor included; the pairs below need a
 PAIR_RANKS = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0))
 
 
-@dataclass(frozen=True)
-class Group:
-    """Rows of the gallery: the anchor first, then by falling similarity to it."""
-
-    rows: tuple[int, ...]
-
-
-def walk(vectors: np.ndarray, config: WalkConfig, seed: int) -> Generator[int, None, list[Group]]:
-    """Groups of the gallery with unit vectors float32 [n, dim], in the order of a seeded shuffle of the anchors.
-
-    Of two groups that share more than `max_overlap` images the one whose anchor comes first is kept. Yields the number
-    of anchors walked from, block by block, and returns the groups.
-    """
-    candidates: dict[int, Group] = {}
-    for anchors, found, scores in Neighbours(vectors).blocks(config.top):
-        for anchor, ranking, similarity in zip(anchors.tolist(), found.tolist(), scores.tolist(), strict=True):
-            members = _walk_down(ranking, similarity, config)
-            if len(members) == GROUP_SIZE - 1:
-                candidates[anchor] = Group((anchor, *members))
-        yield len(anchors)
-    order = np.random.default_rng(seed).permutation(len(vectors)).tolist()
-    return without_overlap((candidates[anchor] for anchor in order if anchor in candidates), config.max_overlap)
+def groups_of(neighbours: Neighbours, anchors: np.ndarray, config: WalkConfig) -> np.ndarray:
+    """Groups int32 [m, 6] of one block of anchors, at most one an anchor."""
+    found, scores = neighbours.search(anchors)
+    groups = [
+        (anchor, *members)
+        for anchor, ranking, similarity in zip(anchors.tolist(), found.tolist(), scores.tolist(), strict=True)
+        if len(members := _walk_down(ranking, similarity, config)) == GROUP_SIZE - 1
+    ]
+    return np.array(groups, np.int32).reshape(-1, GROUP_SIZE)
 
 
 def _walk_down(ranking: list[int], similarity: list[float], config: WalkConfig) -> list[int]:
@@ -51,17 +39,52 @@ def _walk_down(ranking: list[int], similarity: list[float], config: WalkConfig) 
     return taken
 
 
-def without_overlap(groups: Iterable[Group], most: int) -> list[Group]:
-    """Of two groups that share more than `most` images the first."""
-    kept: list[Group] = []
-    member_of: dict[int, list[int]] = defaultdict(list)
-    for group in groups:
-        shared: dict[int, int] = defaultdict(int)
-        for row in group.rows:
-            for other in member_of[row]:
-                shared[other] += 1
-        if max(shared.values(), default=0) <= most:
-            for row in group.rows:
-                member_of[row].append(len(kept))
-            kept.append(group)
-    return kept
+def shuffled(groups: np.ndarray, images: int, seed: int) -> np.ndarray:
+    """Groups in the order of a seeded shuffle of the gallery's images, their anchors."""
+    place = np.empty(images, np.int64)
+    place[np.random.default_rng(seed).permutation(images)] = np.arange(images)
+    return groups[np.argsort(place[groups[:, 0]])]
+
+
+def without_overlap(groups: np.ndarray, images: int, config: WalkConfig) -> np.ndarray:
+    """The groups kept, first come first kept.
+
+    One is dropped that shares more than `max_overlap` images with a kept one, or has an image that is in `max_slots` kept
+    ones. The kept groups of each image are linked lists in flat arrays: 4 bytes an image and 24 a group. A group is
+    compared with all kept ones of its images: with `max_slots` these are few, without they grow with the gallery where
+    images are near many others.
+    """
+    newest = array("i", [-1]) * images  # of each image the last of its slots; slot 6 g + r is rank r of group g
+    older = array("i", [-1]) * groups.size
+    slots = array("i", [0]) * images
+    kept = np.zeros(len(groups), bool)
+    most = config.max_slots or len(groups)
+    for place, rows in enumerate(map(np.ndarray.tolist, groups)):
+        if any(slots[row] >= most for row in rows) or _overlap(rows, newest, older) > config.max_overlap:
+            continue
+        kept[place] = True
+        for rank, row in enumerate(rows):
+            slot = place * GROUP_SIZE + rank
+            older[slot], newest[row] = newest[row], slot
+            slots[row] += 1
+    return groups[kept]
+
+
+def _overlap(rows: list[int], newest: array, older: array) -> int:
+    """Most images that one kept group shares with these."""
+    shared: dict[int, int] = {}
+    for row in rows:
+        slot = newest[row]
+        while slot >= 0:
+            group = slot // GROUP_SIZE
+            shared[group] = shared.get(group, 0) + 1
+            slot = older[slot]
+    return max(shared.values(), default=0)
+
+
+def pairs_of(groups: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """(group [m], place in PAIR_RANKS [m]) of the ordered pairs, nine a group, each pair in the first group that has it."""
+    ordered = groups[:, np.array(PAIR_RANKS)].astype(np.int64)
+    first = np.unique(ordered[..., 0].ravel() * images + ordered[..., 1].ravel(), return_index=True)[1]
+    first.sort()
+    return first // len(PAIR_RANKS), first % len(PAIR_RANKS)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cluster.artifacts import Output
 from cluster.errors import UserError
-from mining.gallery import keys, read_images
+from mining.gallery import read_image_ids, read_images
 from mining.images import decode
 
 CROP, ASPECT = (0.8, 1.0), (0.9, 1.1)  # share of the area, and change of the aspect (paper, supplement)
@@ -58,7 +58,7 @@ class Images:
 
     def check(self, image_ids: np.ndarray, where: str) -> None:
         """Raises UserError when an image named in `where` is in none of the galleries."""
-        known = [list(keys(gallery).values()) for gallery in self.galleries]
+        known = [read_image_ids(gallery) for gallery in self.galleries]
         if len(missing := np.setdiff1d(image_ids, np.concatenate(known))):
             raise UserError(
                 f"{where}: {len(missing)} image(s) are in no gallery of {[gallery.uri for gallery in self.galleries]}, such as "

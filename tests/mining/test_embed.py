@@ -9,7 +9,8 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.weights import Weights
 from mining.config import EmbedConfig, GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
-from mining.embed import embed_gallery, plain_parts, read_part
+from mining.embed import embed_gallery
+from mining.embeddings import plain_parts, read_part
 from mining.features import Features, Online, read_mean
 from mining.gallery import ingest_gallery, keys
 from tests.chaos.killing import assert_same_embeddings, killing

@@ -9,8 +9,10 @@ from safetensors.numpy import save
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from mining.config import TowerConfig, ViewsConfig
-from mining.embed import INFO, MEAN, _schema, _to_table
-from mining.features import UNUSED_SECONDS, Features, Online, centred, unit_vectors
+from mining.embed import _schema, _to_table
+from mining.embeddings import INFO, MEAN
+from mining.features import Features, Online, centred, unit_vectors
+from mining.scratch import UNUSED_SECONDS
 
 IMAGES, VIEWS, TOKENS, DIM = 12, 3, 2, 8
 VALUES = np.random.default_rng(0).normal(size=(IMAGES, VIEWS, TOKENS, DIM)).astype(np.float16)

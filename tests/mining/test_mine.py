@@ -1,4 +1,4 @@
-from collections.abc import Generator
+import tempfile
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -10,13 +10,16 @@ from cluster.artifacts import Output
 from cluster.config import TaskResources
 from cluster.errors import UserError
 from mining import tables
-from mining.config import MatchedConfig, MineConfig, RandomConfig, WalkConfig
-from mining.embed import INFO, MEAN, _schema, _to_table
+from mining.config import IndexConfig, MatchedConfig, MineConfig, RandomConfig, WalkConfig
+from mining.embed import _schema, _to_table
+from mining.embeddings import INFO, MEAN
 from mining.features import centred
+from mining.indexes import kind_for
 from mining.matched import Matcher
-from mining.mine import SIMILARITIES, mine_pairs, random_pairs
-from mining.neighbours import Neighbours
-from mining.walk import PAIR_RANKS, Group, walk
+from mining.mine import CANDIDATES, NEIGHBOURS, mine_pairs, random_pairs
+from mining.neighbours import Neighbours, blocks_of
+from mining.similarities import SIMILARITIES
+from mining.walk import PAIR_RANKS, groups_of, shuffled, without_overlap
 from tests.conftest import Recorder
 
 WALK = MineConfig(gallery="g", tower="t")
@@ -45,17 +48,20 @@ def test_neighbours_agree_with_brute_force() -> None:
     vectors = clustered(300)
     cosine = vectors @ vectors.T
     np.fill_diagonal(cosine, -np.inf)
-    for rows, found, scores in Neighbours(vectors).blocks(5):
+    for rows, found, scores in Neighbours(vectors, 5).blocks():
         expected = -np.sort(-cosine[rows], axis=1)[:, :5]
         assert np.allclose(scores, expected, atol=1e-5)
         assert np.allclose(np.take_along_axis(cosine[rows], found, 1), scores, atol=1e-5)
 
 
-def test_approximate_neighbours_have_exact_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mining.neighbours.EXACT_ROWS", 1000)
+@pytest.mark.parametrize("kind", ["ivf", "ondisk"])
+def test_approximate_neighbours_have_exact_scores(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("mining.indexes.SHARD_ROWS", 800)
     vectors = clustered(3000)
+    neighbours = Neighbours(vectors, 5, IndexConfig.model_validate({"kind": kind}))
     hits = []
-    for rows, found, scores in Neighbours(vectors).blocks(5):
+    for rows, found, scores in neighbours.blocks():
         exact = np.einsum("bd,bkd->bk", vectors[rows], vectors[found.clip(0)])
         assert np.allclose(exact[found >= 0], scores[found >= 0], atol=1e-5)
         cosine = vectors[rows] @ vectors.T
@@ -63,21 +69,52 @@ def test_approximate_neighbours_have_exact_scores(monkeypatch: pytest.MonkeyPatc
         best = np.argsort(-cosine, axis=1)[:, :5]
         hits += [len(set(f) & set(b)) / 5 for f, b in zip(found.tolist(), best.tolist(), strict=True)]
     assert np.mean(hits) > 0.9
+    assert neighbours.report["index"] == kind
+    assert neighbours.report["recall"] == pytest.approx(np.mean(hits), abs=0.03)
+
+
+def test_lists_on_disk_find_what_lists_in_memory_do_and_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("mining.indexes.SHARD_ROWS", 800)
+    np.save(tmp_path / "vectors.npy", clustered(3000))
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    in_memory, *on_disk = (
+        Neighbours(mapped, 5, IndexConfig.model_validate({"kind": kind, "nprobe": 4})) for kind in ("ivf", "ondisk", "ondisk")
+    )
+    rows = np.arange(0, 3000, 7)
+    for neighbours in on_disk:
+        assert all(np.array_equal(*both) for both in zip(in_memory.search(rows), neighbours.search(rows), strict=True))
+    assert [sorted(path.name for path in folder.iterdir()) for folder in tmp_path.glob("*/*.lists")] == [["index", "lists"]]
+
+
+def test_no_more_lists_are_searched_than_the_recall_needs() -> None:
+    vectors = clustered(20_000, clusters=400, dim=32)
+    probes, recalls = [], []
+    for wanted in (0.3, 1.0):
+        report = Neighbours(vectors, 10, IndexConfig(kind="ivf", nlist=1024, recall=wanted)).report
+        probes.append(report["nprobe"])
+        recalls.append(report["recall"])
+    assert probes == [16, 32]
+    assert recalls[0] <= recalls[1]
+
+
+def test_auto_takes_the_index_of_the_size() -> None:
+    kinds = [kind_for(IndexConfig(), rows) for rows in (6, 200_000, 200_001, 1_000_000, 1_000_001)]
+    assert kinds == ["exact", "exact", "ivf", "ivf", "ondisk"]
+    assert MineConfig(gallery="g", tower="t").model_dump(mode="json").keys().isdisjoint({"index"})
 
 
 def test_exact_copies_do_not_hide_an_image_from_its_neighbours() -> None:
     vectors = np.repeat(clustered(4), 8, axis=0)
-    for rows, found, _ in Neighbours(vectors).blocks(3):
+    for rows, found, _ in Neighbours(vectors, 3).blocks():
         assert not (found == rows[:, None]).any()
 
 
-def walk_all(vectors: np.ndarray, config: WalkConfig) -> list[Group]:
-    def consume() -> Generator[int, None, None]:
-        groups.extend((yield from walk(vectors, config, seed=0)))
-
-    groups: list[Group] = []
-    assert sum(consume()) == len(vectors)
-    return groups
+def walk_all(vectors: np.ndarray, config: WalkConfig) -> list[tuple[int, ...]]:
+    neighbours = Neighbours(vectors, config.top)
+    groups = np.concatenate([groups_of(neighbours, rows, config) for rows in blocks_of(np.arange(len(vectors)))])
+    kept = without_overlap(shuffled(groups, len(vectors), seed=0), len(vectors), config)
+    return [tuple(group) for group in kept.tolist()]
 
 
 def test_walk_keeps_the_papers_rules() -> None:
@@ -85,19 +122,29 @@ def test_walk_keeps_the_papers_rules() -> None:
     groups = walk_all(vectors, WalkConfig())
     assert len(groups) > 20
     for group in groups:
-        scores = [float(vectors[group.rows[0]] @ vectors[row]) for row in group.rows[1:]]
-        assert len(set(group.rows)) == 6
+        scores = [float(vectors[group[0]] @ vectors[row]) for row in group[1:]]
+        assert len(set(group)) == 6
         assert max(scores) <= 0.94 + 1e-6
         assert all(first - second >= 0.002 - 1e-6 for first, second in pairwise(scores))
-    assert max(len(set(a.rows) & set(b.rows)) for a, b in combinations(groups, 2)) <= 2
+    assert max(len(set(a) & set(b)) for a, b in combinations(groups, 2)) <= 2
+
+
+def test_a_cap_of_slots_bounds_the_groups_of_an_image() -> None:
+    vectors = clustered(800)
+    free, capped = (walk_all(vectors, WalkConfig(max_slots=slots)) for slots in (None, 2))
+    assert np.bincount(np.ravel(free)).max() > 2
+    assert np.bincount(np.ravel(capped)).max() == 2
+    assert max(len(set(a) & set(b)) for a, b in combinations(capped, 2)) <= 2
+    assert capped[0] == free[0]  # first come first kept
+    assert len(capped) > len(free) / 4
 
 
 def test_walk_skips_a_neighbour_that_is_too_close_to_the_last() -> None:
     angles = np.arccos([1.0, 0.9, 0.8995, 0.85, 0.8, 0.75, 0.7])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     config = WalkConfig(top=6)
-    anchored = [group for group in walk_all(vectors, config) if group.rows[0] == 0]
-    assert all(group.rows == (0, 1, 3, 4, 5, 6) for group in anchored)
+    anchored = [group for group in walk_all(vectors, config) if group[0] == 0]
+    assert all(group == (0, 1, 3, 4, 5, 6) for group in anchored)
 
 
 def test_matched_pairs_have_the_labelled_histogram() -> None:
@@ -131,6 +178,38 @@ def test_mined_tables(ray_session: None, tmp_path: Path, monitor: Recorder) -> N
     mine_pairs(again, source, None, None, WALK, 0, TaskResources(), monitor)
     assert again.read_parts(tables.PAIRS).equals(table)
     assert monitor.advanced == 400
+    assert output.read_json(NEIGHBOURS) == {"index": "exact", "images": 400, "top": 20, "recall": 1.0}
+
+
+def test_a_killed_walk_goes_on_from_its_candidates(
+    ray_session: None, tmp_path: Path, monitor: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mining.neighbours.BLOCK", 150)
+    source, output = embeddings(tmp_path / "e", clustered(400)), Output(str(tmp_path / "m"))
+    mine_pairs(output, source, None, None, WALK, 0, TaskResources(), monitor)
+    before = output.part_hashes()
+    assert output.names(CANDIDATES) == [f"part-0000{i}.parquet" for i in range(3)]
+    for name in (f"{CANDIDATES}/part-00001.parquet", *output.parts()):
+        (tmp_path / "m" / name).unlink()
+    kept = (tmp_path / "m" / CANDIDATES / "part-00000.parquet").stat().st_mtime_ns
+    monitor.advanced = 0
+    mine_pairs(output, source, None, None, WALK, 0, TaskResources(), monitor)
+    assert (monitor.total, monitor.resumed, monitor.advanced) == (400, 267, 133)
+    assert (tmp_path / "m" / CANDIDATES / "part-00000.parquet").stat().st_mtime_ns == kept
+    assert output.part_hashes() == before
+
+
+def test_a_gallery_mined_through_lists_on_disk(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
+    source = embeddings(tmp_path / "e", clustered(400))
+    pairs = {}
+    for kind in ("exact", "ondisk"):
+        config = WALK.model_copy(update={"index": IndexConfig.model_validate({"kind": kind, "nprobe": 80})})
+        output = Output(str(tmp_path / kind))
+        mine_pairs(output, source, None, None, config, 0, TaskResources(), monitor)
+        assert output.read_json(NEIGHBOURS)["index"] == kind
+        table = output.read_parts(tables.PAIRS)
+        pairs[kind] = set(zip(table["reference_id"].to_pylist(), table["target_id"].to_pylist(), strict=True))
+    assert pairs["exact"] == pairs["ondisk"]  # all lists are searched, and scores are exact
 
 
 def labelled_pairs(folder: Path) -> Output:

@@ -6,11 +6,13 @@ from cir.benchmarks import official, triplets
 from cir.benchmarks.benchmark import Benchmark
 from cluster.app.config import RunConfig
 from cluster.artifacts import Output, Stage
+from cluster.earlier import earlier_output
 from cluster.weights import content_identity
 from mining.config import GalleryConfig, TripletsConfig, ViewsConfig
 from mining.embed import EMBED_VERSION, embed_gallery
 from mining.features import Features, Online
 from mining.gallery import INGEST_VERSION, ingest_captions, ingest_gallery, ingest_triplets
+from mining.reuse import Earlier, open_earlier
 
 
 class Sources:
@@ -111,12 +113,28 @@ class Sources:
                 EMBED_VERSION,
                 settings,
                 lambda output, monitor: embed_gallery(
-                    output, self.output(images), tower, config.embed, views, config.resources.embed, monitor
+                    output,
+                    self.output(images),
+                    tower,
+                    config.embed,
+                    views,
+                    config.resources.embed,
+                    monitor,
+                    self._earlier(f"embed:{tower}.{name}", images),
                 ),
                 {"gallery": images},
                 max_reject_fraction=images.max_reject_fraction,
             )
         )
+
+    def _earlier(self, instance: str, images: Stage) -> Earlier | None:
+        """Embeddings of an earlier state of a gallery, where both are still there."""
+        found = earlier_output(self._made[instance], self.root)
+        if found is None:
+            return None
+        embeddings, manifest = found
+        gallery = Output(self.output(images).uri.removesuffix(images.digest) + manifest["parents"]["gallery"]["digest"])
+        return open_earlier(embeddings, gallery) if gallery.manifest() is not None else None
 
     def features(self, tower: str, *galleries: str, pixels: bool = False) -> tuple[Features, dict[str, Stage]]:
         """Features of the images of some galleries, and the stages they come from; with `pixels` the images too."""

@@ -1,0 +1,86 @@
+"""What the embeddings of an earlier state of a gallery spare the next: an image that is the same is not embedded again."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster.artifacts import Output, filesystem
+from mining import tables
+from mining.embeddings import read_part, view_part
+
+_FROM, _COUNT = b"reused_from", b"reused"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Finished embeddings by the same tower and in the same views, and the gallery that they are of."""
+
+    embeddings: Output
+    gallery: Output
+    ranges: tuple[tuple[str, str, str], ...]  # part of the gallery, first and last key: keys are sorted over the parts
+
+    @property
+    def name(self) -> str:
+        """Instance and digest, as the output's folder is named."""
+        return self.embeddings.uri.rstrip("/").rpartition("/")[2]
+
+    def find(self, images: pa.Table, view: int) -> dict[int, np.ndarray]:
+        """Values float16 [tokens, dim] of those rows of a gallery table whose bytes are the same, by id in their order."""
+        hashes = _hashes(images)
+        known: dict[int, np.ndarray] = {}
+        for part in self._overlapping(images):
+            rows = _hashes(self.gallery.read_table(part, tables.GALLERY, ["image_id", "sha256"]))
+            same = {image_id for image_id, sha256 in rows.items() if hashes.get(image_id) == sha256}
+            if same:
+                ids, values = read_part(self.embeddings, view_part(part, view))
+                known.update((i, v) for i, v in zip(ids.tolist(), values, strict=True) if i in same)
+        return {image_id: known[image_id] for image_id in hashes if image_id in known}
+
+    def _overlapping(self, images: pa.Table) -> list[str]:
+        if not len(images):
+            return []
+        keys = pc.min_max(images["key"]).as_py()
+        return [part for part, first, last in self.ranges if first <= keys["max"] and keys["min"] <= last]
+
+
+def open_earlier(embeddings: Output, gallery: Output) -> Earlier:
+    """Finished embeddings and their gallery, whose parts' first and last keys are read from their footers."""
+    return Earlier(embeddings, gallery, tuple(_ranges(gallery)))
+
+
+def _ranges(gallery: Output) -> Iterator[tuple[str, str, str]]:
+    system, _ = filesystem(gallery.uri)
+    key = tables.GALLERY.get_field_index("key")
+    for part in gallery.parts():
+        with system.open_input_file(gallery.path(part)) as stream:
+            footer = pq.ParquetFile(stream).metadata
+        found = [footer.row_group(i).column(key).statistics for i in range(footer.num_row_groups)]
+        groups = [statistics for statistics in found if statistics is not None and statistics.has_min_max]
+        if groups:
+            yield part, min(group.min for group in groups), max(group.max for group in groups)
+
+
+def _hashes(images: pa.Table) -> dict[int, str]:
+    return dict(zip(images["image_id"].to_pylist(), images["sha256"].to_pylist(), strict=True))
+
+
+def note_reused(table: pa.Table, name: str, count: int) -> pa.Table:
+    """The table with a note in its file's metadata: how many rows are from which earlier output."""
+    return table.replace_schema_metadata({_FROM: name, _COUNT: str(count)}) if count else table
+
+
+def count_reused(output: Output, parts: Iterable[str]) -> dict[str, int]:
+    """Rows of some parts that are from earlier outputs, by output."""
+    system, _ = filesystem(output.uri)
+    counts: Counter[str] = Counter()
+    for part in parts:
+        with system.open_input_file(output.path(part)) as stream:
+            notes = pq.ParquetFile(stream).schema_arrow.metadata or {}
+        if _COUNT in notes:
+            counts[notes[_FROM].decode()] += int(notes[_COUNT])
+    return dict(counts)

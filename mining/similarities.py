@@ -1,0 +1,68 @@
+"""What a report shows of mined pairs: how similar they are, beside labelled pairs and the whole gallery."""
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.artifacts import Output
+from mining import tables
+from mining.embeddings import plain_parts, read_ids
+from mining.features import Features, FeatureSource, centred
+
+SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs
+HISTOGRAM_BINS = 40
+HISTOGRAM_PAIRS = 20_000
+COSINES = 4096  # pairs whose vectors are gathered at a time
+IDS = ["reference_id", "target_id"]
+
+
+def cosines(vectors: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Dot products float32 [m] of rows of unit vectors."""
+    values = np.empty(len(left), np.float32)
+    for first in range(0, len(left), COSINES):
+        here = slice(first, first + COSINES)
+        values[here] = np.einsum("nd,nd->n", vectors[left[here]], vectors[right[here]])
+    return values
+
+
+def labelled_rows(ids: np.ndarray, labelled: Output | None) -> np.ndarray:
+    """Rows [2, m] of references and targets among a gallery's `ids`, of the labelled pairs with both images there."""
+    return _rows(ids, labelled.read_parts(tables.TRIPLETS, IDS)) if labelled else np.empty((2, 0), np.int64)
+
+
+def _rows(ids: np.ndarray, pairs: pa.Table) -> np.ndarray:
+    order = np.argsort(ids)
+    wanted = np.stack([pairs[name].to_numpy() for name in IDS])
+    rows = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    return rows[:, (ids[rows] == wanted).all(axis=0)]
+
+
+def write_similarities(output: Output, embeddings: Output, excluded: np.ndarray, labelled: Output | None, seed: int) -> None:
+    """Write densities over [-1, 1] of the centred cosine: of random pairs of the images, labelled and mined pairs.
+
+    Images of the ids `excluded` are not counted. Only the features of the images drawn are read.
+    """
+    ids = np.concatenate([read_ids(embeddings, part) for part in plain_parts(embeddings)])
+    ids = ids[np.isin(ids, excluded, invert=True)]
+    rng, mined = np.random.default_rng(seed), output.read_parts(tables.PAIRS, IDS)
+    rows = {
+        "gallery": rng.integers(len(ids), size=(2, HISTOGRAM_PAIRS)),
+        "labelled": labelled_rows(ids, labelled),
+        "mined": _rows(ids, mined.take(rng.permutation(len(mined))[:HISTOGRAM_PAIRS])),
+    }
+    features = Features(embeddings).open_plain(ids[np.unique(np.hstack(list(rows.values())))])
+    edges, densities = np.linspace(-1, 1, HISTOGRAM_BINS + 1), {}
+    for name, pairs in rows.items():
+        if pairs.size:
+            values = _centred_cosines(features, *ids[pairs])
+            densities[name] = np.histogram(values, edges, density=True)[0].tolist()
+    output.write_json(SIMILARITIES, {"edges": edges.tolist(), **densities})
+
+
+def _centred_cosines(features: FeatureSource, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Cosines float32 [m] of images by their ids."""
+    values = np.empty(len(left), np.float32)
+    for first in range(0, len(left), COSINES):
+        here = slice(first, first + COSINES)
+        vectors = (features.take(ids[here], np.zeros(len(ids[here]), int)).mean(axis=1) for ids in (left, right))
+        values[here] = np.einsum("nd,nd->n", *(centred(v, features.mean) for v in vectors))
+    return values

@@ -1,0 +1,137 @@
+"""Peak private memory of driver and workers by stage, at several sizes of a gallery (`large_gallery.py`).
+
+    python tests/benchmarks/bench_memory.py --images 10000 100000
+
+Goal: the largest at most 1.1 times the smallest for ingest, embed and generate; mine grows by some bytes an image. Each size
+runs in a process and a Ray of its own, with a random tower and a random language model, both tiny. Galleries are kept in
+`--folder`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from large_gallery import make
+from memory import peaks
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save
+
+from cluster import session
+from cluster.artifacts import Output
+from cluster.config import ActorResources, EmbedResources, TaskResources
+from cluster.monitor import Silent
+from cluster.training import WEIGHTS
+from mining import tables
+from mining.config import EmbedConfig, GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig, WalkConfig
+from mining.embed import embed_gallery
+from mining.features import Features, copy_mean
+from mining.gallery import ingest_gallery
+from mining.mine import mine_pairs
+from vdg.backbones import build
+from vdg.config import DESCRIPTION, GenerateConfig, VdgConfig
+from vdg.generate import generate
+from vdg.train import describe
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for the tiny language model of the tests
+PAIRS, PART_PAIRS = 256, 64
+STAGES = ("ingest", "embed", "mine", "generate")
+
+
+def measure(images: int, folder: Path) -> dict[str, dict[str, float]]:
+    """Peak bytes by kind of process, and seconds, of each stage on one gallery."""
+    make(source := folder / f"source-{images}", images)
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        session.start(session.RayConfig(num_cpus=2), Path(work) / "log.txt")
+        for name, stage in _stages(source, Path(work)):
+            began = time.perf_counter()
+            with peaks() as found[name]:
+                stage()
+            found[name]["seconds"] = time.perf_counter() - began
+    return found
+
+
+def _stages(source: Path, work: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each stage when the one before has run."""
+    resources = EmbedResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2)
+    gallery, embeddings, mined, sample = (Output(str(work / name)) for name in ("gallery", "embeddings", "mined", "sample"))
+    options = IngestConfig(galleries={}, triplets={}, shard_rows=512)
+    tower = TowerConfig(library="timm", model="test_efficientnet", image_size=64, precision="fp32")
+    mine = MineConfig(gallery="large", tower="tiny", walk=WalkConfig(max_slots=2, max_similarity=1.0, spacing=0.0))
+
+    ingest = GalleryConfig(images=str(source)), options, resources, Silent()
+    yield "ingest", lambda: ingest_gallery(gallery, "large", *ingest)
+    embed = EmbedConfig(towers={"tiny": tower}), ViewsConfig(), resources, Silent()
+    yield "embed", lambda: embed_gallery(embeddings, gallery, "tiny", *embed)
+    yield "mine", lambda: mine_pairs(mined, embeddings, None, None, mine, 0, TaskResources(), Silent())
+    _sample(mined, sample)
+    pseudo, model = Output(str(work / "pseudo")), _generator(embeddings, work)
+    how = GenerateConfig(max_new_tokens=8, batch_size=32), 0, ActorResources(), Silent()
+    yield "generate", lambda: generate(pseudo, Features(embeddings), sample, model, *how)
+
+
+def _sample(mined: Output, sample: Output) -> None:
+    """As many of the mined pairs at every size, drawn over the whole gallery: their images lie in all parts."""
+    table = mined.read_parts(tables.PAIRS)
+    table = table.take(np.random.default_rng(0).permutation(len(table))[:PAIRS])
+    for part, first in enumerate(range(0, len(table), PART_PAIRS)):
+        sample.write_table(f"part-{part:05d}.parquet", table.slice(first, PART_PAIRS), tables.PAIRS)
+
+
+def _generator(embeddings: Output, work: Path) -> Output:
+    """An untrained generator as `instruct` leaves it."""
+    from tests.tiny import language_model
+
+    weights, output = language_model(work / "language_model"), Output(str(work / "model"))
+    vdg = VdgConfig(language_model=weights, tokens_per_feature=2, prompt="short", lora_rank=4)
+    description = describe("instruct", Features(embeddings), vdg)
+    output.write_json(DESCRIPTION, description.model_dump(mode="json"))
+    copy_mean(embeddings, output)
+    trained = {name: p.detach() for name, p in build(description).named_parameters() if p.requires_grad}
+    output.write_bytes(WEIGHTS, save(trained))
+    return output
+
+
+def show(found: dict[int, dict[str, dict[str, float]]]) -> None:
+    """Print the table, and mining's bytes an image."""
+    sizes = sorted(found)
+    table = Table("stage", "process", *(f"{size:,} images" for size in sizes), "ratio", title="peak private memory, MiB")
+    for stage in STAGES:
+        for kind in sorted(set.intersection(*(set(found[size][stage]) for size in sizes)) - {"seconds"}):
+            values = [found[size][stage][kind] / 2**20 for size in sizes]
+            table.add_row(stage, kind, *(f"{value:.0f}" for value in values), f"{values[-1] / values[0]:.2f}")
+        table.add_row(stage, "seconds", *(f"{found[size][stage]['seconds']:.0f}" for size in sizes), "", end_section=True)
+    Console(width=100).print(table)
+    if len(sizes) > 1:
+        grown = found[sizes[-1]]["mine"]["task"] - found[sizes[0]]["mine"]["task"]
+        print(f"mine: {grown / (sizes[-1] - sizes[0]):.0f} bytes of private memory an image")
+
+
+def main() -> None:
+    """Measure each size in a process of its own, and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[1000, 2000])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "vdg-bench-memory")
+    parser.add_argument("--one", action="store_true", help="measure one size here and print it as JSON")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.one:
+        print(json.dumps(measure(arguments.images[0], arguments.folder)))
+        return
+    found = {}
+    for size in arguments.images:
+        command = [sys.executable, __file__, "--one", "--images", str(size), "--folder", str(arguments.folder)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[size] = json.loads(done.stdout.splitlines()[-1])
+    show(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The newest finished output of the same instance and settings is found."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cluster.artifacts import MANIFEST, REUSED, Output, Stage
+from cluster.earlier import earlier_output
+from cluster.monitor import Monitor, Silent
+
+
+def stage(source: Path, settings: dict[str, Any], instance: str = "embed:t.g") -> Stage:
+    def work(output: Output, monitor: Monitor) -> None:
+        output.write_json(REUSED, {"t.g-0": 3})
+
+    parent = Stage("ingest:g", 1, {}, work, sources={"images": str(source)})
+    return Stage(instance, 1, settings, work, {"gallery": parent})
+
+
+def test_only_the_same_instance_and_settings_of_other_parents(tmp_path: Path) -> None:
+    source, root = tmp_path / "images", str(tmp_path / "root")
+    source.write_text("one")
+    first = stage(source, {"crop": (1, 2)})
+    assert earlier_output(first, root) is None
+    manifest = first.run(root, Silent())
+    assert manifest["reused"] == {"t.g-0": 3}
+    assert earlier_output(first, root) is None  # its own
+    source.write_text("two images")
+    second = stage(source, {"crop": (1, 2)})
+    assert second.digest != first.digest
+    found = earlier_output(second, root)
+    assert found is not None
+    assert found[0] == first.output(root)
+    assert found[1]["parents"]["gallery"]["digest"] == first.parents["gallery"].digest
+    assert earlier_output(stage(source, {"crop": (1, 3)}), root) is None
+    assert earlier_output(stage(source, {"crop": (1, 2)}, "embed:t.other"), root) is None
+
+
+def test_the_newest_is_taken_and_an_unfinished_one_is_not(tmp_path: Path) -> None:
+    source, root = tmp_path / "images", str(tmp_path / "root")
+    outputs = []
+    for index, content in enumerate(("a", "bb", "ccc")):
+        source.write_text(content)
+        made = stage(source, {})
+        made.run(root, Silent())
+        outputs.append(made.output(root))
+        os.utime(made.output(root).path(MANIFEST), (index, index))
+    Path(outputs[2].path(MANIFEST)).unlink()
+    source.write_text("dddd")
+    found = earlier_output(stage(source, {}), root)
+    assert found is not None
+    assert found[0] == outputs[1]
