@@ -19,7 +19,7 @@ def test_a_whole_run_and_its_config_as_text(tmp_path: Path) -> None:
     assert job.base.startswith("grocery-")
     assert job.environment == {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "HF_HOME": "/hf"}
     assert paths["root"] == str(tmp_path)
-    assert "evaluate.images" not in paths  # mine does not need it
+    assert "evaluate.images" in paths
     (tmp_path / "config.yaml").write_text(job.config)
     sent = configs.load(str(tmp_path / "config.yaml"), [])
     assert sent.resources.ray.num_cpus is None
