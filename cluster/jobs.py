@@ -3,6 +3,7 @@
 A job carries our packages and a config as text. Weights, images and secrets stay where the cluster has them.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -40,6 +41,7 @@ def connect(address: str) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it uploads
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:

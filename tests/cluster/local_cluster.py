@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,10 +73,26 @@ def _serve(workers: int, cpus: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(workers):
         cluster.add_node(num_cpus=cpus, object_store_memory=STORE)
-    dashboard = f"http://{cluster.head_node.webui_url}"
+    dashboard = f"http://{cluster.webui_url}"
+    _wait_for_jobs(dashboard)
     print(json.dumps({"gcs": cluster.address, "dashboard": dashboard}), flush=True)
     sys.stdin.read()
     cluster.shutdown()
+
+
+def _wait_for_jobs(dashboard: str) -> None:
+    """The head takes jobs once its agent is up, some time after the dashboard."""
+    from ray.job_submission import JobSubmissionClient
+
+    client, until = JobSubmissionClient(dashboard), time.monotonic() + 180
+    while True:
+        try:
+            client.submit_job(entrypoint="true")
+            return
+        except RuntimeError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
 
 
 if __name__ == "__main__":
