@@ -22,7 +22,7 @@ WORKER_ENVIRONMENT = {
 class RayConfig(Section):
     """Where Ray runs. Never part of a digest."""
 
-    address: str | None = None  # of a running cluster; None starts Ray on this machine
+    address: str | None = None  # of a running cluster; None: the cluster that runs this job, else Ray starts on this machine
     num_cpus: int | None = None  # logical CPUs of a local Ray; None takes what the machine has
 
 
@@ -31,10 +31,12 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
     if log_file is not None:
         _log_to(log_file)
     if not ray.is_initialized():
-        local: dict[str, Any] = {} if config.address else {"num_cpus": config.num_cpus, "include_dashboard": False}
+        address = config.address or os.environ.get("RAY_ADDRESS")  # Ray sets it for a job's driver
+        local: dict[str, Any] = {} if address else {"num_cpus": config.num_cpus, "include_dashboard": False}
         environment = {"env_vars": WORKER_ENVIRONMENT}
+        os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge it into that of the job which runs this driver
         with _standard_error_to(log_file or Path(os.devnull)):  # the C++ side prints a line of its own
-            ray.init(config.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

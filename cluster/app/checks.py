@@ -32,7 +32,7 @@ def check_sources(config: RunConfig, stages: list[Stage]) -> None:
 def check_weights(config: RunConfig, stages: list[Stage]) -> None:
     """Raises UserError listing the pretrained weights that these stages load and that are missing, and where to get them."""
     missing = {}
-    for instances, field, weights in _weights(config):
+    for instances, field, weights in weights_of(config):
         if field not in missing and any(stage.instance.startswith(instances) for stage in stages):
             try:
                 weights.check()
@@ -53,8 +53,8 @@ def _origin(config: RunConfig, field: str) -> str:
     return f"\n    {config.sources[max(known, key=len)]}" if known else ""
 
 
-def _weights(config: RunConfig) -> Iterator[tuple[str, str, Weights]]:
-    """(start of the instances that load them, field, weights)."""
+def weights_of(config: RunConfig) -> Iterator[tuple[str, str, Weights]]:
+    """(start of the instances that load them, field, weights) of all pretrained weights that a config names."""
     for name, tower in config.embed.towers.items():
         if tower.weights is not None:
             yield f"embed:{name}.", f"embed.towers.{name}.weights", tower.weights

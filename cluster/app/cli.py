@@ -10,17 +10,19 @@ import typer
 from rich.table import Table
 
 from cluster.app import config as configs
+from cluster.app.commands import doctor, jobs, weights
+from cluster.app.commands.options import Config, Json, Set
 from cluster.artifacts import Output, filesystem
 from cluster.errors import UserError
 from cluster.progress import console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(doctor.app)
+app.add_typer(jobs.app)
+app.add_typer(weights.app)
 
-Config = Annotated[str, typer.Argument(help="a YAML file or a preset's name")]
-Set = Annotated[list[str], typer.Option("--set", help="section.field=value, put over the config")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the stages and what would be done; touch nothing")]
 Only = Annotated[str | None, typer.Option("--only", help="pattern of instances, such as 'train:semi.*'")]
-Json = Annotated[bool, typer.Option("--json", help="print the metrics as JSON on standard output")]
 
 
 @app.command()

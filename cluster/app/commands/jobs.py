@@ -1,0 +1,133 @@
+"""`vdg submit`, and what became of it: `vdg jobs`, `status`, `logs` and `stop`."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from cluster import jobs
+from cluster.app.commands.options import Config, Set
+from cluster.errors import UserError
+from cluster.progress import console
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+app = typer.Typer()
+
+Address = Annotated[
+    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="of the head's dashboard, which serves jobs")
+]
+Name = Annotated[str, typer.Argument(metavar="JOB", help="as `vdg submit` and `vdg jobs` print it")]
+HERE = "http://127.0.0.1:8265"
+
+
+@app.command()
+def submit(
+    config: Config,
+    assignments: Set = [],  # noqa: B006
+    only: Annotated[str | None, typer.Option("--only", help="pattern of instances of one stage: 'train:semi.*'")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="the last stage to do")] = None,
+    address: Address = HERE,
+    variables: Annotated[
+        list[str], typer.Option("--env", help="NAME=value for every process of the job, such as HF_HOME=/shared/hf")
+    ] = [],  # noqa: B006
+    again: Annotated[bool, typer.Option("--again", help="submit a run that has succeeded once more")] = False,
+) -> None:
+    """Send `vdg run`, or some stages, to a Ray cluster as a job. The same run is never there twice at a time."""
+    from cluster.app import submission
+
+    job, paths = submission.prepare(config, assignments, only, until, address, dict(map(_variable, variables)))
+    client = jobs.connect(address)
+    last = jobs.last_attempt(job.base, client.list_jobs())
+    if last is not None and last[1].status == "SUCCEEDED" and not again:
+        console.print(f"{last[1].submission_id} has succeeded; --again submits it once more. Its outputs:")
+        for uri in submission.outputs(config, assignments, only, until):
+            console.print(f"  {uri}", markup=False)
+        return
+    for field, path in paths.items():
+        console.print(f"  on the cluster: {field}: {path}", markup=False)
+    with tempfile.TemporaryDirectory() as folder:
+        name = jobs.send(client, job, jobs.next_id(job.base, last), Path(folder))
+    console.print(f"submitted {name}; `vdg logs {name} --follow --address {address}` shows what it does", markup=False)
+
+
+@app.command(name="jobs")
+def list_jobs(address: Address = HERE) -> None:
+    """The jobs that a cluster knows, the newest first."""
+    table = Table("job", "state", "began", "minutes", "command")
+    for job in sorted(jobs.connect(address).list_jobs(), key=lambda job: job.start_time or 0, reverse=True):
+        table.add_row(job.submission_id or job.job_id, job.status.value, _clock(job), _minutes(job), job.entrypoint)
+    console.print(table)
+
+
+@app.command()
+def status(name: Name, address: Address = HERE) -> None:
+    """One job: its state, since when, and what Ray says of it."""
+    with _known(name):
+        job = jobs.connect(address).get_job_info(name)
+    table = Table("job", name)
+    rows = {"state": job.status.value, "began": _clock(job), "minutes": _minutes(job), "command": job.entrypoint}
+    for field, value in {**rows, "message": job.message or "", **(job.metadata or {})}.items():
+        table.add_row(field, value)
+    console.print(table)
+
+
+@app.command()
+def logs(
+    name: Name,
+    address: Address = HERE,
+    follow: Annotated[bool, typer.Option("--follow", help="until the job ends")] = False,
+) -> None:
+    """What a job's driver has printed, on standard output."""
+    client = jobs.connect(address)
+    with _known(name):
+        if follow:
+            asyncio.run(_follow(client, name))
+        else:
+            print(client.get_job_logs(name), end="")
+
+
+@app.command()
+def stop(name: Name, address: Address = HERE) -> None:
+    """End a job. What it has finished stays; the same `vdg submit` goes on from there."""
+    with _known(name):
+        stopped = jobs.connect(address).stop_job(name)
+    console.print(f"{name}: {'asked to stop' if stopped else 'had already ended'}", markup=False)
+
+
+async def _follow(client: "JobSubmissionClient", name: str) -> None:
+    async for lines in client.tail_job_logs(name):
+        print(lines, end="", flush=True)
+
+
+@contextmanager
+def _known(name: str) -> Iterator[None]:
+    """The job server's answer about a job that it does not know is the user's mistake."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"{name}: {str(error).strip().splitlines()[-1]}; `vdg jobs` lists the jobs") from error
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise UserError(f"--env {text}: expected NAME=value")
+    return name, value
+
+
+def _clock(job: "JobDetails") -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(job.start_time / 1000)) if job.start_time else ""
+
+
+def _minutes(job: "JobDetails") -> str:
+    if not job.start_time:
+        return ""
+    return f"{((job.end_time or time.time() * 1000) - job.start_time) / 60_000:.1f}"

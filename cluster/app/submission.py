@@ -1,0 +1,93 @@
+"""A run, or some of its stages, as a Ray job."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from cluster.app import config as configs
+from cluster.app.config import RunConfig
+from cluster.app.driver import tracking_uri
+from cluster.app.pipeline import KINDS, Pipeline
+from cluster.artifacts import Output, Stage
+from cluster.config import override
+from cluster.errors import UserError
+from cluster.jobs import CONFIG, Job, check_paths, check_secrets, is_loopback
+from cluster.session import RayConfig
+from cluster.tracking import git_commit
+
+
+def prepare(
+    config: str, assignments: list[str], only: str | None, until: str | None, address: str, environment: Mapping[str, str]
+) -> tuple[Job, dict[str, str]]:
+    """The job, and the paths that it reads on the cluster, by config field.
+
+    Raises UserError naming each field whose path or secret must not travel.
+    """
+    pipeline = Pipeline(_placed(configs.load(config, assignments), address))
+    command, stages = _command(pipeline, only, until)
+    paths = _paths(pipeline.config, stages, override(configs.content_of(config), assignments))
+    check_paths(paths, address)
+    tracking = tracking_uri(pipeline.config)
+    check_secrets(environment, {"root": pipeline.config.root, "tracking.uri": tracking})
+    digest = _digest(command, stages)
+    job = Job(
+        base=f"{pipeline.config.name}-{digest}",
+        entrypoint=f"python -m cluster.app {shlex.join(command)}",
+        config=yaml.safe_dump(pipeline.config.model_dump(mode="json"), sort_keys=False),
+        environment={"MLFLOW_TRACKING_URI": tracking, **environment},
+        metadata={"run": pipeline.config.name, "digest": digest, "root": pipeline.config.root, "git_commit": git_commit()},
+    )
+    return job, paths
+
+
+def outputs(config: str, assignments: list[str], only: str | None, until: str | None) -> list[str]:
+    """Where the outputs of the stages asked for lie."""
+    pipeline = Pipeline(configs.load(config, assignments))
+    return [pipeline.output(stage).uri for stage in _command(pipeline, only, until)[1]]
+
+
+def _placed(config: RunConfig, address: str) -> RunConfig:
+    """The config as the job reads it: on the cluster that runs the job; a root beside this command only on this machine."""
+    resources = config.resources.model_copy(update={"ray": RayConfig()})
+    root = Output(config.root).uri if is_loopback(address) else config.root
+    return config.model_copy(update={"resources": resources, "root": root})
+
+
+def _command(pipeline: Pipeline, only: str | None, until: str | None) -> tuple[list[str], list[Stage]]:
+    """Arguments of `vdg` on the cluster, and the stages that they do."""
+    if only is None:
+        return ["run", CONFIG, *(["--until", until] if until else [])], pipeline.select(None, None, until)
+    if until is not None:
+        raise UserError("--until: give it or --only, not both")
+    kind = only.partition(":")[0]
+    if kind not in KINDS:
+        raise UserError(f"--only {only}: begin with a stage, such as 'train:semi.*'; stages are {', '.join(KINDS)}")
+    pattern = [] if kind == "evaluate" else ["--only", only]
+    return [kind, CONFIG, *pattern], pipeline.select(kind, only, None)
+
+
+def _paths(config: RunConfig, stages: list[Stage], content: dict[str, Any]) -> dict[str, str]:
+    """Everything that the job reads or writes by path, by config field."""
+    paths = {"root": config.root} | {field: path for stage in stages for field, path in stage.sources.items()}
+    tracking = config.tracking.uri or ""
+    if tracking.startswith("sqlite:///"):
+        paths["tracking.uri"] = tracking.removeprefix("sqlite:///")
+    return paths | dict(_weight_folders(content))
+
+
+def _weight_folders(node: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """(field, folder) of weights as they are written: a loaded config has them absolute, in this machine's terms."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "folder" and isinstance(value, str):
+                yield f"{field}folder", value
+            yield from _weight_folders(value, f"{field}{name}.")
+
+
+def _digest(command: list[str], stages: list[Stage]) -> str:
+    content = [command, [(stage.instance, stage.digest) for stage in stages]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

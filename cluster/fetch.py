@@ -1,0 +1,53 @@
+"""Pretrained weights brought to where a run reads them: a shared cache once, or the cache of every node."""
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.errors import UserError
+from cluster.weights import Weights
+
+
+def fetch(weights: Weights, cache: str | None) -> str:
+    """Bring one source of weights to this node. Returns where it lies.
+
+    `cache` is the hub's cache folder, None for that of HF_HOME. Of a hub every file of the pinned revision is fetched.
+    A folder or package cannot be fetched: it is checked to be here.
+    Raises UserError when the hub does not give it or it is not here.
+    """
+    if weights.hub is None:
+        return weights.location()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(weights.hub, revision=weights.revision, cache_dir=cache)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"weights: '{weights.hub}' cannot be fetched: {reason}; set HF_TOKEN for a gated one") from error
+
+
+def fetch_on_every_node(sources: list[Weights], cache: str | None) -> dict[str, list[str]]:
+    """Bring all sources to each alive node of the session, at the same time. Returns node address -> places or problems.
+
+    A problem starts with "error: ", so that one node's does not hide the others'.
+    """
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    tasks = {
+        f"{address} ({node[:6]})": _fetch_all.options(  # a head without CPUs runs it too
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote(sources, cache)
+        for node, address in nodes.items()
+    }
+    return {name: ray.get(task) for name, task in tasks.items()}
+
+
+@ray.remote
+def _fetch_all(sources: list[Weights], cache: str | None) -> list[str]:
+    return [_attempt(source, cache) for source in sources]
+
+
+def _attempt(source: Weights, cache: str | None) -> str:
+    try:
+        return fetch(source, cache)
+    except UserError as error:
+        return f"error: {error}"

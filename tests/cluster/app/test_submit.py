@@ -1,0 +1,61 @@
+"""Jobs on a real cluster of several nodes: attempts, logs, and a run that trains both models with two workers each."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.app import config as configs
+from cluster.app.pipeline import Pipeline
+from tests.cluster.app.test_run import config, world  # noqa: F401
+from tests.cluster.local_cluster import LocalCluster, local_cluster
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    """A head without work and two nodes."""
+    with local_cluster(workers=2, cpus=2) as found:
+        yield found
+
+
+def submitted(shown: str) -> str:
+    """The id that `vdg submit` names."""
+    return next(line for line in shown.splitlines() if line.startswith("submitted ")).split()[1].rstrip(";")
+
+
+def test_a_failed_run_says_why_and_its_next_attempt_is_numbered(cluster: LocalCluster, tmp_path: Path) -> None:
+    command = ["submit", "grocery", "--set", f"root={tmp_path}", "--set", f"evaluate.images={tmp_path}/none"]
+    first = submitted(cluster.vdg(*command)[1])
+    logs, _ = cluster.vdg("logs", first, "--follow")
+    assert f"evaluate.images: {tmp_path}/none does not exist" in logs
+    assert "FAILED" in cluster.vdg("status", first)[1]
+    second = submitted(cluster.vdg(*command)[1])
+    assert second == f"{first}.2"
+    cluster.vdg("stop", second)
+    listed = cluster.vdg("jobs")[1]
+    assert first in listed
+    assert second in listed
+    assert "vdg jobs" in cluster.vdg("status", "no-such-job", status=2)[1]
+
+
+def test_a_wrong_token_is_refused(cluster: LocalCluster) -> None:
+    stranger = LocalCluster(cluster.gcs, cluster.dashboard, {**cluster.environment, "RAY_AUTH_TOKEN": "0" * 32})
+    assert "RAY_AUTH_TOKEN" in stranger.vdg("jobs", status=2)[1]
+
+
+def test_both_models_train_with_two_workers_each(cluster: LocalCluster, config: str) -> None:  # noqa: F811
+    settings = ["align=null", "rounds.count=1", "train.variants={supervised: {}, semi: {pseudo: true}}"]
+    settings += [f"resources.{stage}.{field}" for stage in ("instruct", "train") for field in ("workers=2", "cpus=1")]
+    command = ["submit", config, *(part for setting in settings for part in ("--set", setting))]
+    name = submitted(cluster.vdg(*command)[1])
+    assert f"vdg logs {name}" in cluster.vdg(*command, status=2)[1]  # one is enough
+    logs, _ = cluster.vdg("logs", name, "--follow")
+    assert "SUCCEEDED" in cluster.vdg("status", name)[1], logs
+    pipeline = Pipeline(configs.load(config, settings))
+    assert all(pipeline.output(stage).manifest() for stage in pipeline.stages)
+    again = cluster.vdg(*command)[1]
+    assert f"{name} has succeeded" in again
+    for stage in pipeline.stages:
+        assert pipeline.output(stage).uri in again
