@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from cluster.app import config as configs
+from cluster.app.commands import lineage
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.progress import console
@@ -239,6 +240,9 @@ def clean(
         console.print(f"{output.uri}  {output.size / 2**20:,.1f} MB")
     if yes or typer.confirm(f"remove these {len(found)} outputs?"):
         remove(found)
+
+
+app.add_typer(lineage.app)
 
 
 def main() -> None:

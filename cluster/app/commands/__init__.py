@@ -1,0 +1,1 @@
+"""Further commands of `vdg`, a file for each topic."""
