@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from cluster.code import code
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 
@@ -233,6 +234,7 @@ class Stage:
             "rows": sum(rows.values()),
             "rejects": dict(Counter(output.rejects()["reason"].to_pylist())),
             "seconds": round(seconds, 1),
+            "code": code(),
             "environment": [output.read_json(f"{ENVIRONMENT}/{name}") for name in output.names(ENVIRONMENT)],
             "parts": {name: {"rows": n, "sha256": hashes[name]} for name, n in rows.items()},
             "files": {name: found for name, found in hashes.items() if name not in rows},

@@ -52,6 +52,28 @@ def lineage(
         _check(shown)
 
 
+@app.command()
+def track(config: Annotated[str, typer.Argument(help="a YAML file or a preset's name")]) -> None:
+    """Write into MLflow what it lacks of the run's finished stages; done again, it changes nothing."""
+    from mlflow.exceptions import MlflowException
+
+    from cluster.app.driver import tracking_uri
+    from cluster.app.pipeline import Pipeline
+    from cluster.tracking import Tracker
+
+    pipeline = Pipeline(configs.load(config, []))
+    run, uri = pipeline.config, tracking_uri(pipeline.config)
+    finished = [stage for stage in pipeline.stages if pipeline.output(stage).manifest() is not None]
+    if not finished:
+        raise UserError(f"{run.name}: no stage is finished below {Output(run.root).uri}; `vdg run {config}` does them")
+    tracker = Tracker(uri, run.tracking.experiment, run.name, run.model_dump(mode="json"), again=True)
+    try:
+        written = sum(tracker.complete(stage, run.root) for stage in finished)
+    except MlflowException as error:
+        raise UserError(f"tracking.uri: MLflow at {uri} failed ({error}); the same command goes on from there") from error
+    console.print(f"{written} of {len(finished)} finished stages were not whole in MLflow at {uri}; now they are")
+
+
 def _root(place: str) -> tuple[str, str | None]:
     """The root of a config or of a folder, and its MLflow store."""
     if "://" in place or Path(place).is_dir():
