@@ -1,6 +1,6 @@
 """What made an output and what was made from it, read from the manifests below a root; and whether its files are whole."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -64,16 +64,22 @@ class Lineage:
         edges = ((role, child, name) for child, roles in self.parents.items() for role, name in roles.items())
         return sorted(((role, self.made[child]) for role, child, name in edges if name == made.name), key=lambda e: e[1].name)
 
+    def ancestors(self, made: Made) -> dict[str, Made]:
+        """An output with all that it was made from, by name."""
+        return _reach(made, self.above)
+
     def around(self, made: Made) -> dict[str, Made]:
         """An output with all its ancestors and descendants, by name."""
-        found = {made.name: made}
-        for step in (self.above, self.below):
-            waiting = [made]
-            while waiting:
-                new = {near.name: near for _, near in step(waiting.pop()) if near.name not in found}
-                found |= new
-                waiting += new.values()
-        return found
+        return self.ancestors(made) | _reach(made, self.below)
+
+
+def _reach(made: Made, step: Callable[[Made], list[tuple[str, Made]]]) -> dict[str, Made]:
+    found, waiting = {made.name: made}, [made]
+    while waiting:
+        new = {near.name: near for _, near in step(waiting.pop()) if near.name not in found}
+        found |= new
+        waiting += new.values()
+    return found
 
 
 def problems(made: Made) -> list[str]:

@@ -74,6 +74,26 @@ def track(config: Annotated[str, typer.Argument(help="a YAML file or a preset's 
     console.print(f"{written} of {len(finished)} finished stages were not whole in MLflow at {uri}; now they are")
 
 
+@app.command()
+def export(
+    place: Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")],
+    model: Annotated[str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg) or a digest")],
+    folder: Annotated[Path, typer.Argument(help="a new folder")],
+) -> None:
+    """A trained model as PEFT adapter or safetensors, with a model card; says what needs this package."""
+    from cluster.app.export import export as write
+
+    root, _ = _root(place)
+    found = Lineage(root)
+    made = found.find(model)
+    if len(made) != 1:
+        names = ", ".join(one.name for one in made) or "none"
+        raise UserError(f"{model}: expected one finished output below {Output(root).uri}, found {names}; give its digest")
+    for note in write(found, made[0], folder):
+        console.print(note, markup=False)
+    console.print(f"exported to {folder}")
+
+
 def _root(place: str) -> tuple[str, str | None]:
     """The root of a config or of a folder, and its MLflow store."""
     if "://" in place or Path(place).is_dir():

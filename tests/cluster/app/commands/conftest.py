@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from safetensors.numpy import save
 
 from cluster.artifacts import Output, Stage
 from cluster.monitor import Monitor, Silent
@@ -12,12 +14,14 @@ from cluster.monitor import Monitor, Silent
 SCHEMA = pa.schema([("n", pa.int64())])
 
 
-def _table(output: Output, monitor: Monitor) -> None:
+def table(output: Output, monitor: Monitor) -> None:
+    """A stage's work: three rows."""
     output.write_table("part-00000.parquet", pa.table({"n": [1, 2, 3]}), SCHEMA)
 
 
 def _weights(output: Output, monitor: Monitor) -> None:
-    output.write_bytes("weights.safetensors", b"weights")
+    output.write_bytes("weights.safetensors", save({"text.tower.weight": np.zeros(2, np.float32)}))
+    output.write_json("cir.json", {"seed": 0})
     reports = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
     output.write_bytes("metrics.jsonl", "\n".join(map(json.dumps, reports)).encode())
 
@@ -28,7 +32,7 @@ def stages() -> dict[str, Stage]:
     made: dict[str, Stage] = {}
 
     def add(instance: str, **parents: str) -> None:
-        work = _weights if instance.startswith(("instruct", "train")) else _table
+        work = _weights if instance.startswith(("instruct", "train")) else table
         made[instance] = Stage(instance, 1, {"seed": 0}, work, {role: made[name] for role, name in parents.items()})
 
     add("ingest:shop")

@@ -2,15 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
+from cluster.app import config as configs
 from cluster.app.cli import app
+from cluster.app.pipeline import Pipeline
 from cluster.artifacts import Stage
 from cluster.errors import UserError
+from cluster.monitor import Silent
+from tests.cluster.app.commands.conftest import table
 
 
 def invoke(*arguments: object) -> Result:
@@ -78,3 +84,51 @@ def test_check_names_changed_missing_unknown_and_removed_files(root: Path, stage
         "was removed",
     ):
         assert line in said
+
+
+def test_export_writes_the_model_and_its_card(root: Path, stages: dict[str, Stage], tmp_path: Path) -> None:
+    def run(model: str) -> Result:
+        return CliRunner().invoke(app, ["export", str(root), model, str(tmp_path / "out")], catch_exceptions=False)
+
+    assert "needs this package" in run("semi.s1").stderr.replace("\n", " ")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for instance in ("train:semi.s1", "ingest:shop", "generate:shop", "instruct:vdg"):
+        assert stages[instance].digest in card
+    assert "loss: 0.5" in card
+    assert (tmp_path / "out" / "text_tower.safetensors").exists()
+    with pytest.raises(UserError, match="is not empty"):
+        run("semi.s1")
+    with pytest.raises(UserError, match="is no model to export"):
+        run("mine:shop")
+    with pytest.raises(UserError, match="expected one finished output"):
+        run("*")
+    (Path(stages["train:semi.s1"].output(str(root)).uri) / "cir.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cir\.json has changed"):
+        run("semi.s1")
+
+
+def test_an_mlflow_run_names_its_output(root: Path, stages: dict[str, Stage]) -> None:
+    from cluster.tracking import Tracker
+
+    tracker = Tracker(f"sqlite:///{root}/mlflow.db", "vdg", "run", {})
+    assert tracker.complete(stages["mine:shop"], str(root))
+    run_id = tracker.find("tags.stage = 'mine'")
+    assert "mine:shop-" in invoke(run_id, root).stderr
+    with pytest.raises(UserError, match="is not the run of a stage"):
+        invoke(tracker.parent, root)
+
+
+def test_track_writes_what_is_missing_once(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({"extends": "grocery", "root": str(tmp_path / "root")}))
+
+    def track() -> str:
+        return CliRunner().invoke(app, ["track", str(config)], catch_exceptions=False).stderr
+
+    with pytest.raises(UserError, match="no stage is finished"):
+        track()
+    pipeline = Pipeline(configs.load(str(config), []))
+    for stage in pipeline.stages[:2]:
+        replace(stage, work=table).run(pipeline.root, Silent())
+    assert track().startswith("2 of 2 finished stages")
+    assert track().startswith("0 of 2 finished stages")
