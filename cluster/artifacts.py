@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from cluster.code import code
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 
@@ -131,10 +132,10 @@ class Output:
             with system.open_input_file(self.path(name)) as stream:
                 return pq.ParquetFile(stream).metadata.num_rows
 
-        return self._of_each_part(rows)
+        return _of_each(self.parts(), rows)
 
-    def part_hashes(self) -> dict[str, str]:
-        """Hex SHA-256 of each part."""
+    def hashes(self, names: list[str]) -> dict[str, str]:
+        """Hex SHA-256 of each of these files. Raises FileNotFoundError when one is missing."""
         system, _ = filesystem(self.uri)
 
         def sha256(name: str) -> str:
@@ -144,12 +145,7 @@ class Output:
                     digest.update(block)
             return digest.hexdigest()
 
-        return self._of_each_part(sha256)
-
-    def _of_each_part(self, read: Callable[[str], T]) -> dict[str, T]:
-        names = self.parts()
-        with ThreadPoolExecutor(16) as pool:
-            return dict(zip(names, pool.map(read, names), strict=True))
+        return _of_each(names, sha256)
 
     def write_rejects(self, name: str, rejects: list[dict[str, str]]) -> None:
         """Keep rejected rows (key, stage, reason, detail) beside the part they are missing from."""
@@ -164,6 +160,11 @@ class Output:
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, or None while the stage has not finished."""
         return self.read_json(MANIFEST) if self.exists(MANIFEST) else None
+
+
+def _of_each(names: list[str], read: Callable[[str], T]) -> dict[str, T]:
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(names, pool.map(read, names), strict=True))
 
 
 def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
@@ -238,7 +239,7 @@ class Stage:
         return manifest
 
     def _describe(self, output: Output, seconds: float) -> dict[str, Any]:
-        rows, hashes = output.part_rows(), output.part_hashes()
+        rows, hashes = output.part_rows(), output.hashes(output.names())
         return {
             "instance": self.instance,
             "digest": self.digest,
@@ -249,9 +250,11 @@ class Stage:
             "rows": sum(rows.values()),
             "rejects": dict(Counter(output.rejects()["reason"].to_pylist())),
             "seconds": round(seconds, 1),
+            "code": code(),
             "environment": [output.read_json(f"{ENVIRONMENT}/{name}") for name in output.names(ENVIRONMENT)],
             **({"reused": output.read_json(REUSED)} if output.exists(REUSED) else {}),
             "parts": {name: {"rows": n, "sha256": hashes[name]} for name, n in rows.items()},
+            "files": {name: found for name, found in hashes.items() if name not in rows},
         }
 
     def _check_rejects(self, manifest: dict[str, Any], output: Output) -> None:

@@ -1,26 +1,28 @@
 """MLflow records of runs: written by the driver alone, a view of the manifests that can be made again from them."""
 
-import json
 import logging
 import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+import mlflow
+from mlflow.entities import RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
+from cluster import records
 from cluster.artifacts import Stage
+from cluster.code import git_commit
 from cluster.errors import UserError
 
 log = logging.getLogger(__name__)
 RETRY_AFTER = 60.0  # seconds without an attempt after a failure: waiting for a dead server would hold up the work
 Method = TypeVar("Method", bound=Callable[..., None])
-TABLES = {"ingest": "dataset", "embed": "embeddings", "mine": "pairs", "generate": "pseudo_triplets"}
+COMPLETE = "complete"  # tag of a run that has all of its stage's record
 
 
 def _tolerant(method: Method) -> Method:
@@ -43,26 +45,41 @@ def _tolerant(method: Method) -> Method:
 class Tracker:
     """One parent run for a driver's run, one child run for each stage it does.
 
-    Raises UserError when the store cannot be reached, before any work. What fails later is logged and left out.
+    Raises UserError when the store cannot be reached, before any work. What fails later is logged and left out; with
+    `again` the last parent of this name is taken up, so that `complete` brings what is missing.
     """
 
     silent_until = 0.0
 
-    def __init__(self, uri: str, experiment: str, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, uri: str, experiment: str, name: str, config: Mapping[str, Any], again: bool = False) -> None:
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it creates
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        mlflow.set_tracking_uri(uri)  # the registry of a SQLite store looks up logged models there
         place = _artifacts_beside(uri)
+        self.uri, self.name = uri, name
         try:
             self.client = MlflowClient(uri)
             found = self.client.get_experiment_by_name(experiment)
             self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, place)
+            self.parent = (self._last_parent() if again else None) or self._open_parent(config)
         except MlflowException as error:
             raise UserError(
                 f"tracking.uri: MLflow at {uri} cannot be reached ({error}); start it or give another URI"
             ) from error
-        self.parent = self.open(name, {"git.commit": git_commit()})
-        self.client.log_dict(self.parent, dict(config), "config.json")
+
+    def _open_parent(self, config: Mapping[str, Any]) -> str:
+        parent = self.open(self.name, {"vdg.run": self.name, "git.commit": git_commit()})
+        self.client.log_dict(parent, dict(config), "config.json")
+        return parent
+
+    def _last_parent(self) -> str | None:
+        return self.find(f"tags.`vdg.run` = '{self.name}'")
+
+    def find(self, condition: str) -> str | None:
+        """Id of the latest run of the experiment for which a condition holds."""
+        runs = self.client.search_runs([self.experiment], condition, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time DESC"])
+        return runs[0].info.run_id if runs else None
 
     def open(self, name: str, tags: dict[str, str]) -> str:
         """Create a run. Returns its id."""
@@ -75,14 +92,29 @@ class Tracker:
 
     def begin(self, stage: Stage, root: str) -> "StageRun":
         """Open a stage's child run."""
-        run = StageRun(self.client)
-        run.open(self, stage, root)
+        run = StageRun(self, stage, root)
+        run.open()
         return run
+
+    def complete(self, stage: Stage, root: str) -> bool:
+        """Bring what MLflow lacks of a finished stage. Returns whether it lacked anything.
+
+        Raises MlflowException where the store cannot be reached.
+        """
+        of_stage = f"tags.digest = '{stage.digest}' and tags.stage = '{stage.kind}'"
+        if self.find(f"{of_stage} and tags.{COMPLETE} = 'yes'"):
+            return False
+        run = StageRun(self, stage, root)
+        run.run_id = self.find(of_stage) or ""
+        manifest = stage.output(root).manifest()
+        assert manifest is not None, "only finished stages are completed"
+        run.complete(manifest)
+        return True
 
     @_tolerant
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
         """Close the parent run."""
-        self.client.log_batch(self.parent, metrics=_metrics(metrics, 0))
+        self.client.log_batch(self.parent, metrics=records.metrics(metrics, 0))
         self.client.set_terminated(self.parent, status)
 
 
@@ -96,36 +128,38 @@ def _artifacts_beside(uri: str) -> str | None:
 
 
 class StageRun:
-    """The child run of one stage; a monitor that records training metrics."""
+    """The child run of one stage; a monitor that records training metrics.
+
+    What is written while the stage runs is for those who watch: `complete` writes all that is missing at the end.
+    """
 
     silent_until = 0.0
 
-    def __init__(self, client: MlflowClient) -> None:
-        self.client, self.run_id = client, ""
+    def __init__(self, tracker: Tracker, stage: Stage, root: str) -> None:
+        self.tracker, self.stage, self.root = tracker, stage, root
+        self.client, self.run_id = tracker.client, ""
+        self.system: SystemMetricsMonitor | None = None
 
     @_tolerant
-    def open(self, tracker: Tracker, stage: Stage, root: str) -> None:
-        """Record what the stage is made from.
+    def open(self) -> None:
+        """Record what the stage is made from, and from now on the load of the driver's machine."""
+        self._record_inputs()
+        self.system = SystemMetricsMonitor(self.run_id, tracking_uri=self.tracker.uri)
+        self.system.start()
 
-        Its settings and its parents' as params, the tables among its ancestors as datasets, everything by digest.
-        """
-        parents = stage.parents.items()
-        tags = {
-            "mlflow.parentRunId": tracker.parent,
-            "stage": stage.kind,
-            "digest": stage.digest,
-            "output": stage.output(root).uri,
-            **{f"parent.{role}": f"{parent.instance}-{parent.digest}" for role, parent in parents},
-        }
-        self.run_id = tracker.open(stage.instance, tags)
-        settings = _flat({**stage.settings, "version": stage.version})
-        for role, parent in parents:
-            settings += _flat(parent.settings, f"parent.{role}.")
-        params = [Param(name, str(value)[:500]) for name, value in settings]
-        for first in range(0, len(params), 100):
-            self.client.log_batch(self.run_id, params=params[first : first + 100])
-        tables = {ancestor.instance: (ancestor, role) for role, ancestor in _ancestors(stage) if ancestor.kind in TABLES}
-        self.client.log_inputs(self.run_id, datasets=[_dataset(table, role, root) for table, role in tables.values()])
+    def _record_inputs(self) -> None:
+        """Its settings and its parents' as params, the tables and models among its ancestors, everything by digest."""
+        stage, tracker = self.stage, self.tracker
+        if not self.run_id:
+            tags = {
+                "mlflow.parentRunId": tracker.parent,
+                "stage": stage.kind,
+                "digest": stage.digest,
+                "output": stage.output(self.root).uri,
+                **{f"parent.{role}": f"{parent.instance}-{parent.digest}" for role, parent in stage.parents.items()},
+            }
+            self.run_id = tracker.open(stage.instance, tags)
+        records.log_inputs(self.client, tracker.experiment, self.run_id, stage, self.root)
 
     @_tolerant
     def start(self, total: int, unit: str, done: int = 0) -> None:
@@ -138,51 +172,38 @@ class StageRun:
     @_tolerant
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Live training metrics."""
-        self.client.log_batch(self.run_id, metrics=_metrics(values, step))
+        self.client.log_batch(self.run_id, metrics=records.metrics(values, step))
 
     @_tolerant
-    def finish(self, stage: Stage, root: str, manifest: Mapping[str, Any]) -> None:
-        """Record the counts of the manifest and the output as a dataset, then close the run."""
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Complete the record and close the run."""
+        self._stop_watching()
+        self.complete(manifest)
+
+    def complete(self, manifest: Mapping[str, Any]) -> None:
+        """Write what the run lacks of inputs, code, counts, training metrics and output, then close it.
+
+        Raises MlflowException where the store cannot be reached.
+        """
+        client, tracker, stage = self.client, self.tracker, self.stage
+        self._record_inputs()
+        code = [RunTag(f"code.{name}", value) for name, value in manifest.get("code", {}).items()]
+        client.log_batch(self.run_id, tags=code)
         counts = {"rows": manifest["rows"], "rejects": sum(manifest["rejects"].values()), "seconds": manifest["seconds"]}
-        self.client.log_batch(self.run_id, metrics=_metrics(counts, 0))
-        if stage.kind in TABLES:
-            self.client.log_inputs(self.run_id, datasets=[_dataset(stage, "output", root)])
-        self.client.set_terminated(self.run_id, "FINISHED")
+        reports = records.reports_of(stage.output(self.root))
+        records.log_missing_metrics(client, self.run_id, [{"step": 0, **counts}, *reports])
+        records.log_output(client, tracker.experiment, self.run_id, stage, self.root)
+        if stage.kind in records.MODELS:
+            records.register(client, tracker.experiment, stage, self.root, tracker.name)
+        client.set_tag(self.run_id, COMPLETE, "yes")
+        client.set_terminated(self.run_id, "FINISHED")
 
     @_tolerant
     def fail(self) -> None:
         """Close the run as failed; what was done stays for the next one."""
+        self._stop_watching()
         self.client.set_terminated(self.run_id, "FAILED")
 
-
-def _ancestors(stage: Stage, prefix: str = "") -> Iterator[tuple[str, Stage]]:
-    """(role, stage) of everything a stage is made from, the nearest last; the role of a parent's parent has a dot."""
-    for role, parent in stage.parents.items():
-        yield from _ancestors(parent, f"{prefix}{role}.")
-        yield f"{prefix}{role}", parent
-
-
-def _dataset(stage: Stage, role: str, root: str) -> DatasetInput:
-    source = json.dumps({"uri": stage.output(root).uri})
-    name = f"{TABLES[stage.kind]}/{stage.instance.partition(':')[2]}"
-    dataset = Dataset(name=name, digest=stage.digest, source_type="local", source=source)
-    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", role)])
-
-
-def _metrics(values: Mapping[str, float], step: int) -> list[Metric]:
-    now = int(time.time() * 1000)
-    return [Metric(name.replace("@", "_at_"), float(value), now, step) for name, value in values.items()]
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in node.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [(f"{prefix}{name}", value)]
-    return rows
-
-
-def git_commit() -> str:
-    """The commit of the code that runs, or 'unknown' outside a git checkout."""
-    folder = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    def _stop_watching(self) -> None:
+        if self.system is not None:
+            self.system.finish()

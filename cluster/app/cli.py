@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from cluster.app import config as configs
-from cluster.app.commands import doctor, jobs, weights
+from cluster.app.commands import doctor, jobs, lineage, weights
 from cluster.app.commands.options import Config, Json, Set
 from cluster.artifacts import Output, filesystem
 from cluster.errors import UserError
@@ -19,6 +19,7 @@ from cluster.progress import console
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(doctor.app)
 app.add_typer(jobs.app)
+app.add_typer(lineage.app)
 app.add_typer(weights.app)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the stages and what would be done; touch nothing")]

@@ -70,7 +70,7 @@ def _do(stage: Stage, root: str, tracker: Any) -> None:
     except BaseException:
         record.fail()
         raise
-    record.finish(stage, root, manifest)
+    record.finish(manifest)
     rejected = sum(manifest["rejects"].values())
     counts = (
         f"{manifest['rows']:,} rows" if manifest["rows"] else "model" if stage.kind in ("align", "instruct", "train") else ""

@@ -1,14 +1,24 @@
 """Records in a real SQLite store."""
 
+import json
 import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from mlflow.tracking import MlflowClient
 
 from cluster.artifacts import Output, Stage
-from cluster.monitor import Monitor
-from cluster.tracking import Tracker
+from cluster.monitor import Monitor, Silent
+from cluster.tracking import COMPLETE, Tracker
 
 
 def nothing(output: Output, monitor: Monitor) -> None:
@@ -37,7 +47,7 @@ def tracker(tmp_path: Path) -> Tracker:
 
 def test_pseudo_triplets_name_gallery_mining_and_generator(tracker: Tracker, pseudo_triplets: Stage, tmp_path: Path) -> None:
     run = tracker.begin(pseudo_triplets, str(tmp_path))
-    run.finish(pseudo_triplets, str(tmp_path), {"rows": 3, "rejects": {}, "seconds": 1.0})
+    run.finish({"rows": 3, "rejects": {}, "seconds": 1.0})
     record = tracker.client.get_run(run.run_id)
     expected = {"greedy": "True", "parent.pairs.method": "matched", "parent.pairs.matched.pairs": "40"}
     assert {name: record.data.params[name] for name in expected} == expected
@@ -63,9 +73,117 @@ def test_a_store_lost_in_the_middle_is_logged_once_and_work_goes_on(
     with caplog.at_level(logging.WARNING, "cluster.tracking"):
         run.metrics(2, {"loss": 0.5})
         run.metrics(3, {"loss": 0.4})
-        run.finish(pseudo_triplets, str(tmp_path), {"rows": 3, "rejects": {}, "seconds": 1.0})
+        run.finish({"rows": 3, "rejects": {}, "seconds": 1.0})
     assert [record.name for record in caplog.records].count("cluster.tracking") == 1
     later = tracker.begin(pseudo_triplets, str(tmp_path))
     later.metrics(1, {"loss": 1.0})
     later.fail()
     tracker.finish("FINISHED", {})
+
+
+SCHEMA = pa.schema([("n", pa.int64())])
+
+
+def table(output: Output, monitor: Monitor) -> None:
+    output.write_table("part-00000.parquet", pa.table({"n": [1, 2, 3]}), SCHEMA)
+
+
+def train(output: Output, monitor: Monitor) -> None:
+    reports: list[dict] = [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 0.5, "val_mrr": 0.3}]
+    output.write_bytes("metrics.jsonl", "\n".join(map(json.dumps, reports)).encode())
+    output.write_bytes("weights.safetensors", b"weights")
+
+
+@pytest.fixture
+def models() -> list[Stage]:
+    """From labelled triplets over a generator and its pseudo triplets to a retrieval model."""
+    labelled = Stage("ingest:labelled", 1, {}, table)
+    vdg = Stage("instruct:vdg", 1, {}, train, {"triplets": labelled})
+    pseudo = Stage("generate:shop", 1, {}, table, {"vdg": vdg})
+    return [labelled, vdg, pseudo, Stage("train:semi.s1", 1, {}, train, {"triplets": labelled, "pseudo_triplets": pseudo})]
+
+
+def everything(tracker: Tracker) -> dict[str, object]:
+    """What the store holds, without ids and times."""
+    client, shown = tracker.client, {}
+    for run in client.search_runs([tracker.experiment]):
+        history = {
+            name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in run.data.metrics
+        }
+        inputs = sorted((i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs)
+        edges = [m.model_id for m in run.inputs.model_inputs], [m.model_id for m in run.outputs.model_outputs]
+        shown[run.info.run_id] = (run.info.status, run.data.tags, run.data.params, history, inputs, edges)
+    versions = [(v.name, v.version, v.tags, v.aliases) for v in client.search_model_versions()]
+    return {"runs": shown, "versions": versions, "models": len(client.search_logged_models([tracker.experiment]))}
+
+
+def check_tracing(uri: str, stages: list[Stage], root: str) -> None:
+    """A live run that loses the store in the middle, then `complete`, twice."""
+    tracker = Tracker(uri, "vdg", "run.1", {})
+    for stage in stages[:2]:
+        run = tracker.begin(stage, root)
+        run.metrics(10, {"loss": 1.0})
+        run.finish(stage.run(root, Silent()))
+    for stage in stages[2:]:  # nothing of them is recorded
+        stage.run(root, Silent())
+    tracker = Tracker(uri, "vdg", "run.1", {}, again=True)
+    assert [tracker.complete(stage, root) for stage in stages] == [False, False, True, True]
+    first = everything(tracker)
+    again = Tracker(uri, "vdg", "run.1", {}, again=True)
+    assert not any(again.complete(stage, root) for stage in stages)
+    again.client.delete_tag(again.find("tags.stage = 'train'") or "", COMPLETE)  # as if it had been cut off at the end
+    assert again.complete(stages[3], root)
+    assert everything(again) == first
+
+    client = tracker.client
+    ids = {stage.instance: tracker.find(f"tags.digest = '{stage.digest}'") or "" for stage in stages}
+    assert [m.step for m in client.get_metric_history(ids["instruct:vdg"], "loss")] == [10, 20]
+    trained = client.get_run(ids["train:semi.s1"])
+    made = trained.outputs.model_outputs[0].model_id
+    vdg = client.get_run(ids["instruct:vdg"]).outputs.model_outputs[0].model_id
+    assert [m.model_id for m in trained.inputs.model_inputs] == [vdg]
+    assert {i.dataset.digest for i in trained.inputs.dataset_inputs} == {stages[0].digest, stages[2].digest}
+    assert trained.data.tags["code.commit"]
+    version = client.get_model_version_by_alias("vdg.semi.s1", "run-1")
+    assert version.tags["digest"] == stages[3].digest
+    assert version.tags["uri"] == stages[3].output(root).uri
+    assert client.get_logged_model(made).source_run_id == ids["train:semi.s1"]
+
+
+def test_what_is_missing_is_written_once(models: list[Stage], tmp_path: Path) -> None:
+    check_tracing(f"sqlite:///{tmp_path}/mlflow.db", models, str(tmp_path))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A real MLflow server on a free loopback port, on SQLite."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = f"sqlite:///{tmp_path}/server.db"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, start_new_session=True, cwd=tmp_path)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 300
+        while not _answers(f"{uri}/health"):
+            assert process.poll() is None, "the server ended"
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.5)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_server_keeps_the_same(server: str, models: list[Stage], tmp_path: Path) -> None:
+    check_tracing(server, models, str(tmp_path))

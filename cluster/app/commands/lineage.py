@@ -1,0 +1,172 @@
+"""Commands that trace: what made an output and what it made, and whether its files are still those that were made."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.tree import Tree
+
+from cluster.app import config as configs
+from cluster.artifacts import Output
+from cluster.errors import UserError
+from cluster.lineage import Lineage, Made, problems
+from cluster.progress import console
+
+app = typer.Typer()
+
+RUN_ID = re.compile("[0-9a-f]{32}")
+
+
+@app.command()
+def lineage(
+    name: Annotated[str, typer.Argument(help="an instance, a model (semi.s1), a digest, an MLflow run id, or a pattern")],
+    place: Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the trees as JSON on standard output")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="draw the lineage into this file")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="compare the files with their manifests; exit code 1 if they differ")
+    ] = False,
+) -> None:
+    """What an output was made from and what was made from it, as the manifests say."""
+    root, uri = _root(place)
+    found = Lineage(root)
+    made = found.find(_digest_of_run(name, uri) if RUN_ID.fullmatch(name) else name)
+    if not made:
+        raise UserError(
+            f"{name}: no finished output below {Output(root).uri} has this name, digest or run; `vdg ls` lists them"
+        )
+    shown = {near: value for one in made for near, value in found.around(one).items()}
+    if as_json:
+        print(json.dumps([_as_json(found, one) for one in made], indent=1))
+    else:
+        for one in made:
+            _show(found, one)
+    if html is not None:
+        from cluster.app.lineage_page import page
+
+        html.write_text(page(found, shown, {one.name for one in made}))
+        console.print(f"drawn in {html}")
+    if check:
+        _check(shown)
+
+
+@app.command()
+def track(config: Annotated[str, typer.Argument(help="a YAML file or a preset's name")]) -> None:
+    """Write into MLflow what it lacks of the run's finished stages; done again, it changes nothing."""
+    from mlflow.exceptions import MlflowException
+
+    from cluster.app.driver import tracking_uri
+    from cluster.app.pipeline import Pipeline
+    from cluster.tracking import Tracker
+
+    pipeline = Pipeline(configs.load(config, []))
+    run, uri = pipeline.config, tracking_uri(pipeline.config)
+    finished = [stage for stage in pipeline.stages if pipeline.output(stage).manifest() is not None]
+    if not finished:
+        raise UserError(f"{run.name}: no stage is finished below {Output(run.root).uri}; `vdg run {config}` does them")
+    tracker = Tracker(uri, run.tracking.experiment, run.name, run.model_dump(mode="json"), again=True)
+    try:
+        written = sum(tracker.complete(stage, run.root) for stage in finished)
+    except MlflowException as error:
+        raise UserError(f"tracking.uri: MLflow at {uri} failed ({error}); the same command goes on from there") from error
+    console.print(f"{written} of {len(finished)} finished stages were not whole in MLflow at {uri}; now they are")
+
+
+@app.command()
+def export(
+    place: Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")],
+    model: Annotated[str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg) or a digest")],
+    folder: Annotated[Path, typer.Argument(help="a new folder")],
+) -> None:
+    """A trained model as PEFT adapter or safetensors, with a model card; says what needs this package."""
+    from cluster.app.export import export as write
+
+    root, _ = _root(place)
+    found = Lineage(root)
+    made = found.find(model)
+    if len(made) != 1:
+        names = ", ".join(one.name for one in made) or "none"
+        raise UserError(f"{model}: expected one finished output below {Output(root).uri}, found {names}; give its digest")
+    for note in write(found, made[0], folder):
+        console.print(note, markup=False)
+    console.print(f"exported to {folder}")
+
+
+def _root(place: str) -> tuple[str, str | None]:
+    """The root of a config or of a folder, and its MLflow store."""
+    if "://" in place or Path(place).is_dir():
+        store = Path(place) / "mlflow.db"
+        return place, f"sqlite:///{store.resolve()}" if store.is_file() else None
+    config = configs.load(place, [])
+    from cluster.app.driver import tracking_uri
+
+    return config.root, tracking_uri(config)
+
+
+def _digest_of_run(run_id: str, uri: str | None) -> str:
+    if uri is None:
+        raise UserError(f"{run_id}: a root without mlflow.db knows no MLflow runs; give the config, with its tracking.uri")
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        tags = MlflowClient(uri).get_run(run_id).data.tags
+    except MlflowException as error:
+        raise UserError(f"{run_id}: MLflow at {uri} does not give this run ({error})") from error
+    if "digest" not in tags:
+        raise UserError(f"{run_id}: is not the run of a stage; give one of its child runs")
+    return tags["digest"]
+
+
+def _show(lineage: Lineage, made: Made) -> None:
+    tree = Tree(_label(made), highlight=True)
+    for title, step in (("made from", lineage.above), ("was used for", lineage.below)):
+        if step(made):
+            _grow(tree.add(f"[bold]{title}[/bold]"), step, made, set())
+    console.print(tree)
+
+
+def _grow(tree: Tree, step: Any, made: Made, seen: set[str]) -> None:
+    """An output that comes twice is followed once: the second time it ends in dots."""
+    for role, near in step(made):
+        known = near.name in seen
+        seen.add(near.name)
+        branch = tree.add(f"[dim]{role}:[/dim] {_label(near)}{' ...' if known and step(near) else ''}")
+        if not known:
+            _grow(branch, step, near, seen)
+
+
+def _label(made: Made) -> str:
+    if made.manifest is None:
+        return f"{made.name} (removed)"
+    rows = made.manifest["rows"]
+    return f"{made.name}{f' ({rows:,} rows)' if rows else ''}"
+
+
+def _as_json(lineage: Lineage, made: Made) -> dict[str, Any]:
+    """Each output once, with its parents and children by `instance-digest`."""
+    outputs = {
+        name: {
+            "instance": near.instance,
+            "digest": near.digest,
+            "output": near.output.uri,
+            "finished": near.manifest is not None,
+            "rows": near.manifest["rows"] if near.manifest else None,
+            "sources": near.manifest["sources"] if near.manifest else {},
+            "parents": {role: parent.name for role, parent in lineage.above(near)},
+            "children": sorted({child.name for _, child in lineage.below(near)}),
+        }
+        for name, near in sorted(lineage.around(made).items())
+    }
+    return {"name": made.name, "outputs": outputs}
+
+
+def _check(shown: dict[str, Made]) -> None:
+    found = [line for made in shown.values() for line in problems(made)]
+    for line in found:
+        console.print(line, style="red", markup=False)
+    if found:
+        raise typer.Exit(1)
+    console.print(f"the files of {len(shown)} outputs are those of their manifests")

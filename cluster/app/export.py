@@ -1,0 +1,72 @@
+"""A trained model in a folder of its own, with its card."""
+
+import json
+from pathlib import Path
+
+from cir.export import export_model
+from cluster.errors import UserError
+from cluster.lineage import Lineage, Made, problems
+from cluster.records import reports_of
+from vdg.export import export_generator
+
+EXPORTS = {"instruct": export_generator, "train": export_model}
+USES = {
+    "instruct": "writes what turns a reference image into a target image, to make training triplets. Its texts are drafts: "
+    "they may name what is in neither image, and carry over what the language model and the labelled triplets are biased to.",
+    "train": "ranks a gallery by a reference image and a text that says what should change. It was trained for images like "
+    "those below; measure it before it serves others, and let it decide nothing about people.",
+}
+
+
+def export(lineage: Lineage, made: Made, folder: Path) -> list[str]:
+    """Write a finished model and its README.md into a new folder. Returns notes on what loads without this package.
+
+    Raises UserError when it is no generator or retrieval model, when its files differ from the manifest, or when the
+    folder has files.
+    """
+    kind = made.instance.partition(":")[0]
+    if kind not in EXPORTS:
+        raise UserError(f"{made.name}: is no model to export; give the name of an output of instruct or train")
+    if found := problems(made):
+        raise UserError(f"{found[0]}; a model that is not the one that was trained is not exported")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = EXPORTS[kind](made.output, folder)
+    (folder / "README.md").write_text(card(lineage, made, notes))
+    return notes
+
+
+def card(lineage: Lineage, made: Made, notes: list[str]) -> str:
+    """The model card: data, training, metrics, parents by digest, licence, use, loading."""
+    assert made.manifest is not None
+    ancestors = [near for near in lineage.ancestors(made).values() if near is not made]
+    data = [near for near in ancestors if near.instance.startswith("ingest:")]
+    metrics = (reports_of(made.output) or [{}])[-1]
+    settings = json.dumps(made.manifest["settings"], indent=1)
+    sections = {
+        "Use and limits": f"This model {USES[made.instance.partition(':')[0]]}",
+        "Loading": _list(notes),
+        "Data": _list([f"{near.name}: {_rows(near)}, sources {_sources(near)}" for near in data]),
+        "Made from": _list([f"{near.name}" for near in ancestors if near not in data]),
+        "Metrics": "At the last report of training:\n\n" + _list([f"{name}: {value:g}" for name, value in metrics.items()]),
+        "Licence": "The manifests name no licence. Those of the data above and of the pretrained weights in the settings hold "
+        "for this model too: look them up before passing it on.",
+        "Settings": f"```json\n{settings}\n```",
+    }
+    code = made.manifest.get("code", {})
+    origin = f"code version {code.get('version', 'unknown')}, commit {code.get('commit', 'unknown')}"
+    head = f"# {made.instance}\n\nDigest `{made.digest}`, {origin}."
+    return "\n\n".join([head, *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
+
+
+def _list(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines) or "- none"
+
+
+def _rows(made: Made) -> str:
+    return f"{made.manifest['rows']:,} rows" if made.manifest else "removed since"
+
+
+def _sources(made: Made) -> str:
+    return ", ".join(f"{field} ({digest})" for field, digest in (made.manifest or {"sources": {}})["sources"].items()) or "none"

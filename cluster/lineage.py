@@ -1,0 +1,113 @@
+"""What made an output and what was made from it, read from the manifests below a root; and whether its files are whole."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pyarrow import fs as pafs
+
+from cluster.artifacts import MANIFEST, Output, filesystem
+
+
+@dataclass(frozen=True)
+class Made:
+    """An output that some manifest names. It has no manifest of its own when it was removed after its children were made."""
+
+    instance: str
+    digest: str
+    output: Output
+    manifest: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """`instance-digest`, one of its kind below a root."""
+        return f"{self.instance}-{self.digest}"
+
+
+class Lineage:
+    """Every finished output below a root, and the edges between them."""
+
+    def __init__(self, root: str) -> None:
+        """Reads every manifest below `root`, `<root>/<stage>/<instance>-<digest>/manifest.json`."""
+        self.made: dict[str, Made] = {}
+        self.parents: dict[str, dict[str, str]] = {}  # name -> role -> the parent's name
+        for output in _finished(root):
+            self._add(root, output)
+
+    def _add(self, root: str, output: Output) -> None:
+        manifest = output.manifest()
+        assert manifest is not None
+        made = Made(manifest["instance"], manifest["digest"], output, manifest)
+        self.made[made.name] = made
+        self.parents[made.name] = {}
+        for role, parent in manifest["parents"].items():
+            kind, _, instance = parent["instance"].partition(":")
+            gone = Output(f"{root.rstrip('/')}/{kind}/{instance}-{parent['digest']}")
+            removed = Made(parent["instance"], parent["digest"], gone, None)
+            self.made.setdefault(removed.name, removed)
+            self.parents[made.name][role] = removed.name
+
+    def find(self, wanted: str) -> list[Made]:
+        """Outputs by `instance-digest`, digest, instance or model name; a pattern may match several.
+
+        The model name of `train:semi.s1` is `semi.s1`.
+        """
+        return [made for _, made in sorted(self.made.items()) if any(fnmatchcase(name, wanted) for name in _names(made))]
+
+    def above(self, made: Made) -> list[tuple[str, Made]]:
+        """(role, parent) of what an output was made from."""
+        return [(role, self.made[name]) for role, name in self.parents.get(made.name, {}).items()]
+
+    def below(self, made: Made) -> list[tuple[str, Made]]:
+        """(role, child) of what was made from an output: the role that it has there."""
+        edges = ((role, child, name) for child, roles in self.parents.items() for role, name in roles.items())
+        return sorted(((role, self.made[child]) for role, child, name in edges if name == made.name), key=lambda e: e[1].name)
+
+    def ancestors(self, made: Made) -> dict[str, Made]:
+        """An output with all that it was made from, by name."""
+        return _reach(made, self.above)
+
+    def around(self, made: Made) -> dict[str, Made]:
+        """An output with all its ancestors and descendants, by name."""
+        return self.ancestors(made) | _reach(made, self.below)
+
+
+def _reach(made: Made, step: Callable[[Made], list[tuple[str, Made]]]) -> dict[str, Made]:
+    found, waiting = {made.name: made}, [made]
+    while waiting:
+        new = {near.name: near for _, near in step(waiting.pop()) if near.name not in found}
+        found |= new
+        waiting += new.values()
+    return found
+
+
+def problems(made: Made) -> list[str]:
+    """What differs between an output's files and its manifest: a line for each file that is missing, changed or unknown.
+
+    A manifest without `files`, of an earlier version, says nothing of files that are no parts.
+    """
+    if made.manifest is None:
+        return [f"{made.name}: was removed"]
+    parts = {name: part["sha256"] for name, part in made.manifest["parts"].items()}
+    expected = parts | made.manifest.get("files", {})
+    there = made.output.names()
+    found = made.output.hashes([name for name in expected if name in there])
+    lines = [f"{made.name}: {name} is missing" for name in expected if name not in found]
+    lines += [f"{made.name}: {name} has changed" for name in found if found[name] != expected[name]]
+    return lines + [f"{made.name}: {name} is not in the manifest" for name in made.output.parts() if name not in parts]
+
+
+def _names(made: Made) -> tuple[str, ...]:
+    kind, _, name = made.instance.partition(":")
+    return (made.name, made.digest, made.instance, *([name] if kind == "train" else []))
+
+
+def _finished(root: str) -> Iterator[Output]:
+    system, base = filesystem(root)
+    for stage in system.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
+        if stage.type == pafs.FileType.Directory:
+            for folder in system.get_file_info(pafs.FileSelector(stage.path)):
+                output = Output(f"{root.rstrip('/')}/{stage.base_name}/{folder.base_name}")
+                if folder.type == pafs.FileType.Directory and output.exists(MANIFEST):
+                    yield output

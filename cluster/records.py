@@ -1,0 +1,130 @@
+"""What MLflow keeps of an output: a table as a dataset, a model as a logged and registered model, each by its digest.
+
+Their content stays where it is; MLflow has the URI. Everything here may be done again and changes nothing then.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from cluster.artifacts import Output, Stage
+
+TABLES = {"ingest": "dataset", "embed": "embeddings", "mine": "pairs", "generate": "pseudo_triplets"}
+MODELS = {"instruct": "visual delta generator", "train": "composed retrieval"}
+
+
+def log_inputs(client: MlflowClient, experiment: str, run_id: str, stage: Stage, root: str) -> None:
+    """Settings of a stage and its parents as params; the tables and models among its ancestors as inputs."""
+    settings = _flat({**stage.settings, "version": stage.version})
+    for role, parent in stage.parents.items():
+        settings += _flat(parent.settings, f"parent.{role}.")
+    params = [Param(name, str(value)[:500]) for name, value in settings]
+    for first in range(0, len(params), 100):
+        client.log_batch(run_id, params=params[first : first + 100])
+    found = {ancestor.instance: (ancestor, role) for role, ancestor in _ancestors(stage)}
+    tables = [_dataset(table, role, root) for table, role in found.values() if table.kind in TABLES]
+    models = [_logged_model(client, experiment, model, root) for model, _ in found.values() if model.kind in MODELS]
+    client.log_inputs(run_id, datasets=tables, models=[LoggedModelInput(model) for model in models])
+
+
+def log_output(client: MlflowClient, experiment: str, run_id: str, stage: Stage, root: str) -> None:
+    """A finished table as a dataset of its run, a finished model as its logged model."""
+    if stage.kind in TABLES:
+        client.log_inputs(run_id, datasets=[_dataset(stage, "output", root)])
+    if stage.kind in MODELS:
+        model = _logged_model(client, experiment, stage, root, run_id)
+        if model not in {output.model_id for output in client.get_run(run_id).outputs.model_outputs}:
+            client.log_outputs(run_id, [LoggedModelOutput(model, 0)])
+
+
+def register(client: MlflowClient, experiment: str, stage: Stage, root: str, alias: str) -> None:
+    """A model as a version of the registered model `<experiment's name>.<model's name>`; the alias is moved to it.
+
+    The version's source is the logged model: a server refuses folders of its own machine. The URI is in a tag.
+    """
+    name = f"{client.get_experiment(experiment).name}.{_name(stage)}".replace("/", "-").replace(":", "-")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    versions = client.search_model_versions(f"name='{name}'")
+    known = [version.version for version in versions if version.tags.get("digest") == stage.digest]
+    if not known:
+        model = _logged_model(client, experiment, stage, root)
+        source = {"source": f"models:/{model}", "model_id": model}
+        known = [client.create_model_version(name, tags=_identity(stage, root), **source).version]
+    client.set_registered_model_alias(name, re.sub(r"[^\w-]", "-", alias), known[0])
+
+
+def log_missing_metrics(client: MlflowClient, run_id: str, reports: list[dict[str, float]]) -> None:
+    """Training metrics of the steps that the run lacks; each report has its `step`."""
+    names = {name for report in reports for name in report if name != "step"}
+    known = {name: {metric.step for metric in client.get_metric_history(run_id, _metric_name(name))} for name in names}
+    for report in reports:
+        step = int(report["step"])
+        missing = {name: value for name, value in report.items() if name != "step" and step not in known[name]}
+        if missing:
+            client.log_batch(run_id, metrics=metrics(missing, step))
+
+
+def reports_of(output: Output) -> list[dict[str, float]]:
+    """The lines of an output's metrics.jsonl; none where nothing was trained."""
+    if not output.exists("metrics.jsonl"):
+        return []
+    return [json.loads(line) for line in output.read_bytes("metrics.jsonl").splitlines() if line.strip()]
+
+
+def metrics(values: Mapping[str, float], step: int) -> list[Metric]:
+    """Values at a step as MLflow takes them."""
+    now = int(time.time() * 1000)
+    return [Metric(_metric_name(name), float(value), now, step) for name, value in values.items()]
+
+
+def _metric_name(name: str) -> str:
+    return name.replace("@", "_at_")
+
+
+def _logged_model(client: MlflowClient, experiment: str, stage: Stage, root: str, run_id: str | None = None) -> str:
+    """Id of a model's one entity in the experiment, made where there is none."""
+    found = client.search_logged_models([experiment], filter_string=f"tags.digest = '{stage.digest}'")
+    for model in found:
+        return model.model_id
+    name = re.sub(r"[^\w-]", "-", _name(stage))
+    made = client.create_logged_model(experiment, name, run_id, _identity(stage, root), model_type=MODELS[stage.kind])
+    return client.finalize_logged_model(made.model_id, "READY").model_id
+
+
+def _identity(stage: Stage, root: str) -> dict[str, str]:
+    parents = {f"parent.{role}": f"{parent.instance}-{parent.digest}" for role, parent in stage.parents.items()}
+    return {"instance": stage.instance, "digest": stage.digest, "uri": stage.output(root).uri, **parents}
+
+
+def _ancestors(stage: Stage, prefix: str = "") -> Iterator[tuple[str, Stage]]:
+    """(role, stage) of everything a stage is made from, the nearest last; the role of a parent's parent has a dot."""
+    for role, parent in stage.parents.items():
+        yield from _ancestors(parent, f"{prefix}{role}.")
+        yield f"{prefix}{role}", parent
+
+
+def _dataset(stage: Stage, role: str, root: str) -> DatasetInput:
+    source = json.dumps({"uri": stage.output(root).uri})
+    dataset = Dataset(f"{TABLES[stage.kind]}/{_name(stage)}", stage.digest, source_type="local", source=source)
+    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", role)])
+
+
+def _name(stage: Stage) -> str:
+    return stage.instance.partition(":")[2]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in node.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [(f"{prefix}{name}", value)]
+    return rows

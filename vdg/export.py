@@ -1,0 +1,65 @@
+"""A trained generator as files that load without this package: its LoRA for PEFT, its projection as safetensors."""
+
+from pathlib import Path
+from typing import Any
+
+from cluster.artifacts import Output
+from cluster.training import WEIGHTS
+from vdg.config import DESCRIPTION, Description, read_description
+
+LORA = "language_model."  # where the language model with its LoRA is in a backbone
+PROJECTION = "projection."
+MEAN = "mean.safetensors"
+
+
+def export_generator(model: Output, folder: Path) -> list[str]:
+    """Write a PEFT adapter folder, the projection and the description. Returns notes on what loads how.
+
+    Raises UserError when `model` holds no generator.
+    """
+    from safetensors.torch import load, save_file
+
+    description = read_description(model)
+    weights = load(model.read_bytes(WEIGHTS))
+    lora = {name.removeprefix(LORA).replace(".default.", "."): w for name, w in weights.items() if name.startswith(LORA)}
+    save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _adapter_config(description, list(lora)).save_pretrained(str(folder))
+    (folder / DESCRIPTION).write_bytes(model.read_bytes(DESCRIPTION))
+    projection = {name.removeprefix(PROJECTION): w for name, w in weights.items() if name.startswith(PROJECTION)}
+    if projection:
+        save_file(projection, folder / "projection.safetensors")
+        (folder / MEAN).write_bytes(model.read_bytes(MEAN))
+    return _notes(description)
+
+
+def _adapter_config(description: Description, names: list[str]) -> Any:
+    """The layers are named in full, so that layers of an image tower that are named alike stay as they are."""
+    from peft import LoraConfig
+
+    layers = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names})
+    vdg = description.vdg
+    config = LoraConfig(
+        r=vdg.lora_rank,
+        lora_alpha=vdg.lora_alpha,
+        lora_dropout=vdg.lora_dropout,
+        target_modules=layers,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    config.base_model_name_or_path = vdg.language_model.location()
+    return config
+
+
+def _notes(description: Description) -> list[str]:
+    base = description.vdg.language_model.location()
+    notes = [f"The LoRA loads with PEFT alone: `PeftModel.from_pretrained(base, FOLDER)`, `base` being {base}."]
+    if base.endswith(".gguf"):
+        notes.append("The base is a GGUF file: give transformers its folder and `gguf_file`, and de-quantise it.")
+    if description.vdg.backbone == "features":
+        notes.append(
+            f"projection.safetensors is a {description.vdg.projection} projection of features {description.dim} wide; "
+            "mean.safetensors is the mean that centres them. Prompts with image slots need this package."
+        )
+    else:
+        notes.append("Prompts with both images and the clean-up of the texts need this package.")
+    return notes
