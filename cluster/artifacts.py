@@ -167,6 +167,12 @@ def _of_each(names: list[str], read: Callable[[str], T]) -> dict[str, T]:
         return dict(zip(names, pool.map(read, names), strict=True))
 
 
+def output_of(root: str, instance: str, digest: str) -> Output:
+    """Where the output of a stage's instance lives below a root."""
+    kind, _, name = instance.partition(":")
+    return Output(below(root, f"{kind}/{name}-{digest}"))
+
+
 def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
     """Raises TypeError naming the table when its columns are not those of the contract."""
     if not found.remove_metadata().equals(expected.remove_metadata()):
@@ -216,8 +222,7 @@ class Stage:
 
     def output(self, root: str) -> Output:
         """Where this instance's output lives."""
-        name = self.instance.partition(":")[2]
-        return Output(below(root, f"{self.kind}/{name}-{self.digest}"))
+        return output_of(root, self.instance, self.digest)
 
     def missing_sources(self) -> dict[str, str]:
         """The config fields whose outside file or folder does not exist, with its path."""

@@ -5,17 +5,17 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from cluster.artifacts import MANIFEST, Output, Stage, filesystem
+from cluster.artifacts import MANIFEST, Output, Stage, below, filesystem
 
 
 def earlier_output(stage: Stage, root: str) -> tuple[Output, dict[str, Any]] | None:
     """The newest finished output of the same instance, code version and settings but of other parents, and its manifest."""
-    uri, own = f"{root.rstrip('/')}/{stage.kind}", stage.output(root)
+    own = stage.output(root)
     wanted = json.loads(json.dumps({"instance": stage.instance, "version": stage.version, "settings": stage.settings}))
-    system, base = filesystem(uri)
+    system, base = filesystem(below(root, stage.kind))
     found = []
     for info in system.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
-        output = Output(f"{uri}/{info.base_name}")
+        output = Output(below(root, f"{stage.kind}/{info.base_name}"))
         manifest = output.manifest() if info.type == pafs.FileType.Directory and output != own else None
         if manifest is not None and all(manifest[name] == value for name, value in wanted.items()):
             found.append((system.get_file_info(output.path(MANIFEST)).mtime_ns, output, manifest))

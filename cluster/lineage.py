@@ -7,7 +7,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from cluster.artifacts import MANIFEST, Output, filesystem
+from cluster.artifacts import MANIFEST, Output, below, filesystem, output_of
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Lineage:
         self.made[made.name] = made
         self.parents[made.name] = {}
         for role, parent in manifest["parents"].items():
-            kind, _, instance = parent["instance"].partition(":")
-            gone = Output(f"{root.rstrip('/')}/{kind}/{instance}-{parent['digest']}")
+            gone = output_of(root, parent["instance"], parent["digest"])
             removed = Made(parent["instance"], parent["digest"], gone, None)
             self.made.setdefault(removed.name, removed)
             self.parents[made.name][role] = removed.name
@@ -108,6 +107,6 @@ def _finished(root: str) -> Iterator[Output]:
     for stage in system.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
         if stage.type == pafs.FileType.Directory:
             for folder in system.get_file_info(pafs.FileSelector(stage.path)):
-                output = Output(f"{root.rstrip('/')}/{stage.base_name}/{folder.base_name}")
+                output = Output(below(root, f"{stage.base_name}/{folder.base_name}"))
                 if folder.type == pafs.FileType.Directory and output.exists(MANIFEST):
                     yield output

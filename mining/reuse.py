@@ -27,7 +27,7 @@ class Earlier:
     @property
     def name(self) -> str:
         """Instance and digest, as the output's folder is named."""
-        return self.embeddings.uri.rstrip("/").rpartition("/")[2]
+        return filesystem(self.embeddings.uri)[1].rpartition("/")[2]
 
     def find(self, images: pa.Table, view: int) -> dict[int, np.ndarray]:
         """Values float16 [tokens, dim] of those rows of a gallery table whose bytes are the same, by id in their order."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from cir.benchmarks import official, triplets
 from cir.benchmarks.benchmark import Benchmark
 from cluster.app.config import RunConfig
-from cluster.artifacts import Output, Stage
+from cluster.artifacts import Output, Stage, output_of
 from cluster.earlier import earlier_output
 from cluster.weights import content_identity
 from mining.config import GalleryConfig, TripletsConfig, ViewsConfig
@@ -133,7 +133,7 @@ class Sources:
         if found is None:
             return None
         embeddings, manifest = found
-        gallery = Output(self.output(images).uri.removesuffix(images.digest) + manifest["parents"]["gallery"]["digest"])
+        gallery = output_of(self.root, images.instance, manifest["parents"]["gallery"]["digest"])
         return open_earlier(embeddings, gallery) if gallery.manifest() is not None else None
 
     def features(self, tower: str, *galleries: str, pixels: bool = False) -> tuple[Features, dict[str, Stage]]:
