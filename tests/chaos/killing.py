@@ -17,13 +17,13 @@ from mining.embed import read_part
 POLL = 0.005
 
 
-def find(driver: int, name: str) -> psutil.Process | None:
-    """A process below a driver that shows `name`: a program, or an actor's class as `ray::MapWorker(MapBatches(Embedder))`."""
+def find(driver: int, name: str) -> list[psutil.Process]:
+    """Processes below a driver that show `name`: a program, or an actor's class as `ray::MapWorker(MapBatches(Embedder))`."""
     try:
         below = psutil.Process(driver).children(recursive=True)
     except psutil.NoSuchProcess:
-        return None
-    return next((process for process in below if name in _title(process)), None)
+        return []
+    return [process for process in below if name in _title(process)]
 
 
 def _title(process: psutil.Process) -> str:
@@ -34,19 +34,19 @@ def _title(process: psutil.Process) -> str:
 
 
 def kill_when(
-    victim: Callable[[], psutil.Process | None],
+    victims: Callable[[], list[psutil.Process]],
     ready: Callable[[], bool],
     going: Callable[[], bool],
     number: int = signal.SIGKILL,
 ) -> bool:
-    """Signal the victim as soon as there is one and it is time. False when the work ended before that."""
-    found = None
+    """Signal the first victim as soon as there is one and it is time. False when the work ended before that."""
+    found: list[psutil.Process] = []
     while not (found and ready()):
         if not going():
             return False
-        found = found or victim()
+        found = found or victims()
         time.sleep(POLL)
-    found.send_signal(number)
+    found[0].send_signal(number)
     return True
 
 
@@ -54,9 +54,12 @@ def kill_when(
 def killing(name: str, ready: Callable[[], bool]) -> Iterator[None]:
     """Kill a process of this driver's Ray that shows `name` while the block runs. AssertionError when the block ended first."""
     ended, killed = threading.Event(), []
-    thread = threading.Thread(
-        target=lambda: killed.append(kill_when(lambda: find(os.getpid(), name), ready, lambda: not ended.is_set()))
-    )
+    before = find(os.getpid(), name)  # actors of an earlier stage that are still going down
+
+    def victims() -> list[psutil.Process]:
+        return [process for process in find(os.getpid(), name) if process not in before]
+
+    thread = threading.Thread(target=lambda: killed.append(kill_when(victims, ready, lambda: not ended.is_set())))
     thread.start()
     try:
         yield

@@ -82,9 +82,9 @@ def test_a_kill_changes_no_table(
     began = time.monotonic()
     log = tmp_path / "log"
     driver = start(config, str(root), log)
-    victim = partial(psutil.Process, driver.pid) if shown is None else partial(find, driver.pid, shown)
+    victims = partial(find, driver.pid, shown) if shown else lambda: [psutil.Process(driver.pid)]
     number = signal.SIGINT if kind == "Ctrl-C" else signal.SIGKILL
-    assert kill_when(victim, ready, lambda: driver.poll() is None, number), log.read_text()
+    assert kill_when(victims, ready, lambda: driver.poll() is None, number), log.read_text()
     status = driver.wait(LIMIT)
     if status:
         assert kind != "Ctrl-C" or (status == 2 and "the same command goes on" in log.read_text()), log.read_text()

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -52,7 +51,7 @@ def test_a_run_killed_in_training_goes_on_from_its_checkpoint(
         return system.get_file_info(f"{base}/checkpoints/checkpoint_manager_snapshot.json").is_file
 
     driver = start(config, store, log, tracking)
-    assert kill_when(partial(psutil.Process, driver.pid), has_checkpoint, lambda: driver.poll() is None), log.read_text()
+    assert kill_when(lambda: [psutil.Process(driver.pid)], has_checkpoint, lambda: driver.poll() is None), log.read_text()
     assert driver.wait(LIMIT) == -signal.SIGKILL
     assert start(config, store, log, tracking).wait(LIMIT) == 0, log.read_text()
     assert_same(pipeline, expected)
