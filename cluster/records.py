@@ -39,7 +39,8 @@ def log_output(client: MlflowClient, experiment: str, run_id: str, stage: Stage,
         client.log_inputs(run_id, datasets=[_dataset(stage, "output", root)])
     if stage.kind in MODELS:
         model = _logged_model(client, experiment, stage, root, run_id)
-        if model not in {output.model_id for output in client.get_run(run_id).outputs.model_outputs}:
+        outputs = client.get_run(run_id).outputs
+        if outputs is None or model not in {output.model_id for output in outputs.model_outputs}:
             client.log_outputs(run_id, [LoggedModelOutput(model, 0)])
 
 
@@ -58,8 +59,8 @@ def register(client: MlflowClient, experiment: str, stage: Stage, root: str, ali
     known = [version.version for version in versions if version.tags.get("digest") == stage.digest]
     if not known:
         model = _logged_model(client, experiment, stage, root)
-        source = {"source": f"models:/{model}", "model_id": model}
-        known = [client.create_model_version(name, tags=_identity(stage, root), **source).version]
+        tags = _identity(stage, root)
+        known = [client.create_model_version(name, f"models:/{model}", tags=tags, model_id=model).version]
     client.set_registered_model_alias(name, re.sub(r"[^\w-]", "-", alias), known[0])
 
 

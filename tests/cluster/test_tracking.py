@@ -163,7 +163,8 @@ def server(tmp_path: Path) -> Iterator[str]:
     store = f"sqlite:///{tmp_path}/server.db"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
     command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, start_new_session=True, cwd=tmp_path)
+    lighter = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # seven processes that the test does not need
+    process = subprocess.Popen(command, start_new_session=True, cwd=tmp_path, env=lighter)
     uri = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 300
