@@ -187,7 +187,7 @@ def test_a_killed_walk_goes_on_from_its_candidates(
     monkeypatch.setattr("mining.neighbours.BLOCK", 150)
     source, output = embeddings(tmp_path / "e", clustered(400)), Output(str(tmp_path / "m"))
     mine_pairs(output, source, None, None, WALK, 0, TaskResources(), monitor)
-    before = output.part_hashes()
+    before = output.hashes(output.parts())
     assert output.names(CANDIDATES) == [f"part-0000{i}.parquet" for i in range(3)]
     for name in (f"{CANDIDATES}/part-00001.parquet", *output.parts()):
         (tmp_path / "m" / name).unlink()
@@ -196,7 +196,7 @@ def test_a_killed_walk_goes_on_from_its_candidates(
     mine_pairs(output, source, None, None, WALK, 0, TaskResources(), monitor)
     assert (monitor.total, monitor.resumed, monitor.advanced) == (400, 267, 133)
     assert (tmp_path / "m" / CANDIDATES / "part-00000.parquet").stat().st_mtime_ns == kept
-    assert output.part_hashes() == before
+    assert output.hashes(output.parts()) == before
 
 
 def test_a_gallery_mined_through_lists_on_disk(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
