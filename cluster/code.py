@@ -13,13 +13,14 @@ def code() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, or 'unknown' outside a git checkout."""
+    """The commit of the code that runs: of its checkout, or in a Ray job of the one it was sent from; else 'unknown'."""
     folder = Path(__file__).parent
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip()
     except FileNotFoundError:  # a container without git
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+        commit = ""
+    return commit or _job_metadata().get("git_commit", "unknown")
 
 
 def _version() -> str:
@@ -30,10 +31,15 @@ def _version() -> str:
 
 
 def _ray_job() -> dict[str, str]:
-    """The ids of the running Ray job; its submission id is in what Ray's job manager gives the entry point."""
+    """The ids of the running Ray job, and of its submission where it is one."""
     import ray
 
     job = {"ray_job": ray.get_runtime_context().get_job_id()} if ray.is_initialized() else {}
-    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
-    submission = metadata.get("job_submission_id")
+    submission = _job_metadata().get("job_submission_id")
     return {**job, **({"ray_submission": submission} if submission else {})}
+
+
+def _job_metadata() -> dict[str, str]:
+    """What a submitted job carries, as Ray's job manager gives it to the entry point; empty in any other process."""
+    metadata: dict[str, str] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    return metadata

@@ -13,11 +13,11 @@ from cluster.app.config import RunConfig
 from cluster.app.driver import tracking_uri
 from cluster.app.pipeline import KINDS, Pipeline
 from cluster.artifacts import Output, Stage
+from cluster.code import git_commit
 from cluster.config import override
 from cluster.errors import UserError
 from cluster.jobs import CONFIG, Job, check_paths, check_secrets, is_loopback
 from cluster.session import RayConfig
-from cluster.tracking import git_commit
 
 
 def prepare(
