@@ -6,7 +6,7 @@ from pathlib import Path
 from cir.export import export_model
 from cluster.errors import UserError
 from cluster.lineage import Lineage, Made, problems
-from cluster.records import reports_of
+from cluster.training import TRAINING
 from vdg.export import export_generator
 
 EXPORTS = {"instruct": export_generator, "train": export_model}
@@ -42,14 +42,14 @@ def card(lineage: Lineage, made: Made, notes: list[str]) -> str:
     assert made.manifest is not None
     ancestors = [near for near in lineage.ancestors(made).values() if near is not made]
     data = [near for near in ancestors if near.instance.startswith("ingest:")]
-    metrics = (reports_of(made.output) or [{}])[-1]
+    metrics = made.output.read_json(TRAINING).get("best", {})  # older trainings name none
     settings = json.dumps(made.manifest["settings"], indent=1)
     sections = {
         "Use and limits": f"This model {USES[made.instance.partition(':')[0]]}",
         "Loading": _list(notes),
         "Data": _list([f"{near.name}: {_rows(near)}, sources {_sources(near)}" for near in data]),
         "Made from": _list([f"{near.name}" for near in ancestors if near not in data]),
-        "Metrics": "At the last report of training:\n\n" + _list([f"{name}: {value:g}" for name, value in metrics.items()]),
+        "Metrics": "At the step whose weights are kept:\n\n" + _list([f"{name}: {value:g}" for name, value in metrics.items()]),
         "Licence": "The manifests name no licence. Those of the data above and of the pretrained weights in the settings hold "
         "for this model too: look them up before passing it on.",
         "Settings": f"```json\n{settings}\n```",

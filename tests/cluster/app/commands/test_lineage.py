@@ -94,7 +94,7 @@ def test_export_writes_the_model_and_its_card(root: Path, stages: dict[str, Stag
     card = (tmp_path / "out" / "README.md").read_text()
     for instance in ("train:semi.s1", "ingest:shop", "generate:shop", "instruct:vdg"):
         assert stages[instance].digest in card
-    assert "loss: 0.5" in card
+    assert "loss: 1" in card  # of the best step, not the last
     assert (tmp_path / "out" / "text_tower.safetensors").exists()
     with pytest.raises(UserError, match="is not empty"):
         run("semi.s1")
