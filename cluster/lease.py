@@ -36,6 +36,7 @@ LEASE = ".lease"
 LOCK = ".lease.lock"
 EXPIRY = 60.0  # seconds without a renewal after which a lease is void
 RENEW_EVERY = 10.0
+STOP = signal.SIGUSR1  # stops a driver that lost its lease; one that a shell put in the background ignores SIGINT
 SETTLE = 2.0  # seconds in which a rival that read before we wrote has written
 
 
@@ -102,6 +103,7 @@ def hold(output: Output) -> Iterator[None]:
     owner = uuid.uuid4().hex
     _take(output, owner)
     renewal = _Renewal(output, owner)
+    before = signal.signal(STOP, signal.default_int_handler)
     renewal.start()
     try:
         yield
@@ -111,6 +113,7 @@ def hold(output: Output) -> Iterator[None]:
         raise _refusal(output, rival) from None
     finally:
         renewal.stop()
+        signal.signal(STOP, before)
 
 
 def _take(output: Output, owner: str) -> None:
@@ -148,7 +151,7 @@ class _Renewal(threading.Thread):
             with suppress(OSError):  # the store may come back before the lease expires
                 self.rival = self._other()
                 if self.rival is not None:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), STOP)
                     return
                 _write(self.output, self.owner)
 

@@ -103,7 +103,17 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(ray_session: None, smal
     assert all(Path(output.path(name)).stat().st_mtime_ns == before[name] for name in before)
 
 
-def test_a_stopped_driver_gives_its_lease_back_and_is_followed(ray_session: None, tmp_path: Path) -> None:
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """A process that heeds Ctrl-C: what a shell puts in the background does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_stopped_driver_gives_its_lease_back_and_is_followed(
+    ray_session: None, in_the_foreground: None, tmp_path: Path
+) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
     def stopped(output: Output, monitor: Monitor) -> None:
