@@ -5,6 +5,7 @@ from pathlib import Path
 from cir.train import MODEL, RESULT
 from cluster.artifacts import Output
 from cluster.training import WEIGHTS
+from mining.embeddings import MEAN
 
 TEXT = "text.tower."  # where a trained text tower is in the model
 
@@ -13,7 +14,7 @@ def export_model(model: Output, folder: Path) -> list[str]:
     """Write the trained weights, what builds the model, and a trained text tower by itself. Returns notes on what loads how."""
     from safetensors.torch import load, save_file
 
-    for name in (WEIGHTS, MODEL, RESULT, "mean.safetensors"):
+    for name in (WEIGHTS, MODEL, RESULT, MEAN):
         if model.exists(name):
             (folder / name).write_bytes(model.read_bytes(name))
     weights = load(model.read_bytes(WEIGHTS))

@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -173,6 +173,14 @@ def output_of(root: str, instance: str, digest: str) -> Output:
     return Output(below(root, f"{kind}/{name}-{digest}"))
 
 
+def outputs_of(root: str, kind: str) -> Iterator[Output]:
+    """Every output of a stage below a root, finished or not."""
+    system, base = filesystem(below(root, kind))
+    for folder in system.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
+        if folder.type == pafs.FileType.Directory:
+            yield Output(below(root, f"{kind}/{folder.base_name}"))
+
+
 def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
     """Raises TypeError naming the table when its columns are not those of the contract."""
     if not found.remove_metadata().equals(expected.remove_metadata()):
@@ -218,7 +226,7 @@ class Stage:
             "parents": {role: parent.digest for role, parent in self.parents.items()},
             "sources": self.fingerprints,
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        return digest_of(content)
 
     def output(self, root: str) -> Output:
         """Where this instance's output lives."""
@@ -251,7 +259,7 @@ class Stage:
             "version": self.version,
             "settings": self.settings,
             "parents": {role: {"instance": p.instance, "digest": p.digest} for role, p in self.parents.items()},
-            "sources": {name: _digest_of(found) for name, found in self.fingerprints.items()},
+            "sources": {name: digest_of(found) for name, found in self.fingerprints.items()},
             "rows": sum(rows.values()),
             "rejects": dict(Counter(output.rejects()["reason"].to_pylist())),
             "seconds": round(seconds, 1),
@@ -286,5 +294,6 @@ def fingerprint(uri: str) -> list[tuple[str, int, int]] | None:
     return sorted((i.path[len(path) :].lstrip("/"), i.size, i.mtime_ns or 0) for i in infos if i.is_file)
 
 
-def _digest_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+def digest_of(content: Any) -> str:
+    """12 hex digits over what JSON can say."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

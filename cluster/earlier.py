@@ -3,20 +3,17 @@
 import json
 from typing import Any
 
-from pyarrow import fs as pafs
-
-from cluster.artifacts import MANIFEST, Output, Stage, below, filesystem
+from cluster.artifacts import MANIFEST, Output, Stage, filesystem, outputs_of
 
 
 def earlier_output(stage: Stage, root: str) -> tuple[Output, dict[str, Any]] | None:
     """The newest finished output of the same instance, code version and settings but of other parents, and its manifest."""
     own = stage.output(root)
     wanted = json.loads(json.dumps({"instance": stage.instance, "version": stage.version, "settings": stage.settings}))
-    system, base = filesystem(below(root, stage.kind))
+    system, _ = filesystem(root)
     found = []
-    for info in system.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
-        output = Output(below(root, f"{stage.kind}/{info.base_name}"))
-        manifest = output.manifest() if info.type == pafs.FileType.Directory and output != own else None
+    for output in outputs_of(root, stage.kind):
+        manifest = output.manifest() if output != own else None
         if manifest is not None and all(manifest[name] == value for name, value in wanted.items()):
             found.append((system.get_file_info(output.path(MANIFEST)).mtime_ns, output, manifest))
     return max(found, key=lambda entry: entry[0])[1:] if found else None

@@ -33,6 +33,7 @@ class Job:
     config: str  # YAML
     environment: Mapping[str, str]
     metadata: Mapping[str, str]
+    outputs: tuple[str, ...]  # where those of the stages asked for lie
 
 
 def connect(address: str) -> "JobSubmissionClient":

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from cluster.artifacts import MANIFEST, Output, below, filesystem, output_of
+from cluster.artifacts import MANIFEST, Output, filesystem, output_of, outputs_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,4 @@ def _finished(root: str) -> Iterator[Output]:
     system, base = filesystem(root)
     for stage in system.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
         if stage.type == pafs.FileType.Directory:
-            for folder in system.get_file_info(pafs.FileSelector(stage.path)):
-                output = Output(below(root, f"{stage.base_name}/{folder.base_name}"))
-                if folder.type == pafs.FileType.Directory and output.exists(MANIFEST):
-                    yield output
+            yield from (output for output in outputs_of(root, stage.base_name) if output.exists(MANIFEST))

@@ -13,7 +13,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, L
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from cluster.artifacts import Output, Stage
+from cluster.artifacts import Stage
 
 TABLES = {"ingest": "dataset", "embed": "embeddings", "mine": "pairs", "generate": "pseudo_triplets"}
 MODELS = {"instruct": "visual delta generator", "train": "composed retrieval"}
@@ -73,13 +73,6 @@ def log_missing_metrics(client: MlflowClient, run_id: str, reports: list[dict[st
         missing = {name: value for name, value in report.items() if name != "step" and step not in known[name]}
         if missing:
             client.log_batch(run_id, metrics=metrics(missing, step))
-
-
-def reports_of(output: Output) -> list[dict[str, float]]:
-    """The lines of an output's metrics.jsonl; none where nothing was trained."""
-    if not output.exists("metrics.jsonl"):
-        return []
-    return [json.loads(line) for line in output.read_bytes("metrics.jsonl").splitlines() if line.strip()]
 
 
 def metrics(values: Mapping[str, float], step: int) -> list[Metric]:

@@ -18,6 +18,7 @@ from cluster import records
 from cluster.artifacts import Stage
 from cluster.code import git_commit
 from cluster.errors import UserError
+from cluster.training import METRICS, reports_of
 
 log = logging.getLogger(__name__)
 RETRY_AFTER = 60.0  # seconds without an attempt after a failure: waiting for a dead server would hold up the work
@@ -138,6 +139,7 @@ class StageRun:
     def __init__(self, tracker: Tracker, stage: Stage, root: str) -> None:
         self.tracker, self.stage, self.root = tracker, stage, root
         self.client, self.run_id = tracker.client, ""
+        self._has_inputs = False
         self.system: SystemMetricsMonitor | None = None
 
     @_tolerant
@@ -148,8 +150,10 @@ class StageRun:
         self.system.start()
 
     def _record_inputs(self) -> None:
-        """Its settings and its parents' as params, the tables and models among its ancestors, everything by digest."""
+        """Once: its settings and its parents' as params, the tables and models among its ancestors, everything by digest."""
         stage, tracker = self.stage, self.tracker
+        if self._has_inputs:
+            return
         if not self.run_id:
             tags = {
                 "mlflow.parentRunId": tracker.parent,
@@ -160,6 +164,7 @@ class StageRun:
             }
             self.run_id = tracker.open(stage.instance, tags)
         records.log_inputs(self.client, tracker.experiment, self.run_id, stage, self.root)
+        self._has_inputs = True
 
     @_tolerant
     def start(self, total: int, unit: str, done: int = 0) -> None:
@@ -190,7 +195,8 @@ class StageRun:
         code = [RunTag(f"code.{name}", value) for name, value in manifest.get("code", {}).items()]
         client.log_batch(self.run_id, tags=code)
         counts = {"rows": manifest["rows"], "rejects": sum(manifest["rejects"].values()), "seconds": manifest["seconds"]}
-        reports = records.reports_of(stage.output(self.root))
+        output = stage.output(self.root)
+        reports = reports_of(output) if output.exists(METRICS) else []
         records.log_missing_metrics(client, self.run_id, [{"step": 0, **counts}, *reports])
         records.log_output(client, tracker.experiment, self.run_id, stage, self.root)
         if stage.kind in records.MODELS:

@@ -179,6 +179,11 @@ def _finished(output: Output) -> dict[str, float]:
     return best
 
 
+def reports_of(output: Output) -> list[dict[str, float]]:
+    """The reports of a training, as they came."""
+    return [json.loads(line) for line in output.read_bytes(METRICS).splitlines()]
+
+
 def _scaling(resources: WorkerResources) -> Any:
     import ray.train
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from cluster.artifacts import Output
 from cluster.training import WEIGHTS
+from mining.embeddings import MEAN
 from vdg.config import DESCRIPTION, Description, read_description
 
 LORA = "language_model."  # where the language model with its LoRA is in a backbone
 PROJECTION = "projection."
-MEAN = "mean.safetensors"
 
 
 def export_generator(model: Output, folder: Path) -> list[str]:
@@ -34,19 +34,12 @@ def export_generator(model: Output, folder: Path) -> list[str]:
 
 def _adapter_config(description: Description, names: list[str]) -> Any:
     """The layers are named in full, so that layers of an image tower that are named alike stay as they are."""
-    from peft import LoraConfig
+    from vdg.backbones.base import lora_config
 
     layers = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names})
-    vdg = description.vdg
-    config = LoraConfig(
-        r=vdg.lora_rank,
-        lora_alpha=vdg.lora_alpha,
-        lora_dropout=vdg.lora_dropout,
-        target_modules=layers,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
-    config.base_model_name_or_path = vdg.language_model.location()
+    config = lora_config(description.vdg, layers)
+    config.inference_mode = True
+    config.base_model_name_or_path = description.vdg.language_model.location()
     return config
 
 
@@ -58,7 +51,7 @@ def _notes(description: Description) -> list[str]:
     if description.vdg.backbone == "features":
         notes.append(
             f"projection.safetensors is a {description.vdg.projection} projection of features {description.dim} wide; "
-            "mean.safetensors is the mean that centres them. Prompts with image slots need this package."
+            f"{MEAN} is the mean that centres them. Prompts with image slots need this package."
         )
     else:
         notes.append("Prompts with both images and the clean-up of the texts need this package.")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cluster.app import config as configs
 from cluster.app.commands import doctor, jobs, lineage, weights
-from cluster.app.commands.options import Config, Json, Set
+from cluster.app.commands.options import Config, Set
 from cluster.artifacts import Output, filesystem
 from cluster.errors import UserError
 from cluster.progress import console
@@ -24,6 +24,7 @@ app.add_typer(weights.app)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the stages and what would be done; touch nothing")]
 Only = Annotated[str | None, typer.Option("--only", help="pattern of instances, such as 'train:semi.*'")]
+Json = Annotated[bool, typer.Option("--json", help="print the metrics as JSON on standard output")]
 
 
 @app.command()

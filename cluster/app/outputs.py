@@ -10,7 +10,7 @@ from cluster import lease
 from cluster.app.checks import check_sources
 from cluster.app.config import RunConfig
 from cluster.app.pipeline import KINDS, Pipeline
-from cluster.artifacts import MANIFEST, Output, below, filesystem
+from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
 
 
@@ -25,12 +25,10 @@ class Found:
 
 def outputs(root: str) -> Iterator[Found]:
     """Every output folder below a root."""
-    system, base = filesystem(root)
-    for kind in KINDS:
-        for folder in system.get_file_info(pafs.FileSelector(f"{base}/{kind}", allow_not_found=True)):
-            files = system.get_file_info(pafs.FileSelector(folder.path, recursive=True))
-            output = Output(below(root, f"{kind}/{folder.base_name}"))
-            yield Found(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
+    system, _ = filesystem(root)
+    for output in (output for kind in KINDS for output in outputs_of(root, kind)):
+        files = system.get_file_info(pafs.FileSelector(filesystem(output.uri)[1], recursive=True))
+        yield Found(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
 
 
 def unused(pipeline: Pipeline) -> list[Found]:

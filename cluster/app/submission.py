@@ -1,7 +1,5 @@
 """A run, or some of its stages, as a Ray job."""
 
-import hashlib
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +10,7 @@ from cluster.app import config as configs
 from cluster.app.config import RunConfig
 from cluster.app.driver import tracking_uri
 from cluster.app.pipeline import KINDS, Pipeline
-from cluster.artifacts import Output, Stage
+from cluster.artifacts import Output, Stage, digest_of
 from cluster.code import git_commit
 from cluster.config import override
 from cluster.errors import UserError
@@ -33,21 +31,16 @@ def prepare(
     check_paths(paths, address)
     tracking = tracking_uri(pipeline.config)
     check_secrets(environment, {"root": pipeline.config.root, "tracking.uri": tracking})
-    digest = _digest(command, stages)
+    digest = digest_of([command, [(stage.instance, stage.digest) for stage in stages]])
     job = Job(
         base=f"{pipeline.config.name}-{digest}",
         entrypoint=f"python -m cluster.app {shlex.join(command)}",
         config=yaml.safe_dump(pipeline.config.model_dump(mode="json"), sort_keys=False),
         environment={"MLFLOW_TRACKING_URI": tracking, **environment},
+        outputs=tuple(pipeline.output(stage).uri for stage in stages),
         metadata={"run": pipeline.config.name, "digest": digest, "root": pipeline.config.root, "git_commit": git_commit()},
     )
     return job, paths
-
-
-def outputs(config: str, assignments: list[str], only: str | None, until: str | None) -> list[str]:
-    """Where the outputs of the stages asked for lie."""
-    pipeline = Pipeline(configs.load(config, assignments))
-    return [pipeline.output(stage).uri for stage in _command(pipeline, only, until)[1]]
 
 
 def _placed(config: RunConfig, address: str) -> RunConfig:
@@ -86,8 +79,3 @@ def _weight_folders(node: Any, field: str = "") -> Iterator[tuple[str, str]]:
             if name == "folder" and isinstance(value, str):
                 yield f"{field}folder", value
             yield from _weight_folders(value, f"{field}{name}.")
-
-
-def _digest(command: list[str], stages: list[Stage]) -> str:
-    content = [command, [(stage.instance, stage.digest) for stage in stages]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

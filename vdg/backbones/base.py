@@ -112,19 +112,23 @@ def collate(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Batch
 
 def with_lora(model: PreTrainedModel, config: VdgConfig, targets: list[str] | str) -> nn.Module:
     """The model with LoRA on the layers `targets`, by the end of their names or a regular expression of whole names."""
-    lora = LoraConfig(
+    try:
+        return get_peft_model(model, lora_config(config, targets))
+    except ValueError as error:
+        raise UserError(
+            f"lora_targets {list(config.lora_targets)}: {error}; name this language model's query and value layers"
+        ) from error
+
+
+def lora_config(config: VdgConfig, targets: list[str] | str) -> LoraConfig:
+    """PEFT's config of the LoRA on the layers `targets`, named as in `with_lora`."""
+    return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        raise UserError(
-            f"lora_targets {list(config.lora_targets)}: {error}; name this language model's query and value layers"
-        ) from error
 
 
 def _lengths(ids: Tensor, end: int) -> Tensor:

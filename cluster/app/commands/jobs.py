@@ -48,7 +48,7 @@ def submit(
     last = jobs.last_attempt(job.base, client.list_jobs())
     if last is not None and last[1].status == "SUCCEEDED" and not again:
         console.print(f"{last[1].submission_id} has succeeded; --again submits it once more. Its outputs:")
-        for uri in submission.outputs(config, assignments, only, until):
+        for uri in job.outputs:
             console.print(f"  {uri}", markup=False)
         return
     for field, path in paths.items():

@@ -6,4 +6,3 @@ import typer
 
 Config = Annotated[str, typer.Argument(help="a YAML file or a preset's name")]
 Set = Annotated[list[str], typer.Option("--set", help="section.field=value, put over the config")]
-Json = Annotated[bool, typer.Option("--json", help="print the metrics as JSON on standard output")]

@@ -1,7 +1,6 @@
 """What the report shows, collected from a run's outputs: tables column-wise and in samples, images by id."""
 
 import base64
-import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from cluster.app.pipeline import Pipeline
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
 from cluster.app.report.results import Results, collect_results, headline
 from cluster.artifacts import MANIFEST, Output, Stage, below, filesystem
-from cluster.training import METRICS
+from cluster.training import reports_of
 from mining.gallery import read_images
 from mining.images import decode
 
@@ -201,8 +200,7 @@ def _curves(run: _Run) -> Curves:
 
 def _log(output: Output) -> dict[int, dict[str, float]]:
     """Step -> metrics; of steps done again after a kill the later ones."""
-    lines = output.read_bytes(METRICS).decode().splitlines()
-    return {point["step"]: point for point in map(json.loads, lines)}
+    return {int(report["step"]): report for report in reports_of(output)}
 
 
 def _curve(name: str, logs: list[dict[int, dict[str, float]]], metric: str) -> Curve:
