@@ -28,6 +28,7 @@ def explained(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
     @wraps(work)
     def attempt(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        """`work`, its failures said."""
         try:
             return work(*args, **kwargs)
         except UserError:

@@ -31,6 +31,7 @@ def _tolerant(method: Method) -> Method:
 
     @wraps(method)
     def attempt(self: "Tracker | StageRun", *args: Any, **kwargs: Any) -> None:
+        """`method`, unless the store has failed a moment ago."""
         if time.monotonic() < self.silent_until:
             return
         try:

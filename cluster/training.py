@@ -9,7 +9,6 @@ workers sees the same rows with other draws.
 import json
 import math
 import os
-import shutil
 import signal
 import tempfile
 import threading
@@ -18,21 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypedDict
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from cluster.artifacts import Output, filesystem
+from cluster.checkpoints import BEST, WEIGHTS, State, check_world, cut_off, read_state, resume, save_checkpoint
 from cluster.config import Section, WorkerResources
 from cluster.devices import uses_bf16
 from cluster.environment import record_environment
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 
-WEIGHTS = "weights.safetensors"  # every trained parameter: in an output of the best step, in a checkpoint of its own
-BEST = "best.safetensors"  # in a checkpoint: the trained parameters of the best step so far
-STATE = "state.json"  # in a checkpoint: the `State` it was made in
 METRICS = "metrics.jsonl"  # one line {"step", name: value, ...} a report
 TRAINING = "training.json"  # workers of the last checkpoint, steps at which it went on from the weights alone, best report
 LOG_EVERY = 10
@@ -133,8 +130,8 @@ def train(
         return _finished(output)
     system, base = filesystem(output.uri)
     system.create_dir(base, recursive=True)
-    if begun := _cut_off(output):
-        _check_world(output, begun["workers"], resources)
+    if begun := cut_off(output):
+        check_world(output, begun["workers"], resources)
     queue = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         _worker,
@@ -163,7 +160,7 @@ def train(
         raise result.return_value
     assert result.checkpoint is not None, "the last step is always a checkpoint"
     with result.checkpoint.as_directory() as folder:
-        state = _read_state(folder)
+        state = read_state(folder)
         output.write_bytes(WEIGHTS, (Path(folder) / BEST).read_bytes())
     output.write_bytes(METRICS, "\n".join(map(json.dumps, state["reports"])).encode())
     output.write_json(TRAINING, {name: state[name] for name in ("workers", "resumed_from_weights", "best")})
@@ -198,56 +195,6 @@ def _scaling(resources: WorkerResources) -> Any:
         resources_per_worker=wanted,
         accelerator_type=resources.accelerator_type,
     )
-
-
-class State(TypedDict):
-    """What a checkpoint says of its run."""
-
-    step: int
-    workers: int
-    resumed_from_weights: list[int]  # steps at which the optimizer began afresh
-    reports: list[dict[str, float]]  # all so far
-    best: dict[str, float]  # the report of the best step
-
-
-def _read_state(folder: str) -> State:
-    state: State = json.loads((Path(folder) / STATE).read_text())
-    return state
-
-
-def _cut_off(output: Output) -> State | None:
-    """The state of the last checkpoint of a run that did not finish. Raises UserError when nobody can tell which it is."""
-    import ray.train
-    from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
-
-    system, base = filesystem(output.uri)
-    try:
-        checkpoint = ray.train.Result.from_path(f"{base}/checkpoints", system).checkpoint
-    except RuntimeError:  # the run did not come to a checkpoint
-        return None
-    except CheckpointManagerInitializationError as error:
-        raise UserError(
-            f"{output.path('checkpoints')}: the list of checkpoints is broken, by a kill or a full disk at the moment it was "
-            f"written, or is another Ray version's ({error}); remove this folder to train from the start"
-        ) from error
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return _read_state(folder)
-
-
-def _check_world(output: Output, before: int, resources: WorkerResources) -> None:
-    """ZeRO checkpoints are tied to the number of workers: only the weights can go over to another number."""
-    if not resources.workers:
-        raise UserError(
-            f"{output.uri}: training began with {before} worker(s), and workers: 0 keeps no checkpoint to go on from; go back "
-            f"to workers: {before}, or remove {output.path('checkpoints')} to train from the start"
-        )
-    if before != resources.workers and resources.on_changed_world == "error":
-        raise UserError(
-            f"{output.uri}: training began with {before} worker(s), its resources now say {resources.workers}; go back to "
-            f"workers: {before}, or set on_changed_world: weights beside it to go on from the weights with a fresh optimizer"
-        )
 
 
 @contextmanager
@@ -301,7 +248,7 @@ def _worker(arguments: dict[str, Any]) -> Any:
         module = _on_every_rank(task.build)
         if isinstance(module, UserError):
             return module
-        engine, state = _resume(module, config, world)
+        engine, state = resume(module, partial(_engine, module, config, world), world)
         batches = partial(_micro_batches, task, config, seed, rank, world)
         upcoming = prefetcher.submit(batches, state["step"])
         for step in range(state["step"], config.steps):
@@ -383,35 +330,6 @@ def _engine(module: Any, config: TrainingConfig, world: int) -> Any:
     return engine
 
 
-def _resume(module: Any, config: TrainingConfig, world: int) -> tuple[Any, State]:
-    """The module's engine and the state to go on from: the run's last checkpoint, where there is one."""
-    import ray.train
-    from safetensors.torch import load_file
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return _engine(module, config, world), State(step=0, workers=world, resumed_from_weights=[], reports=[], best={})
-    with checkpoint.as_directory() as folder:
-        state = _read_state(folder)
-        if state["workers"] == world:
-            engine = _engine(module, config, world)
-            engine.load_checkpoint(folder, tag="zero", load_module_strict=False)
-            return engine, state
-        load_trained(module, load_file(Path(folder) / WEIGHTS))
-    engine = _engine(module, config, world)
-    for _ in range(state["step"]):
-        engine.lr_scheduler.step()
-    return engine, {**state, "workers": world, "resumed_from_weights": [*state["resumed_from_weights"], state["step"]]}
-
-
-def load_trained(module: Any, weights: dict[str, Any]) -> None:
-    """Put saved weights into a module. Raises ValueError when they are not exactly its trained parameters."""
-    expected = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if expected != set(weights):
-        raise ValueError(f"checkpoint and model differ in {sorted(expected ^ set(weights))[:5]}")
-    module.load_state_dict(weights, strict=False)
-
-
 def _report(engine: Any, task: Task, losses: list[dict[str, float]], state: State, arguments: dict[str, Any]) -> None:
     """Report the step's losses where one is due, and make a checkpoint where one is. Every rank comes here at every step."""
     step, config = state["step"], arguments["config"]
@@ -423,7 +341,7 @@ def _report(engine: Any, task: Task, losses: list[dict[str, float]], state: Stat
     if engine.global_rank == 0:
         arguments["queue"].put(report)
     if checkpoint:
-        _checkpoint(engine, task.best_metric, state, arguments["local"])
+        save_checkpoint(engine, task.best_metric, state, arguments["local"])
 
 
 def _mean_over_ranks(losses: list[dict[str, float]], device: Any) -> dict[str, float]:
@@ -435,21 +353,6 @@ def _mean_over_ranks(losses: list[dict[str, float]], device: Any) -> dict[str, f
     return dict(zip(losses[0], (means / torch.distributed.get_world_size()).tolist(), strict=True))
 
 
-def _checkpoint(engine: Any, best_metric: str | None, state: State, local: bool) -> None:
-    """Save and report. A barrier: every rank comes here at the same steps."""
-    import ray.train
-
-    folder = Path(tempfile.mkdtemp())
-    engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
-    _save_weights(engine, folder)
-    if engine.global_rank == 0:
-        state["best"] = _keep_best(folder, best_metric, state["reports"][-1])
-        (folder / STATE).write_text(json.dumps(state))
-    ray.train.report(state["reports"][-1], checkpoint=ray.train.Checkpoint.from_directory(folder))
-    if not local:  # local mode leaves the checkpoint in this folder
-        shutil.rmtree(folder)
-
-
 def _validate(engine: Any, task: Task) -> dict[str, float]:
     import torch
 
@@ -458,33 +361,6 @@ def _validate(engine: Any, task: Task) -> dict[str, float]:
         metrics = task.validate(engine.module)
     engine.train()
     return metrics
-
-
-def _save_weights(engine: Any, folder: Path) -> None:
-    """Rank 0 writes the trained weights, whole."""
-    import deepspeed
-    import torch
-    from safetensors.torch import save_file
-
-    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    with deepspeed.zero.GatheredParameters(list(trained.values()), enabled=engine.zero_optimization_partition_weights()):
-        if torch.distributed.get_rank() == 0:
-            save_file({name: p.detach().float().cpu().contiguous() for name, p in trained.items()}, folder / WEIGHTS)
-
-
-def _keep_best(folder: Path, metric: str | None, report: dict[str, float]) -> dict[str, float]:
-    """Carry the best weights so far from the last checkpoint into this one. Returns the best step's metrics."""
-    import ray.train
-
-    previous = ray.train.get_checkpoint()
-    if previous is not None and metric is not None:
-        with previous.as_directory() as before:
-            best = _read_state(before)["best"]
-            if best[metric] >= report[metric]:
-                shutil.copy(Path(before) / BEST, folder / BEST)
-                return best
-    shutil.copy(folder / WEIGHTS, folder / BEST)
-    return report
 
 
 @contextmanager

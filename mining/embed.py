@@ -49,6 +49,7 @@ def embed_gallery(
     decode = partial(_decode_part, gallery=gallery, output=output, tower=settings, views=views, earlier=earlier)
 
     def dataset(names: list[str]) -> ray.data.Dataset:
+        """Decoding tasks for these parts, then the actors that hold the tower."""
         return (
             ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names))
             .map_batches(

@@ -46,6 +46,7 @@ def ingest_gallery(
     ingest = partial(_ingest_shard, output=output, gallery=name, copy_images=config.copy_images, max_pixels=options.max_pixels)
 
     def dataset(names: list[str]) -> ray.data.Dataset:
+        """Tasks that check the images of these parts."""
         blocks = [shards[n].append_column("part", pa.array([n] * len(shards[n]))) for n in names]
         return ray.data.from_arrow(blocks).map_batches(
             ingest,

@@ -14,7 +14,8 @@ from safetensors.numpy import load
 
 from cluster import lease
 from cluster.app.pipeline import Pipeline
-from cluster.training import METRICS, WEIGHTS
+from cluster.checkpoints import WEIGHTS
+from cluster.training import METRICS
 from mining import tables
 from tests.chaos.killing import assert_same_embeddings, assert_same_table
 

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load
 
 from cluster.artifacts import Output
+from cluster.checkpoints import WEIGHTS
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.training import METRICS, TRAINING, WEIGHTS, TrainingConfig, learning_rate_factor, sample_rows, train
+from cluster.training import METRICS, TRAINING, TrainingConfig, learning_rate_factor, sample_rows, train
 from tests.conftest import Recorder
 
 LOCAL = WorkerResources(workers=0)

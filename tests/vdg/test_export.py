@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
 from cluster.artifacts import Output
-from cluster.training import WEIGHTS
+from cluster.checkpoints import WEIGHTS
 from mining.features import Features, copy_mean
 from vdg.backbones import build
 from vdg.config import DESCRIPTION

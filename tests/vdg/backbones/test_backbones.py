@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load
 
 from cluster.artifacts import Output
+from cluster.checkpoints import WEIGHTS
 from cluster.config import WorkerResources
-from cluster.training import WEIGHTS, TrainingConfig
+from cluster.training import TrainingConfig
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.features import Features
