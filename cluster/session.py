@@ -31,8 +31,9 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
     if log_file is not None:
         _log_to(log_file)
     if not ray.is_initialized():
-        address = config.address or os.environ.get("RAY_ADDRESS")  # Ray sets it for a job's driver
-        local: dict[str, Any] = {} if address else {"num_cpus": config.num_cpus, "include_dashboard": False}
+        # Ray sets the variable for a job's driver; "local" starts one beside any that happens to run on this machine
+        address = config.address or os.environ.get("RAY_ADDRESS", "local")
+        local: dict[str, Any] = {"num_cpus": config.num_cpus, "include_dashboard": False} if address == "local" else {}
         environment = {"env_vars": WORKER_ENVIRONMENT}
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge it into that of the job which runs this driver
         with _standard_error_to(log_file or Path(os.devnull)):  # the C++ side prints a line of its own

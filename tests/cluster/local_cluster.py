@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -71,13 +72,14 @@ def _serve(workers: int, cpus: int) -> None:
         "dashboard_port": port,
     }
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(workers):
-        cluster.add_node(num_cpus=cpus, object_store_memory=STORE)
-    dashboard = f"http://{cluster.webui_url}"
-    _wait_for_jobs(dashboard)
-    print(json.dumps({"gcs": cluster.address, "dashboard": dashboard}), flush=True)
-    sys.stdin.read()
-    cluster.shutdown()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(workers):  # in one folder the nodes unpack a job's files over each other
+            cluster.add_node(num_cpus=cpus, object_store_memory=STORE, temp_dir=f"{folder}/{number}")
+        dashboard = f"http://{cluster.webui_url}"
+        _wait_for_jobs(dashboard)
+        print(json.dumps({"gcs": cluster.address, "dashboard": dashboard}), flush=True)
+        sys.stdin.read()
+        cluster.shutdown()
 
 
 def _wait_for_jobs(dashboard: str) -> None:

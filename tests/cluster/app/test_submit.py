@@ -1,5 +1,7 @@
 """Jobs on a real cluster of several nodes: attempts, logs, and a run that trains both models with two workers each."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from cluster.app import config as configs
 from cluster.app.pipeline import Pipeline
 from tests.cluster.app.test_run import config, world  # noqa: F401
-from tests.cluster.local_cluster import LocalCluster, local_cluster
+from tests.cluster.local_cluster import PROJECT, LocalCluster, local_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +40,14 @@ def test_a_failed_run_says_why_and_its_next_attempt_is_numbered(cluster: LocalCl
     assert first in listed
     assert second in listed
     assert "vdg jobs" in cluster.vdg("status", "no-such-job", status=2)[1]
+
+
+def test_a_run_without_an_address_starts_a_ray_of_its_own(cluster: LocalCluster) -> None:
+    code = (
+        "import ray; from cluster import session as s; s.start(s.RayConfig(num_cpus=1)); print(ray.cluster_resources()['CPU'])"
+    )
+    environment = {**cluster.environment, "PYTHONPATH": str(PROJECT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True).stdout == b"1.0\n"
 
 
 def test_a_wrong_token_is_refused(cluster: LocalCluster) -> None:
