@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import psutil
@@ -41,13 +41,20 @@ def kill_when(
 ) -> bool:
     """Signal the first victim as soon as there is one and it is time. False when the work ended before that."""
     found: list[psutil.Process] = []
-    while not (found and ready()):
-        if not going():
-            return False
-        found = found or victims()
+    while going():
+        found = [victim for victim in found if _alive(victim)] or victims()
+        if found and ready():
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile: the next one
+                found[0].send_signal(number)
+                return True
         time.sleep(POLL)
-    found[0].send_signal(number)
-    return True
+    return False
+
+
+def _alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @contextmanager

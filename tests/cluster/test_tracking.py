@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -154,13 +156,42 @@ def test_what_is_missing_is_written_once(models: list[Stage], tmp_path: Path) ->
     check_tracing(f"sqlite:///{tmp_path}/mlflow.db", models, str(tmp_path))
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A real MLflow server on a free loopback port, on SQLite."""
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = f"sqlite:///{tmp_path}/server.db"
+        port: int = free.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def postgresql() -> Iterator[str]:
+    """A real PostgreSQL on a free loopback port, from the system's packages; it refuses to run as root."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not found:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    owner, port = "postgres" if os.geteuid() == 0 else None, free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        if owner:
+            shutil.chown(folder, owner)
+
+        def run(program: str, *arguments: str) -> None:
+            command = [str(found[-1] / program), "-D", f"{folder}/data", *arguments]
+            subprocess.run(command, user=owner, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+        run("initdb", "--auth=trust", "--username=vdg")
+        run("pg_ctl", "start", "-w", "-l", f"{folder}/log", "-o", f"-h 127.0.0.1 -p {port} -k {folder}")
+        try:
+            yield f"postgresql+psycopg2://vdg@127.0.0.1:{port}/postgres"
+        finally:
+            run("pg_ctl", "stop", "-w", "-m", "fast")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A real MLflow server on a free loopback port."""
+    port = free_port()
+    store = f"sqlite:///{tmp_path}/server.db" if request.param == "sqlite" else request.getfixturevalue("postgresql")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
     command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
     lighter = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # seven processes that the test does not need
