@@ -70,6 +70,7 @@ def _serve(workers: int, cpus: int) -> None:
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
         "dashboard_port": port,
+        "dashboard_agent_listen_port": None,  # a free one: another Ray of this machine may have the usual one
     }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     with tempfile.TemporaryDirectory() as folder:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from cluster.app import config as configs
+from cluster.app.driver import tracking_uri
 from cluster.app.pipeline import Pipeline
 from tests.cluster.app.test_run import config, world  # noqa: F401
 from tests.cluster.local_cluster import PROJECT, LocalCluster, local_cluster
@@ -64,8 +66,20 @@ def test_both_models_train_with_two_workers_each(cluster: LocalCluster, config: 
     logs, _ = cluster.vdg("logs", name, "--follow")
     assert "SUCCEEDED" in cluster.vdg("status", name)[1], logs
     pipeline = Pipeline(configs.load(config, settings))
-    assert all(pipeline.output(stage).manifest() for stage in pipeline.stages)
+    manifests = [pipeline.output(stage).manifest() for stage in pipeline.stages]
+    assert {manifest["code"]["ray_submission"] for manifest in manifests if manifest} == {name}
+    assert all(manifests)
+    check_records(tracking_uri(pipeline.config), name)
     again = cluster.vdg(*command)[1]
     assert f"{name} has succeeded" in again
     for stage in pipeline.stages:
         assert pipeline.output(stage).uri in again
+
+
+def check_records(uri: str, job: str) -> None:
+    """MLflow's run of each stage names the job, and the longest of them have the load of the machine."""
+    client = MlflowClient(uri)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()], "tags.stage != 'none'")
+    assert {run.data.tags["code.ray_submission"] for run in runs} == {job}
+    watched = {run.data.tags["stage"] for run in runs if "system/cpu_utilization_percentage" in run.data.metrics}
+    assert {"instruct", "train"} <= watched
