@@ -10,7 +10,8 @@ from mining.indexes import inverted_lists, kind_for
 
 BLOCK = 4096  # queries searched at a time
 RESCORED = 512  # queries whose neighbours' vectors are gathered at a time
-LEAST_PROBES, LISTS_A_PROBE = 16, 32  # lists searched: from the first number to one of so many lists
+FIRST_PROBES = 4  # lists searched at first, doubled until the recall is reached,
+LAST_PROBES, LISTS_A_PROBE = 16, 32  # but at most so many, or one of so many
 RECALL_QUERIES = 512
 EPSILON = 1e-6  # two ways of computing one cosine differ by less
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -70,7 +71,7 @@ class Neighbours:
         rows = np.sort(rng.choice(len(self.vectors), min(RECALL_QUERIES, len(self.vectors)), replace=False))
         last = self._exact(rows)[1][:, -1:]
         lists, recall = self._index.nlist, 0.0
-        for probes in [config.nprobe] if config.nprobe else _doubled(LEAST_PROBES, max(lists // LISTS_A_PROBE, LEAST_PROBES)):
+        for probes in [config.nprobe] if config.nprobe else _doubled(FIRST_PROBES, max(lists // LISTS_A_PROBE, LAST_PROBES)):
             self._index.nprobe = min(probes, lists)
             recall = float((self.search(rows)[1] >= last - EPSILON).mean())
             if recall >= config.recall:
