@@ -4,7 +4,6 @@ A job carries our packages and a config as text. Weights, images and secrets sta
 """
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -38,17 +37,16 @@ class Job:
 
 def connect(address: str) -> "JobSubmissionClient":
     """A client of the head's job server, with its token. Raises UserError when it cannot be reached or refuses."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it uploads
+    logging.disable(logging.INFO)  # Ray tells of every package that it uploads
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         raise UserError(
-            f"--address {address}: {error}\nIt is the address of the dashboard (http://HEAD:8265); the token is read from "
-            "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, and must be the head's"
+            f"--address {address}: {error}\nIt is the address of the dashboard (http://HEAD:8265). Set RAY_AUTH_MODE=token; "
+            "the token is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, and must be the head's"
         ) from error
 
 

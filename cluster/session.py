@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from cluster.config import Section
+from cluster.errors import UserError
 
 # glibc gives every large activation back to the kernel and faults it in again at the next layer: twice as slow on a CPU
 WORKER_ENVIRONMENT = {
@@ -27,7 +28,10 @@ class RayConfig(Section):
 
 
 def start(config: RayConfig, log_file: Path | None = None) -> None:
-    """Connect to or start Ray, set the Ray Data defaults, and send library chatter to `log_file`."""
+    """Connect to or start Ray, set the Ray Data defaults, and send library chatter to `log_file`.
+
+    Raises UserError when no cluster answers at the config's address.
+    """
     if log_file is not None:
         _log_to(log_file)
     if not ray.is_initialized():
@@ -37,7 +41,13 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
         environment = {"env_vars": WORKER_ENVIRONMENT}
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge it into that of the job which runs this driver
         with _standard_error_to(log_file or Path(os.devnull)):  # the C++ side prints a line of its own
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
+            try:
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
+            except ConnectionError as error:
+                why = str(error.__cause__ or error).strip().splitlines()[-1]
+                raise UserError(
+                    f"resources.ray.address: no Ray cluster takes us at {address}: {why}\n`vdg doctor` checks address and token"
+                ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

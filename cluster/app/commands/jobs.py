@@ -89,6 +89,7 @@ def logs(
     client = jobs.connect(address)
     with _known(name):
         if follow:
+            client.get_job_status(name)  # the tail of an unknown job ends in an exception of the web socket
             asyncio.run(_follow(client, name))
         else:
             print(client.get_job_logs(name), end="")

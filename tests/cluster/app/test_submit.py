@@ -41,7 +41,8 @@ def test_a_failed_run_says_why_and_its_next_attempt_is_numbered(cluster: LocalCl
     listed = cluster.vdg("jobs")[1]
     assert first in listed
     assert second in listed
-    assert "vdg jobs" in cluster.vdg("status", "no-such-job", status=2)[1]
+    for command in (["status", "no-such-job"], ["logs", "no-such-job", "--follow"], ["stop", "no-such-job"]):
+        assert "vdg jobs" in cluster.vdg(*command, status=2)[1]
 
 
 def test_a_run_without_an_address_starts_a_ray_of_its_own(cluster: LocalCluster) -> None:
@@ -52,9 +53,15 @@ def test_a_run_without_an_address_starts_a_ray_of_its_own(cluster: LocalCluster)
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True).stdout == b"1.0\n"
 
 
-def test_a_wrong_token_is_refused(cluster: LocalCluster) -> None:
+def test_a_wrong_token_is_refused(cluster: LocalCluster, tmp_path: Path) -> None:
     stranger = LocalCluster(cluster.gcs, cluster.dashboard, {**cluster.environment, "RAY_AUTH_TOKEN": "0" * 32})
     assert "RAY_AUTH_TOKEN" in stranger.vdg("jobs", status=2)[1]
+    command = [sys.executable, "-m", "cluster.app", "run", "demo", "--set", f"root={tmp_path}"]
+    command += ["--set", f"resources.ray.address={cluster.gcs}"]
+    environment = {**stranger.environment, "PYTHONPATH": str(PROJECT)}
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "error: resources.ray.address" in refused.stderr
 
 
 def test_both_models_train_with_two_workers_each(cluster: LocalCluster, config: str) -> None:  # noqa: F811
