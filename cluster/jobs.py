@@ -101,24 +101,20 @@ def next_id(base: str, last: "tuple[int, JobDetails] | None") -> str:
     return f"{base}.{number + 1}"
 
 
-def is_loopback(address: str) -> bool:
-    """Whether an address is this machine's, so that the cluster's first node reads the same disks."""
-    return urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
-
-
-def check_paths(paths: Mapping[str, str], address: str) -> None:
+def check_paths(paths: Mapping[str, str], local: bool) -> None:
     """Raises UserError naming each field whose path the cluster cannot have.
 
-    A job runs in a folder of its own, so a relative path means nothing there. On another machine neither do files
-    of this checkout; every other absolute path or URI is taken as the cluster's own, a disk that all its nodes mount.
+    A job runs in a folder of its own, so a relative path means nothing there. Neither do files of this checkout, unless
+    the nodes are `local`; every other absolute path or URI is taken as the cluster's own, a disk that all its nodes mount.
     """
     wrong = {}
     for field, path in paths.items():
         if "://" not in path and not Path(path).is_absolute():
             wrong[field] = f"{path} is relative; write it as the cluster's nodes see it"
-        elif not is_loopback(address) and Path(path).is_relative_to(PROJECT):
+        elif not local and Path(path).is_relative_to(PROJECT):
             wrong[field] = f"{path} is a file of this machine's checkout; copy it to a store that the cluster reads"
-    _refuse("path(s) that the cluster does not have; use an absolute path on a shared disk, or a URI", wrong)
+    flag = "" if local else "; --local if its nodes are on this machine, or see its disks"
+    _refuse(f"path(s) that the cluster does not have; use an absolute path on a shared disk, or a URI{flag}", wrong)
 
 
 def check_secrets(environment: Mapping[str, str], uris: Mapping[str, str]) -> None:

@@ -14,21 +14,22 @@ from cluster.artifacts import Output, Stage, digest_of
 from cluster.code import git_commit
 from cluster.config import override
 from cluster.errors import UserError
-from cluster.jobs import CONFIG, Job, check_paths, check_secrets, is_loopback
+from cluster.jobs import CONFIG, Job, check_paths, check_secrets
 from cluster.session import RayConfig
 
 
 def prepare(
-    config: str, assignments: list[str], only: str | None, until: str | None, address: str, environment: Mapping[str, str]
+    config: str, assignments: list[str], only: str | None, until: str | None, local: bool, environment: Mapping[str, str]
 ) -> tuple[Job, dict[str, str]]:
     """The job, and the paths that it reads on the cluster, by config field.
 
+    `local` says that the cluster's nodes see the disks of this machine.
     Raises UserError naming each field whose path or secret must not travel.
     """
-    pipeline = Pipeline(_placed(configs.load(config, assignments), address))
+    pipeline = Pipeline(_placed(configs.load(config, assignments), local))
     command, stages = _command(pipeline, only, until)
     paths = _paths(pipeline.config, stages, override(configs.content_of(config), assignments))
-    check_paths(paths, address)
+    check_paths(paths, local)
     tracking = tracking_uri(pipeline.config)
     check_secrets(environment, {"root": pipeline.config.root, "tracking.uri": tracking})
     digest = digest_of([command, [(stage.instance, stage.digest) for stage in stages]])
@@ -43,10 +44,10 @@ def prepare(
     return job, paths
 
 
-def _placed(config: RunConfig, address: str) -> RunConfig:
-    """The config as the job reads it: on the cluster that runs the job; a root beside this command only on this machine."""
+def _placed(config: RunConfig, local: bool) -> RunConfig:
+    """The config as the job reads it: on the cluster that runs the job, and with a root beside this command if `local`."""
     resources = config.resources.model_copy(update={"ray": RayConfig()})
-    root = Output(config.root).uri if is_loopback(address) else config.root
+    root = Output(config.root).uri if local else config.root
     return config.model_copy(update={"resources": resources, "root": root})
 
 

@@ -8,8 +8,6 @@ import pytest
 from cluster import jobs
 from cluster.errors import UserError
 
-REMOTE, LOCAL = "http://head.example:8265", "http://127.0.0.1:8265"
-
 
 def job(submission_id: str | None, status: str) -> Any:
     from ray.job_submission import JobStatus
@@ -41,15 +39,15 @@ def test_a_name_is_taken_literally() -> None:
     assert jobs.last_attempt("r.n-1", [job("rxn-1", "RUNNING")]) is None
 
 
-def test_relative_paths_are_refused_everywhere_and_checkout_files_elsewhere() -> None:
+def test_relative_paths_are_refused_everywhere_and_checkout_files_unless_local() -> None:
     relative, inside = {"evaluate.images": "photos"}, {"ingest.triplets.labelled.file": str(jobs.PROJECT / "t.json")}
-    for address in (REMOTE, LOCAL):
+    for local in (False, True):
         with pytest.raises(UserError, match=r"evaluate.images: photos is relative"):
-            jobs.check_paths(relative, address)
-    jobs.check_paths(inside, LOCAL)
-    with pytest.raises(UserError, match=r"ingest.triplets.labelled.file: .*this machine's checkout"):
-        jobs.check_paths(inside, REMOTE)
-    jobs.check_paths({"root": "s3://bucket/root", "evaluate.images": "/shared/photos"}, REMOTE)
+            jobs.check_paths(relative, local)
+    jobs.check_paths(inside, local=True)
+    with pytest.raises(UserError, match=r"(?s)--local.*ingest.triplets.labelled.file: .*this machine's checkout"):
+        jobs.check_paths(inside, local=False)
+    jobs.check_paths({"root": "s3://bucket/root", "evaluate.images": "/shared/photos"}, local=False)
 
 
 def test_secrets_do_not_travel() -> None:

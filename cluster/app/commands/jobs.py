@@ -35,6 +35,7 @@ def submit(
     only: Annotated[str | None, typer.Option("--only", help="pattern of instances of one stage: 'train:semi.*'")] = None,
     until: Annotated[str | None, typer.Option("--until", help="the last stage to do")] = None,
     address: Address = HERE,
+    local: Annotated[bool, typer.Option("--local", help="the cluster's nodes are on this machine, or see its disks")] = False,
     variables: Annotated[
         list[str], typer.Option("--env", help="NAME=value for every process of the job, such as HF_HOME=/shared/hf")
     ] = [],  # noqa: B006
@@ -43,7 +44,7 @@ def submit(
     """Send `vdg run`, or some stages, to a Ray cluster as a job. The same run is never there twice at a time."""
     from cluster.app import submission
 
-    job, paths = submission.prepare(config, assignments, only, until, address, dict(map(_variable, variables)))
+    job, paths = submission.prepare(config, assignments, only, until, local, dict(map(_variable, variables)))
     client = jobs.connect(address)
     last = jobs.last_attempt(job.base, client.list_jobs())
     if last is not None and last[1].status == "SUCCEEDED" and not again:

@@ -10,11 +10,9 @@ from cluster.app.pipeline import Pipeline
 from cluster.app.submission import prepare
 from cluster.errors import UserError
 
-HERE, REMOTE = "http://127.0.0.1:8265", "http://head.example:8265"
-
 
 def test_a_whole_run_and_its_config_as_text(tmp_path: Path) -> None:
-    job, paths = prepare("grocery", [f"root={tmp_path}", "resources.ray.num_cpus=2"], None, "mine", HERE, {"HF_HOME": "/hf"})
+    job, paths = prepare("grocery", [f"root={tmp_path}", "resources.ray.num_cpus=2"], None, "mine", True, {"HF_HOME": "/hf"})
     assert job.entrypoint == "python -m cluster.app run config.yaml --until mine"
     assert job.base.startswith("grocery-")
     assert job.environment == {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "HF_HOME": "/hf"}
@@ -29,7 +27,7 @@ def test_a_whole_run_and_its_config_as_text(tmp_path: Path) -> None:
 
 def test_the_id_names_what_is_asked_for() -> None:
     def base(*assignments: str, only: str | None = None) -> str:
-        return prepare("grocery", list(assignments), only, None, HERE, {})[0].base
+        return prepare("grocery", list(assignments), only, None, True, {})[0].base
 
     assert base() == base("resources.train.workers=2")
     assert base() != base("train.hidden=4")
@@ -37,16 +35,16 @@ def test_the_id_names_what_is_asked_for() -> None:
 
 
 def test_stages_of_one_kind() -> None:
-    job, _ = prepare("grocery", [], "train:semi.*", None, HERE, {})
+    job, _ = prepare("grocery", [], "train:semi.*", None, True, {})
     assert job.entrypoint == "python -m cluster.app train config.yaml --only 'train:semi.*'"
-    assert prepare("grocery", [], "evaluate:all", None, HERE, {})[0].entrypoint.endswith("evaluate config.yaml")
+    assert prepare("grocery", [], "evaluate:all", None, True, {})[0].entrypoint.endswith("evaluate config.yaml")
     with pytest.raises(UserError, match="begin with a stage"):
-        prepare("grocery", [], "*.s0", None, HERE, {})
+        prepare("grocery", [], "*.s0", None, True, {})
 
 
 def test_a_remote_cluster_does_not_have_the_photos_of_this_checkout() -> None:
-    with pytest.raises(UserError, match=r"root: outputs is relative") as error:
-        prepare("grocery", [], None, None, REMOTE, {})
+    with pytest.raises(UserError, match=r"(?s)--local.*root: outputs is relative") as error:
+        prepare("grocery", [], None, None, False, {})
     for field in ("ingest.galleries.photos.images", "ingest.triplets.labelled.file", "evaluate.attributes"):
         assert f"{field}: " in str(error.value)
 
@@ -55,4 +53,4 @@ def test_a_relative_weights_folder_is_named(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({"extends": "grocery", "vdg": {"language_model": {"package": None, "folder": "llama"}}}))
     with pytest.raises(UserError, match=r"vdg.language_model.folder: llama is relative"):
-        prepare(str(config), ["vdg.language_model.file=null"], None, None, HERE, {})
+        prepare(str(config), ["vdg.language_model.file=null", "vdg.language_model.sha256=null"], None, None, True, {})

@@ -30,7 +30,7 @@ def submitted(shown: str) -> str:
 
 
 def test_a_failed_run_says_why_and_its_next_attempt_is_numbered(cluster: LocalCluster, tmp_path: Path) -> None:
-    command = ["submit", "grocery", "--set", f"root={tmp_path}", "--set", f"evaluate.images={tmp_path}/none"]
+    command = ["submit", "grocery", "--local", "--set", f"root={tmp_path}", "--set", f"evaluate.images={tmp_path}/none"]
     first = submitted(cluster.vdg(*command)[1])
     logs, _ = cluster.vdg("logs", first, "--follow")
     assert f"evaluate.images: {tmp_path}/none does not exist" in logs
@@ -67,7 +67,7 @@ def test_a_wrong_token_is_refused(cluster: LocalCluster, tmp_path: Path) -> None
 def test_both_models_train_with_two_workers_each(cluster: LocalCluster, config: str) -> None:  # noqa: F811
     settings = ["align=null", "rounds.count=1", "train.variants={supervised: {}, semi: {pseudo: true}}"]
     settings += [f"resources.{stage}.{field}" for stage in ("instruct", "train") for field in ("workers=2", "cpus=1")]
-    command = ["submit", config, *(part for setting in settings for part in ("--set", setting))]
+    command = ["submit", config, "--local", *(part for setting in settings for part in ("--set", setting))]
     name = submitted(cluster.vdg(*command)[1])
     assert f"vdg logs {name}" in cluster.vdg(*command, status=2)[1]  # one is enough
     logs, _ = cluster.vdg("logs", name, "--follow")
