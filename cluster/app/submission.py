@@ -2,11 +2,13 @@
 
 import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cluster.app import config as configs
+from cluster.app.checks import weights_of
 from cluster.app.config import RunConfig
 from cluster.app.driver import tracking_uri
 from cluster.app.pipeline import KINDS, Pipeline
@@ -38,7 +40,8 @@ def prepare(
         entrypoint=f"python -m cluster.app {shlex.join(command)}",
         config=yaml.safe_dump(pipeline.config.model_dump(mode="json"), sort_keys=False),
         environment={"MLFLOW_TRACKING_URI": tracking, **environment},
-        outputs=tuple(pipeline.output(stage).uri for stage in stages),
+        root=pipeline.config.root,
+        outputs=tuple(pipeline.output(stage).uri for stage in stages) if _all_here(pipeline.config, stages) else (),
         metadata={"run": pipeline.config.name, "digest": digest, "root": pipeline.config.root, "git_commit": git_commit()},
     )
     return job, paths
@@ -49,6 +52,12 @@ def _placed(config: RunConfig, local: bool) -> RunConfig:
     resources = config.resources.model_copy(update={"ray": RayConfig()})
     root = Output(config.root).uri if local else config.root
     return config.model_copy(update={"resources": resources, "root": root})
+
+
+def _all_here(config: RunConfig, stages: list[Stage]) -> bool:
+    """Whether this machine has every file that decides a digest: one that only the cluster sees gives another one there."""
+    folders = [weights.folder for _, _, weights in weights_of(config) if weights.folder is not None]
+    return not any(stage.missing_sources() for stage in stages) and all(Path(folder).exists() for folder in folders)
 
 
 def _command(pipeline: Pipeline, only: str | None, until: str | None) -> tuple[list[str], list[Stage]]:

@@ -42,6 +42,17 @@ def test_stages_of_one_kind() -> None:
         prepare("grocery", [], "*.s0", None, True, {})
 
 
+def test_outputs_are_named_only_when_all_that_decides_their_digests_is_here(tmp_path: Path) -> None:
+    def outputs(*assignments: str) -> tuple[str, ...]:
+        return prepare("grocery", [f"root={tmp_path}", *assignments], None, None, True, {})[0].outputs
+
+    assert all(uri.startswith(f"{tmp_path}/") for uri in outputs())
+    assert outputs("evaluate.images=/only/there") == ()
+    folder = "vdg.language_model={folder: /only/there}"
+    assert outputs(folder.replace("/only/there", str(tmp_path)))
+    assert outputs(folder) == ()
+
+
 def test_a_remote_cluster_does_not_have_the_photos_of_this_checkout() -> None:
     with pytest.raises(UserError, match=r"(?s)--local.*root: outputs is relative") as error:
         prepare("grocery", [], None, None, False, {})
