@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cluster.errors import UserError
+
 NO_IMAGE = -1  # in a ranking longer than its gallery; or a target that is not known
 UNRANKED = 2**31 - 1  # rank of a target that is not known, or not in the gallery
 
@@ -56,19 +58,30 @@ def rank_all(
 ) -> list[Ranked]:
     """Rank a gallery given in blocks (ids [m], features [m, dim]) by cosine; no more than a block is held at a time.
 
-    Every search ranks the same scores. `queries` and `targets` (the targets' own features) are [queries, dim].
+    Every search ranks the same scores. `queries` and `targets` (the targets' own features) are [queries, dim]. Raises
+    UserError when a vector is not finite: nothing scores higher than NaN, so its target would rank first.
     """
-    queries = unit(queries)
-    target_scores = np.einsum("qd,qd->q", queries, unit(targets))
+    queries = unit(_finite("query", queries))
+    target_scores = np.einsum("qd,qd->q", queries, unit(_finite("target", targets)))
     rankers = [
         [_Ranker(search, rows, gallery, target_scores[rows], top) for rows, gallery in search.parts()] for search in searches
     ]
     for ids, features in blocks:
-        scores = queries @ unit(features).T
+        scores = queries @ unit(_finite("gallery", features)).T
         for parts in rankers:
             for ranker in parts:
                 ranker.add(ids, scores)
     return [_joined(parts, len(queries)) for parts in rankers]
+
+
+def _finite(kind: str, vectors: np.ndarray) -> np.ndarray:
+    """The same vectors [n, dim]."""
+    if wrong := int((~np.isfinite(vectors)).any(axis=1).sum()):
+        raise UserError(
+            f"{wrong} of {len(vectors)} {kind} vectors are not finite: the training of the model that made them diverged; "
+            "lower its learning rate, or take another model"
+        )
+    return vectors
 
 
 class _Ranker:

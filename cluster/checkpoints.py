@@ -1,6 +1,7 @@
 """The checkpoints of a training: what it goes on from, and the weights it keeps."""
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -131,8 +132,13 @@ def _keep_best(folder: Path, metric: str | None, report: dict[str, float]) -> di
     if previous is not None and metric is not None:
         with previous.as_directory() as before:
             best = read_state(before)["best"]
-            if best[metric] >= report[metric]:
+            if _or_worst(best[metric]) >= _or_worst(report[metric]):
                 shutil.copy(Path(before) / BEST, folder / BEST)
                 return best
     shutil.copy(folder / WEIGHTS, folder / BEST)
     return report
+
+
+def _or_worst(value: float) -> float:
+    """NaN, of a training that diverged, is less than any value."""
+    return -math.inf if math.isnan(value) else value

@@ -5,6 +5,7 @@ import pytest
 
 from cir import metrics
 from cir.benchmarks.benchmark import recalls
+from cluster.errors import UserError
 
 
 def brute_force(
@@ -45,6 +46,16 @@ def test_a_ranking_longer_than_the_gallery_is_filled_up() -> None:
     blocks = [(np.array([4, 5]), gallery)]
     found = metrics.rank(np.ones((1, 2), np.float32), blocks, np.array([4]), np.array([5]), gallery[[1]], top=4)
     assert found.image_ids.tolist() == [[5, metrics.NO_IMAGE, metrics.NO_IMAGE, metrics.NO_IMAGE]]
+
+
+@pytest.mark.parametrize("kind", ["query", "target", "gallery"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_diverged_model_is_no_perfect_one(kind: str, value: float) -> None:
+    vectors = {name: np.eye(2, dtype=np.float32) for name in ("query", "target", "gallery")}
+    vectors[kind][1, 0] = value
+    ids, blocks = np.array([4, 5]), [(np.array([4, 5]), vectors["gallery"])]
+    with pytest.raises(UserError, match=f"1 of 2 {kind} vectors are not finite: .*diverged; lower its learning rate"):
+        metrics.rank(vectors["query"], blocks, ids[::-1], ids, vectors["target"], top=1)
 
 
 def test_recall_and_reciprocal_rank() -> None:

@@ -113,6 +113,19 @@ def test_keeps_the_best_checkpoint(ray_session: None, tmp_path: Path, monitor: M
     assert metrics["step"] == 20
 
 
+class Diverging(RegressionTask):
+    """Validates to what is listed."""
+
+    def validate(self, module: Regression) -> dict[str, float]:
+        self._calls = getattr(self, "_calls", 0) + 1
+        return {"val": [float("nan"), 1.0, float("nan")][self._calls - 1]}
+
+
+def test_a_metric_that_is_not_a_number_is_never_the_best(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    output = Output(str(tmp_path / "out"))
+    assert train(output, Diverging(best_metric="val"), config(), 0, LOCAL, monitor)["step"] == 20
+
+
 def test_accumulation_gives_the_same_update(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
     @dataclass
     class Plain(RegressionTask):
@@ -145,6 +158,12 @@ def test_a_users_mistake_in_local_mode(ray_session: None, tmp_path: Path, monito
     with pytest.raises(UserError, match="no such layer"):
         train(Output(str(tmp_path / "out")), Mistaken(marker=str(tmp_path / "built")), config(), 0, LOCAL, monitor)
     train(Output(str(tmp_path / "next")), RegressionTask(), config(steps=2), 0, LOCAL, monitor)  # nothing is left behind
+
+
+def test_a_learning_rate_of_no_parameter_is_named(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    rates = config(learning_rates={"projektion": 0.1})
+    with pytest.raises(UserError, match=r"'projektion'.*\['line'\]"):
+        train(Output(str(tmp_path)), RegressionTask(), rates, 0, LOCAL, monitor)
 
 
 def test_a_training_cut_off_after_its_last_step_is_not_done_again(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
