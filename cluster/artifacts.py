@@ -5,6 +5,7 @@ An output lives at `<root>/<stage>/<instance>-<digest>/`. Its `manifest.json` is
 
 import hashlib
 import json
+import os
 import time
 import uuid
 from collections import Counter
@@ -86,11 +87,20 @@ class Output:
         try:
             with system.open_output_stream(temporary) as stream:
                 stream.write(content)
+            if isinstance(system, pafs.LocalFileSystem):
+                _to_disk(temporary)
             system.move(temporary, f"{folder}/{leaf}")
         except OSError:  # half a file would keep a full disk full
             with suppress(OSError):
                 system.delete_file(temporary)
             raise
+
+    def files(self) -> list[str]:
+        """Sorted paths of all files of this output and its folders; hidden ones, such as those being written, are left out."""
+        system, base = filesystem(self.uri)
+        infos = system.get_file_info(pafs.FileSelector(base, recursive=True))
+        paths = (info.path[len(base) :].lstrip("/") for info in infos if info.is_file)
+        return sorted(path for path in paths if not any(name.startswith(".") for name in path.split("/")))
 
     def read_json(self, name: str) -> Any:
         """Content of one JSON file."""
@@ -213,8 +223,8 @@ class Stage:
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
-        """Name, size and modification time of every outside file, by config field."""
-        return {name: fingerprint(path) for name, path in self.sources.items()}
+        """Name, size and modification time of every outside file, by config field; None where this machine sees none."""
+        return {name: _seen(path) for name, path in self.sources.items()}
 
     @cached_property
     def digest(self) -> str:
@@ -233,7 +243,7 @@ class Stage:
         return output_of(root, self.instance, self.digest)
 
     def missing_sources(self) -> dict[str, str]:
-        """The config fields whose outside file or folder does not exist, with its path."""
+        """The config fields whose outside file or folder does not exist or is out of reach, with its path."""
         return {name: path for name, path in self.sources.items() if self.fingerprints[name] is None}
 
     def run(self, root: str, monitor: Monitor) -> dict[str, Any]:
@@ -252,7 +262,7 @@ class Stage:
         return manifest
 
     def _describe(self, output: Output, seconds: float) -> dict[str, Any]:
-        rows, hashes = output.part_rows(), output.hashes(output.names())
+        rows, hashes = output.part_rows(), output.hashes(output.files())
         return {
             "instance": self.instance,
             "digest": self.digest,
@@ -280,6 +290,23 @@ class Stage:
                 f"max_reject_fraction={self.max_reject_fraction} allows; the first: {example['key']}: {example['reason']} "
                 f"({example['detail']}). All are in {output.path('rejects')}"
             )
+
+
+def _to_disk(path: str) -> None:
+    """A machine that loses its power after the rename must not leave an empty file of that name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _seen(uri: str) -> list[tuple[str, int, int]] | None:
+    """The fingerprint; None also for a store out of reach: who submits a run need not have the cluster's keys."""
+    try:
+        return fingerprint(uri)
+    except (OSError, ValueError):
+        return None
 
 
 def fingerprint(uri: str) -> list[tuple[str, int, int]] | None:

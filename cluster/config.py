@@ -67,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give an existing file or a preset's name") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {type(content).__name__}, expected sections such as 'ingest:' and 'train:'")

@@ -46,7 +46,7 @@ class Lease:
 
     owner: str
     host: str
-    processes: str  # the namespace that `pid` counts in: containers may share a host's name
+    processes: str  # boot and namespace that `pid` counts in: containers and cloned machines may share a host's name
     pid: int
     started: float
     expires: float
@@ -59,8 +59,8 @@ class Lease:
 
 
 def _process_namespace() -> str:
-    namespace = Path("/proc/self/ns/pid")
-    return os.readlink(namespace) if namespace.exists() else ""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{boot.read_text().strip()} {os.readlink(namespace)}" if boot.exists() and namespace.exists() else ""
 
 
 def _is_running(pid: int, started: float) -> bool:

@@ -84,13 +84,13 @@ def _reach(made: Made, step: Callable[[Made], list[tuple[str, Made]]]) -> dict[s
 def problems(made: Made) -> list[str]:
     """What differs between an output's files and its manifest: a line for each file that is missing, changed or unknown.
 
-    A manifest without `files`, of an earlier version, says nothing of files that are no parts.
+    A manifest of an earlier version says nothing of files that are no parts, or in folders.
     """
     if made.manifest is None:
         return [f"{made.name}: was removed"]
     parts = {name: part["sha256"] for name, part in made.manifest["parts"].items()}
     expected = parts | made.manifest.get("files", {})
-    there = made.output.names()
+    there = made.output.files()
     found = made.output.hashes([name for name in expected if name in there])
     lines = [f"{made.name}: {name} is missing" for name in expected if name not in found]
     lines += [f"{made.name}: {name} has changed" for name in found if found[name] != expected[name]]

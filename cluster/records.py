@@ -45,9 +45,10 @@ def log_output(client: MlflowClient, experiment: str, run_id: str, stage: Stage,
 
 
 def register(client: MlflowClient, experiment: str, stage: Stage, root: str, alias: str) -> None:
-    """A model as a version of the registered model `<experiment's name>.<model's name>`; the alias is moved to it.
+    """A model as a version of the registered model `<experiment>.<model>`; the alias `run-<alias>` is moved to it.
 
-    The version's source is the logged model: a server refuses folders of its own machine. The URI is in a tag.
+    MLflow keeps aliases such as `latest` and `v2` for itself. The version's source is the logged model: a server refuses
+    folders of its own machine. The URI is in a tag.
     """
     name = f"{client.get_experiment(experiment).name}.{_name(stage)}".replace("/", "-").replace(":", "-")
     try:
@@ -61,7 +62,7 @@ def register(client: MlflowClient, experiment: str, stage: Stage, root: str, ali
         model = _logged_model(client, experiment, stage, root)
         tags = _identity(stage, root)
         known = [client.create_model_version(name, f"models:/{model}", tags=tags, model_id=model).version]
-    client.set_registered_model_alias(name, re.sub(r"[^\w-]", "-", alias), known[0])
+    client.set_registered_model_alias(name, re.sub(r"[^\w-]", "-", f"run-{alias}"), known[0])
 
 
 def log_missing_metrics(client: MlflowClient, run_id: str, reports: list[dict[str, float]]) -> None:

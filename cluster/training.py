@@ -124,6 +124,7 @@ def train(
     import ray.train
     from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config.accumulation(max(resources.workers, 1))
     if output.exists(TRAINING):
@@ -132,7 +133,8 @@ def train(
     system.create_dir(base, recursive=True)
     if begun := cut_off(output):
         check_world(output, begun["workers"], resources)
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # it lives as long as the driver
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -245,7 +247,7 @@ def _worker(arguments: dict[str, Any]) -> Any:
     record_environment(arguments["output"], config.precision)
     with _process_group(arguments["local"]), ThreadPoolExecutor(1) as prefetcher:
         torch.manual_seed(seed)
-        module = _on_every_rank(task.build)
+        module = _on_every_rank(partial(_build, task, config))
         if isinstance(module, UserError):
             return module
         engine, state = resume(module, partial(_engine, module, config, world), world)
@@ -294,6 +296,16 @@ def _forward_backward(engine: Any, batch: dict[str, Any]) -> dict[str, float]:
 
 def _to(batch: dict[str, Any], device: Any) -> dict[str, Any]:
     return {name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()}
+
+
+def _build(task: Task, config: TrainingConfig) -> Any:
+    module = task.build()
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    for prefix in config.learning_rates:
+        if not any(name.startswith(prefix) for name in names):
+            begin = sorted({name.partition(".")[0] for name in names})
+            raise UserError(f"training.learning_rates: '{prefix}' begins no trained parameter's name; they begin with {begin}")
+    return module
 
 
 def _engine(module: Any, config: TrainingConfig, world: int) -> Any:

@@ -49,6 +49,8 @@ class Weights(Section):
     def _one_source(self) -> Self:
         if sum(source is not None for source in (self.hub, self.folder, self.package)) != 1:
             raise ValueError("give exactly one of hub, folder and package")
+        if self.sha256 and (self.hub or not self.file):
+            raise ValueError("sha256 is that of a local 'file'; a hub's content is pinned by 'revision'")
         return self
 
     def location(self) -> str:
@@ -104,7 +106,10 @@ class Weights(Section):
 
 
 def _package_folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # of the package that a dotted name is in
+        spec = None
     if spec is None or spec.origin is None:
         raise UserError(f"weights: Python package '{package}' is not installed; `make install` brings the offline weights")
     return Path(spec.origin).parent

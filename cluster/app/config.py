@@ -231,15 +231,23 @@ def load(config: str, assignments: list[str]) -> RunConfig:
     return validate(RunConfig, override(content_of(config), assignments), config)
 
 
-def content_of(config: str) -> dict[str, Any]:
-    """The content of a config file or preset, put over the presets and files that it `extends`, later ones over earlier."""
+def content_of(config: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The content of a config file or preset, put over the presets and files that it `extends`, later ones over earlier.
+
+    Raises UserError where there is no such file or preset, and where it extends itself (`above`: those that extend it).
+    """
+    if config in above:
+        raise UserError(f"extends: {' -> '.join([*above, config])} comes back to itself; take one of them out")
     preset = PRESETS / f"{config}.yaml"
     is_preset = preset.exists() and not Path(config).is_file()
     if not is_preset and not config.endswith((".yaml", ".yml")):
         raise UserError(f"{config}: neither a YAML file nor a preset; `vdg presets` lists the presets")
     content = read_yaml(preset if is_preset else Path(config))
     bases = content.pop("extends", [])
-    layers = [content_of(base) for base in ([bases] if isinstance(bases, str) else bases)]
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{config}: extends: found {bases!r}, expected a preset's name, a YAML file, or a list of them")
+    layers = [content_of(base, (*above, config)) for base in bases]
     return _in_project(reduce(merge, [*layers, content]))
 
 

@@ -102,6 +102,7 @@ def test_files_being_written_are_not_listed(tmp_path: Path) -> None:
     assert output.parts() == []
     output.write_bytes("sub/x", b"whole")
     assert output.names("sub") == ["x"]
+    assert output.files() == ["sub/x"]
 
 
 def test_a_relative_output_is_the_same_folder_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

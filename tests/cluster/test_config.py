@@ -43,6 +43,9 @@ def test_unknown_key_and_negative_batch_size_are_named() -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: Käse".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.yaml: is not valid YAML"):
+        read_yaml(tmp_path / "latin.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         read_yaml(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1")

@@ -121,17 +121,17 @@ def everything(tracker: Tracker) -> dict[str, object]:
 
 def check_tracing(uri: str, stages: list[Stage], root: str) -> None:
     """A live run that loses the store in the middle, then `complete`, twice."""
-    tracker = Tracker(uri, "vdg", "run.1", {})
+    tracker = Tracker(uri, "vdg", "v1", {})
     for stage in stages[:2]:
         run = tracker.begin(stage, root)
         run.metrics(10, {"loss": 1.0})
         run.finish(stage.run(root, Silent()))
     for stage in stages[2:]:  # nothing of them is recorded
         stage.run(root, Silent())
-    tracker = Tracker(uri, "vdg", "run.1", {}, again=True)
+    tracker = Tracker(uri, "vdg", "v1", {}, again=True)
     assert [tracker.complete(stage, root) for stage in stages] == [False, False, True, True]
     first = everything(tracker)
-    again = Tracker(uri, "vdg", "run.1", {}, again=True)
+    again = Tracker(uri, "vdg", "v1", {}, again=True)
     assert not any(again.complete(stage, root) for stage in stages)
     again.client.delete_tag(again.find("tags.stage = 'train'") or "", COMPLETE)  # as if it had been cut off at the end
     assert again.complete(stages[3], root)
@@ -146,7 +146,7 @@ def check_tracing(uri: str, stages: list[Stage], root: str) -> None:
     assert [m.model_id for m in trained.inputs.model_inputs] == [vdg]
     assert {i.dataset.digest for i in trained.inputs.dataset_inputs} == {stages[0].digest, stages[2].digest}
     assert trained.data.tags["code.commit"]
-    version = client.get_model_version_by_alias("vdg.semi.s1", "run-1")
+    version = client.get_model_version_by_alias("vdg.semi.s1", "run-v1")
     assert version.tags["digest"] == stages[3].digest
     assert version.tags["uri"] == stages[3].output(root).uri
     assert client.get_logged_model(made).source_run_id == ids["train:semi.s1"]

@@ -18,6 +18,17 @@ def test_exactly_one_source() -> None:
         Weights(hub="a/b", folder="c")
 
 
+@pytest.mark.parametrize("where", [{"hub": "a/b"}, {"folder": "c"}, {"package": "d"}])
+def test_a_hash_is_that_of_a_local_file(where: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="sha256"):
+        Weights(**where, sha256="00")
+
+
+def test_a_package_in_a_missing_package_is_missing() -> None:
+    with pytest.raises(UserError, match="no_such_package"):
+        Weights(package="no_such_package.weights").location()
+
+
 def test_folder_file_and_hash(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(b"weights")
     right = sha256_of(tmp_path / "w.bin")
@@ -55,7 +66,7 @@ def test_identity_says_what_the_weights_are_and_never_where(tmp_path: Path) -> N
     assert here.identity() == there.identity()
     (tmp_path / "there" / "w.bin").write_bytes(b"others!")
     assert here.identity() != there.identity()
-    assert Weights(folder=str(tmp_path / "there"), sha256="00").identity() == {"sha256": "00"}
+    assert Weights(folder=str(tmp_path / "there"), file="w.bin", sha256="00").identity() == {"sha256": "00"}
     assert Weights(hub="a/b", revision="c").identity() != Weights(hub="a/b", revision="d").identity()
     assert Weights(package="yaml", file="loader.py").identity() == {
         "package": "yaml",

@@ -9,6 +9,7 @@ import typer
 from rich.tree import Tree
 
 from cluster.app import config as configs
+from cluster.app.commands.options import Config, Set
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.lineage import Lineage, Made, problems
@@ -28,9 +29,12 @@ def lineage(
     check: Annotated[
         bool, typer.Option("--check", help="compare the files with their manifests; exit code 1 if they differ")
     ] = False,
+    assignments: Set = [],  # noqa: B006
 ) -> None:
     """What an output was made from and what was made from it, as the manifests say."""
-    root, uri = _root(place)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UserError(f"--html {html}: its folder does not exist; make it")
+    root, uri = _root(place, assignments)
     found = Lineage(root)
     made = found.find(_digest_of_run(name, uri) if RUN_ID.fullmatch(name) else name)
     if not made:
@@ -53,7 +57,7 @@ def lineage(
 
 
 @app.command()
-def track(config: Annotated[str, typer.Argument(help="a YAML file or a preset's name")]) -> None:
+def track(config: Config, assignments: Set = []) -> None:  # noqa: B006
     """Write into MLflow what it lacks of the run's finished stages; done again, it changes nothing."""
     from mlflow.exceptions import MlflowException
 
@@ -61,7 +65,7 @@ def track(config: Annotated[str, typer.Argument(help="a YAML file or a preset's 
     from cluster.app.pipeline import Pipeline
     from cluster.tracking import Tracker
 
-    pipeline = Pipeline(configs.load(config, []))
+    pipeline = Pipeline(configs.load(config, assignments))
     run, uri = pipeline.config, tracking_uri(pipeline.config)
     finished = [stage for stage in pipeline.stages if pipeline.output(stage).manifest() is not None]
     if not finished:
@@ -79,11 +83,12 @@ def export(
     place: Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")],
     model: Annotated[str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg) or a digest")],
     folder: Annotated[Path, typer.Argument(help="a new folder")],
+    assignments: Set = [],  # noqa: B006
 ) -> None:
     """A trained model as PEFT adapter or safetensors, with a model card; says what needs this package."""
     from cluster.app.export import export as write
 
-    root, _ = _root(place)
+    root, _ = _root(place, assignments)
     found = Lineage(root)
     made = found.find(model)
     if len(made) != 1:
@@ -94,12 +99,12 @@ def export(
     console.print(f"exported to {folder}")
 
 
-def _root(place: str) -> tuple[str, str | None]:
+def _root(place: str, assignments: list[str]) -> tuple[str, str | None]:
     """The root of a config or of a folder, and its MLflow store."""
     if "://" in place or Path(place).is_dir():
         store = Path(place) / "mlflow.db"
         return place, f"sqlite:///{store.resolve()}" if store.is_file() else None
-    config = configs.load(place, [])
+    config = configs.load(place, assignments)
     from cluster.app.driver import tracking_uri
 
     return config.root, tracking_uri(config)

@@ -1,8 +1,10 @@
 """What a run's config says of the retrieval models and the tower they see through."""
 
+from pathlib import Path
+
 import pytest
 
-from cluster.app.config import RunConfig, load
+from cluster.app.config import RunConfig, content_of, load
 from cluster.app.pipeline import Pipeline
 from cluster.errors import UserError
 
@@ -44,3 +46,11 @@ def test_rand_augment_that_is_off_leaves_digests_as_they_were() -> None:
     assert "rand_augment" not in settings["views"]
     on = Pipeline(load("grocery", ["embed.views.rand_augment=[2, 5]"])).embeddings("photo", "photos").settings
     assert on["views"]["rand_augment"] == [2, 5]
+
+
+@pytest.mark.parametrize(("extends", "said"), [("a.yaml", "comes back to itself"), ("5", "found 5"), ("null", "found None")])
+def test_what_a_config_extends(extends: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(f"extends: {extends}")
+    with pytest.raises(UserError, match=said):
+        content_of("a.yaml")

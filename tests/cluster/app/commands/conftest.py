@@ -15,8 +15,9 @@ SCHEMA = pa.schema([("n", pa.int64())])
 
 
 def table(output: Output, monitor: Monitor) -> None:
-    """A stage's work: three rows."""
-    output.write_table("part-00000.parquet", pa.table({"n": [1, 2, 3]}), SCHEMA)
+    """A stage's work: three rows, and a score of each."""
+    for name in ("part-00000.parquet", "scores/part-00000.parquet"):
+        output.write_table(name, pa.table({"n": [1, 2, 3]}), SCHEMA)
 
 
 def _weights(output: Output, monitor: Monitor) -> None:

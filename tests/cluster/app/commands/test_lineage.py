@@ -7,7 +7,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 from typer.testing import CliRunner, Result
 
 from cluster.app import config as configs
@@ -73,12 +72,14 @@ def test_check_names_changed_missing_unknown_and_removed_files(root: Path, stage
     (folder["train:semi.s1"] / "weights.safetensors").write_bytes(b"other")
     (folder["mine:shop"] / "part-00000.parquet").unlink()
     (folder["generate:shop"] / "part-00001.parquet").write_bytes(b"more")
+    (folder["generate:shop"] / "scores" / "part-00000.parquet").write_bytes(b"other")
     shutil.rmtree(folder["ingest:shop"])
     shown = invoke("semi.s1", root, "--check")
     assert shown.exit_code == 1
     said = shown.stderr.replace("\n", " ")
     for line in (
         "weights.safetensors has changed",
+        "scores/part-00000.parquet has changed",
         "part-00000.parquet is missing",
         "part-00001.parquet is not",
         "was removed",
@@ -96,7 +97,7 @@ def test_export_writes_the_model_and_its_card(root: Path, stages: dict[str, Stag
         assert stages[instance].digest in card
     assert "loss: 1" in card  # of the best step, not the last
     assert (tmp_path / "out" / "text_tower.safetensors").exists()
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="is not an empty folder"):
         run("semi.s1")
     with pytest.raises(UserError, match="is no model to export"):
         run("mine:shop")
@@ -119,15 +120,14 @@ def test_an_mlflow_run_names_its_output(root: Path, stages: dict[str, Stage]) ->
 
 
 def test_track_writes_what_is_missing_once(tmp_path: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump({"extends": "grocery", "root": str(tmp_path / "root")}))
+    assignment = f"root={tmp_path / 'root'}"
 
     def track() -> str:
-        return CliRunner().invoke(app, ["track", str(config)], catch_exceptions=False).stderr
+        return CliRunner().invoke(app, ["track", "grocery", "--set", assignment], catch_exceptions=False).stderr
 
     with pytest.raises(UserError, match="no stage is finished"):
         track()
-    pipeline = Pipeline(configs.load(str(config), []))
+    pipeline = Pipeline(configs.load("grocery", [assignment]))
     for stage in pipeline.stages[:2]:
         replace(stage, work=table).run(pipeline.root, Silent())
     assert track().startswith("2 of 2 finished stages")
