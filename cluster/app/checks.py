@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from cir.benchmarks.triplets import check_attributes
 from cluster.app.config import RunConfig
-from cluster.artifacts import Stage
+from cluster.artifacts import Stage, fingerprint
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.training import TrainingConfig
@@ -25,8 +25,16 @@ def check(config: RunConfig, stages: list[Stage]) -> None:
 
 def check_sources(config: RunConfig, stages: list[Stage]) -> None:
     """Raises UserError listing every outside file that the stages need and that is missing, and where to get it."""
-    missing = {field: f"{path} does not exist" for stage in stages for field, path in stage.missing_sources().items()}
+    missing = {field: _why_missing(path) for stage in stages for field, path in stage.missing_sources().items()}
     _raise_missing("input(s) are missing; correct the path or bring the files", missing, config)
+
+
+def _why_missing(path: str) -> str:
+    try:
+        fingerprint(path)
+    except (OSError, ValueError) as error:
+        return f"{path} cannot be read: {error}"
+    return f"{path} does not exist"
 
 
 def check_weights(config: RunConfig, stages: list[Stage]) -> None:

@@ -14,6 +14,7 @@ from cluster.app.commands import doctor, jobs, lineage, weights
 from cluster.app.commands.options import Config, Set
 from cluster.artifacts import Output, filesystem
 from cluster.errors import UserError
+from cluster.failures import explained
 from cluster.progress import console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -246,9 +247,9 @@ def clean(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message on standard error and exit status 2."""
+    """Entry point: a user's mistake, or a disk or store that fails, is one message on standard error and exit status 2."""
     try:
-        app()
+        explained(app.__call__)()
     except UserError as error:
         console.print(f"error: {error}", style="red", markup=False)
         raise SystemExit(2) from None

@@ -15,18 +15,16 @@ from cluster.app.config import RunConfig
 from cluster.app.pipeline import Pipeline
 from cluster.artifacts import Output, Stage, below, filesystem
 from cluster.errors import UserError
-from cluster.failures import explained
 from cluster.monitor import Monitor
 from cluster.progress import StageProgress, console
 
 
-@explained
 def run(pipeline: Pipeline, stages: list[Stage], keep_config: bool = False) -> None:
     """Do the stages that have no manifest yet, each as one Ray Data execution or one training run.
 
     `keep_config` marks a whole run: its config stays in its folder, and `vdg clean` spares the outputs it refers to.
     Raises UserError before any work when an input is missing, another driver is at work on one of the outputs, or MLflow
-    cannot be reached; later when a disk is full, a store is out of reach, or the user stops it. What is finished stays.
+    cannot be reached; later when the user stops it. What is finished stays.
     """
     config, log = pipeline.config, log_file(pipeline.config)
     todo = [stage for stage in stages if pipeline.output(stage).manifest() is None]

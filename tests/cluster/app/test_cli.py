@@ -109,6 +109,22 @@ def test_mistakes_are_one_message_on_standard_error(monkeypatch: pytest.MonkeyPa
     assert "Traceback" not in captured.err
 
 
+def test_a_store_out_of_reach_is_named(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.chdir(tmp_path)
+    root = "root=s3://bucket/root?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1"
+    monkeypatch.setattr("sys.argv", ["vdg", "ls", "grocery", "--set", root, "--set", "tracking.uri=sqlite:///none.db"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "error: a store cannot be used: OSError" in (shown := capfd.readouterr().err)
+    assert "AWS Error" in shown
+    assert "Traceback" not in shown
+
+
 def test_every_preset_is_listed_and_valid() -> None:
     shown = invoke("presets")
     for name in configs.presets():

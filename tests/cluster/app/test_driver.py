@@ -1,4 +1,4 @@
-"""A driver that is stopped, or whose disk or store fails, says so and leaves what is finished for the next."""
+"""A driver that is stopped, or whose disk fails, says so and leaves what is finished for the next."""
 
 import os
 import signal
@@ -20,6 +20,7 @@ from cluster.app.pipeline import Pipeline
 from cluster.artifacts import Output, Stage
 from cluster.config import ActorResources
 from cluster.errors import UserError
+from cluster.failures import explained
 from cluster.monitor import Monitor
 from cluster.parts import run_actors
 
@@ -71,7 +72,7 @@ def output_of(pipeline: Pipeline) -> Output:
 
 def run(pipeline: Pipeline, work: Callable[[Output, Monitor], None]) -> Output:
     """Run one stage. Its output is the same folder whatever the work is."""
-    driver.run(pipeline, [Stage("mine:x", 1, {}, work)])
+    explained(driver.run)(pipeline, [Stage("mine:x", 1, {}, work)])
     return output_of(pipeline)
 
 
@@ -126,12 +127,3 @@ def test_a_stopped_driver_gives_its_lease_back_and_is_followed(
     output = output_of(pipeline(tmp_path / "root", tmp_path))
     assert (output.parts(), output.manifest(), lease.read(output)) == ([FIRST], None, None)
     assert run(pipeline(tmp_path / "root", tmp_path), on_actors(None)).parts() == list(PARTS)
-
-
-def test_a_store_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "none")
-    root = "s3://bucket/root?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1"
-    config = configs.load("grocery", [f"root={root}", "tracking.uri=sqlite:///none.db"])
-    with pytest.raises(UserError, match=r"a store cannot be used: OSError.*AWS Error"):
-        driver.run(Pipeline(config), Pipeline(config).stages)

@@ -53,6 +53,16 @@ def test_outputs_are_named_only_when_all_that_decides_their_digests_is_here(tmp_
     assert outputs(folder) == ()
 
 
+def test_a_source_that_only_the_cluster_reaches_is_no_error_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_reach(uri: str) -> None:
+        raise OSError(f"AWS Error ACCESS_DENIED: {uri}")
+
+    monkeypatch.setattr("cluster.artifacts.fingerprint", out_of_reach)
+    job, paths = prepare("grocery", ["root=/shared", "evaluate.images=s3://photos"], "ingest:evaluate", None, True, {})
+    assert paths["evaluate.images"] == "s3://photos"
+    assert job.outputs == ()
+
+
 def test_a_remote_cluster_does_not_have_the_photos_of_this_checkout() -> None:
     with pytest.raises(UserError, match=r"(?s)--local.*root: outputs is relative") as error:
         prepare("grocery", [], None, None, False, {})
