@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from cluster.errors import UserError
 
@@ -20,7 +19,8 @@ PROJECT = Path(__file__).parents[1]
 PACKAGES = ("cluster", "mining", "vdg", "cir")
 CONFIG = "config.yaml"  # of the job's working folder
 ALIVE = ("PENDING", "RUNNING")
-SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|KEY)(_|$)", re.IGNORECASE)
+SECRET = re.compile(r"(^|_)(TOKEN|KEY)(_|$)|API_?KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # in a variable's name
+PASSWORD = re.compile(r"://[^/?#\s]*:[^/?#\s]*@")  # in a URI: scheme://user:password@host
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,11 @@ def check_paths(paths: Mapping[str, str], local: bool) -> None:
     _refuse(f"path(s) that the cluster does not have; use an absolute path on a shared disk, or a URI{flag}", wrong)
 
 
-def check_secrets(environment: Mapping[str, str], uris: Mapping[str, str]) -> None:
-    """Raises UserError naming each variable or URI that holds a secret: Ray shows what a job carries to everyone."""
-    wrong = {f"--env {name}": "looks like a secret" for name in environment if SECRET.search(name)}
-    wrong |= {field: "holds a password" for field, uri in uris.items() if "://" in uri and urlsplit(uri).password}
+def check_secrets(environment: Mapping[str, str], texts: Mapping[str, str]) -> None:
+    """Raises UserError naming each variable or text, by config field, with a secret: Ray shows a job's to everyone."""
+    texts = {**texts, **{f"--env {name}": value for name, value in environment.items()}}
+    wrong = {field: "holds a URI with a password" for field, text in texts.items() if PASSWORD.search(text)}
+    wrong |= {f"--env {name}": "looks like a secret" for name in environment if SECRET.search(name)}
     _refuse("secret(s); set them in the environment of the cluster's nodes, jobs inherit it", wrong)
 
 

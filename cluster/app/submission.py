@@ -30,16 +30,18 @@ def prepare(
     """
     pipeline = Pipeline(_placed(configs.load(config, assignments), local))
     command, stages = _command(pipeline, only, until)
-    paths = _paths(pipeline.config, stages, override(configs.content_of(config), assignments))
+    written = override(configs.content_of(config), assignments)
+    paths = _paths(pipeline.config, stages) | _weight_folders(written)
     check_paths(paths, local)
-    tracking = tracking_uri(pipeline.config)
-    check_secrets(environment, {"root": pipeline.config.root, "tracking.uri": tracking})
+    tracking_uri(pipeline.config)  # refuses here what the job would refuse there
+    sent = pipeline.config.model_dump(mode="json")
+    check_secrets(environment, dict(_texts(sent)))
     digest = digest_of([command, [(stage.instance, stage.digest) for stage in stages]])
     job = Job(
         base=f"{pipeline.config.name}-{digest}",
         entrypoint=f"python -m cluster.app {shlex.join(command)}",
-        config=yaml.safe_dump(pipeline.config.model_dump(mode="json"), sort_keys=False),
-        environment={"MLFLOW_TRACKING_URI": tracking, **environment},
+        config=yaml.safe_dump(sent, sort_keys=False),
+        environment=environment,
         root=pipeline.config.root,
         outputs=tuple(pipeline.output(stage).uri for stage in stages) if _all_here(pipeline.config, stages) else (),
         metadata={"run": pipeline.config.name, "digest": digest, "root": pipeline.config.root, "git_commit": git_commit()},
@@ -73,19 +75,24 @@ def _command(pipeline: Pipeline, only: str | None, until: str | None) -> tuple[l
     return [kind, CONFIG, *pattern], pipeline.select(kind, only, None)
 
 
-def _paths(config: RunConfig, stages: list[Stage], content: dict[str, Any]) -> dict[str, str]:
+def _paths(config: RunConfig, stages: list[Stage]) -> dict[str, str]:
     """Everything that the job reads or writes by path, by config field."""
     paths = {"root": config.root} | {field: path for stage in stages for field, path in stage.sources.items()}
     tracking = config.tracking.uri or ""
     if tracking.startswith("sqlite:///"):
         paths["tracking.uri"] = tracking.removeprefix("sqlite:///")
-    return paths | dict(_weight_folders(content))
+    return paths
 
 
-def _weight_folders(node: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """(field, folder) of weights as they are written: a loaded config has them absolute, in this machine's terms."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if name == "folder" and isinstance(value, str):
-                yield f"{field}folder", value
-            yield from _weight_folders(value, f"{field}{name}.")
+def _weight_folders(written: dict[str, Any]) -> dict[str, str]:
+    """Folders of weights, by field, as they are written: a loaded config has them absolute, in this machine's terms."""
+    return {field: text for field, text in _texts(written) if field.endswith(".folder")}
+
+
+def _texts(node: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """(field, text) of every text in a config."""
+    if isinstance(node, str):
+        yield field, node
+    elif isinstance(node, dict | list):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _texts(value, f"{field}.{name}" if field else str(name))

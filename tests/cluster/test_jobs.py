@@ -53,8 +53,13 @@ def test_relative_paths_are_refused_everywhere_and_checkout_files_unless_local()
 def test_secrets_do_not_travel() -> None:
     with pytest.raises(UserError, match="--env HF_TOKEN"):
         jobs.check_secrets({"HF_TOKEN": "x", "HF_HOME": "/shared/hf"}, {})
-    with pytest.raises(UserError, match="--env AWS_SECRET_ACCESS_KEY"):
-        jobs.check_secrets({"AWS_SECRET_ACCESS_KEY": "x"}, {})
-    with pytest.raises(UserError, match=r"tracking.uri: holds a password"):
-        jobs.check_secrets({}, {"tracking.uri": "https://user:pass@mlflow.example"})
-    jobs.check_secrets({"HF_HOME": "/shared", "TOKENIZERS_PARALLELISM": "false"}, {"root": "s3://bucket/root"})
+    for name in ("AWS_SECRET_ACCESS_KEY", "OPENAI_APIKEY", "PGPASSWORD", "DB_PASSWD", "GOOGLE_APPLICATION_CREDENTIALS"):
+        with pytest.raises(UserError, match=f"--env {name}: looks like a secret"):
+            jobs.check_secrets({name: "x"}, {})
+    for uri in ("https://user:pass@mlflow.example", "s3://AKIA:a+b=@bucket/x", "s3://b?endpoint_override=http://:p@store"):
+        with pytest.raises(UserError, match=r"tracking.uri: holds a URI with a password"):
+            jobs.check_secrets({}, {"tracking.uri": uri})
+        with pytest.raises(UserError, match=r"--env HTTP_PROXY: holds a URI with a password"):
+            jobs.check_secrets({"HTTP_PROXY": uri}, {})
+    free = {"root": "s3://bucket/root?endpoint_override=store:9000", "images": "http://host:80/a@b", "query": "red: a@b"}
+    jobs.check_secrets({"HF_HOME": "/shared", "TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "x"}, free)

@@ -15,7 +15,7 @@ def test_a_whole_run_and_its_config_as_text(tmp_path: Path) -> None:
     job, paths = prepare("grocery", [f"root={tmp_path}", "resources.ray.num_cpus=2"], None, "mine", True, {"HF_HOME": "/hf"})
     assert job.entrypoint == "python -m cluster.app run config.yaml --until mine"
     assert job.base.startswith("grocery-")
-    assert job.environment == {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "HF_HOME": "/hf"}
+    assert job.environment == {"HF_HOME": "/hf"}
     assert paths["root"] == str(tmp_path)
     assert "evaluate.images" in paths
     (tmp_path / "config.yaml").write_text(job.config)
@@ -68,6 +68,11 @@ def test_a_remote_cluster_does_not_have_the_photos_of_this_checkout() -> None:
         prepare("grocery", [], None, None, False, {})
     for field in ("ingest.galleries.photos.images", "ingest.triplets.labelled.file", "evaluate.attributes"):
         assert f"{field}: " in str(error.value)
+
+
+def test_no_path_of_the_config_carries_a_password() -> None:
+    with pytest.raises(UserError, match=r"1 secret\(s\)(?s:.*)evaluate.images: holds a URI with a password"):
+        prepare("grocery", ["evaluate.images=s3://AKIA:secret@photos"], None, "ingest", True, {})
 
 
 def test_a_relative_weights_folder_is_named(tmp_path: Path) -> None:
