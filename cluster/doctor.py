@@ -3,8 +3,10 @@
 Nothing is compiled, downloaded or started.
 """
 
+import http.client
 import importlib.util
 import os
+import re
 import shutil
 import socket
 import urllib.error
@@ -38,7 +40,7 @@ class Setting:
 
     root: str = "outputs"
     tracking_uri: str | None = None  # of MLflow; None: nothing to reach
-    ray_address: str | None = None  # of a running cluster; None: Ray starts on this machine
+    ray_address: str | None = None  # of a running cluster; None or "local": Ray starts on this machine
 
 
 def examine(setting: Setting) -> list[Finding]:
@@ -47,7 +49,7 @@ def examine(setting: Setting) -> list[Finding]:
         packages,
         gpus,
         cuda,
-        deepspeed_ops,
+        deepspeed,
         faiss_build,
         lambda: ray_cluster(setting.ray_address),
         lambda: ray_token(setting.ray_address),
@@ -119,21 +121,11 @@ def cuda() -> Finding:
     return Finding("CUDA", "ok", built)
 
 
-def deepspeed_ops() -> Finding:
-    """Whether DeepSpeed's communication op can be built, which data-parallel training on CPUs compiles once."""
+def deepspeed() -> Finding:
+    """Whether DeepSpeed is there. None of its ops is compiled: the optimiser is torch's, and CPUs talk through gloo."""
     if importlib.util.find_spec("deepspeed") is None:
         return Finding("DeepSpeed", "blocker", "not installed", "`pip install deepspeed`")
-    import torch
-
-    found = f"DeepSpeed {version('deepspeed')}"
-    if torch.cuda.is_available():
-        return Finding("DeepSpeed", "ok", f"{found}; the optimiser is torch's, so no op is compiled on GPUs")
-    tools = {"a C++ compiler": shutil.which("c++") or shutil.which("g++"), "ninja": importlib.util.find_spec("ninja")}
-    missing = [name for name, place in tools.items() if place is None]
-    if missing:
-        advice = "install g++ and `pip install ninja`; or train with `workers: 0`"
-        return Finding("DeepSpeed", "warning", f"{found}; its CPU communication op needs {' and '.join(missing)}", advice)
-    return Finding("DeepSpeed", "ok", f"{found}; its CPU communication op compiles at the first use, a minute")
+    return Finding("DeepSpeed", "ok", f"DeepSpeed {version('deepspeed')}")
 
 
 def faiss_build() -> Finding:
@@ -157,8 +149,8 @@ def ray_cluster(address: str | None) -> Finding:
     import ray
 
     found = f"Ray {ray.__version__}"
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is None:
+    address = address or os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
         return Finding("Ray", "ok", f"{found}; it starts on this machine")
     if address == "auto":
         return Finding("Ray", "ok", f"{found}; it looks for the cluster of this machine")
@@ -180,7 +172,7 @@ def ray_token(address: str | None) -> Finding:
     if mode == "token" and not has_token:
         advice = f"`ray get-auth-token --generate` on the head; copy it to {path} on every node, readable by you alone"
         return Finding("Ray's token", "blocker", found, advice)
-    if address is not None and mode != "token":
+    if address not in (None, "local") and mode != "token":
         advice = "set RAY_AUTH_MODE=token on every node: without it whoever reaches a port of Ray runs code there"
         return Finding("Ray's token", "warning", found, advice)
     return Finding("Ray's token", "ok", found)
@@ -198,16 +190,17 @@ def mlflow_store(uri: str | None) -> Finding:
         return Finding("MLflow", "ok", f"{found}; {uri}")
     if not uri.startswith(("http://", "https://")):
         return Finding("MLflow", "warning", f"{found}; {uri.partition(':')[0]} stores are not tried here")
+    address = _without_user(uri)
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=TIMEOUT):
-            return Finding("MLflow", "ok", f"{found}; the server at {uri} answers")
+        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=TIMEOUT):
+            return Finding("MLflow", "ok", f"{found}; the server at {address} answers")
     except urllib.error.HTTPError as error:  # it answers, and may ask for a password
         return Finding(
-            "MLflow", "warning", f"{found}; {uri} answers {error.code}", "set MLFLOW_TRACKING_USERNAME and _PASSWORD"
+            "MLflow", "warning", f"{found}; {address} answers {error.code}", "set MLFLOW_TRACKING_USERNAME and _PASSWORD"
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         advice = "start it (`mlflow server`), or correct tracking.uri"
-        return Finding("MLflow", "blocker", f"{found}; {uri} cannot be reached ({error})", advice)
+        return Finding("MLflow", "blocker", f"{found}; {address} cannot be reached ({error!r})", advice)
 
 
 def disk(root: str) -> Finding:
@@ -217,8 +210,8 @@ def disk(root: str) -> Finding:
             system, path = filesystem(root)
             system.get_file_info(path)
         except (OSError, ValueError) as error:
-            return Finding("root", "blocker", f"{root}: {error}", "correct root, or the store's credentials")
-        return Finding("root", "ok", f"{root} answers")
+            return Finding("root", "blocker", _without_user(f"{root}: {error}"), "correct root, or the store's credentials")
+        return Finding("root", "ok", f"{_without_user(root)} answers")
     folder = Path(filesystem(root)[1])
     if problem := _unwritable(folder):
         return Finding("root", "blocker", problem, "correct root")
@@ -253,6 +246,11 @@ def memory() -> Finding:
     if memory.available < 2 * GIGABYTE:
         return Finding("memory", "warning", found, "end other programs, or lower resources.*.actors and batch sizes")
     return Finding("memory", "ok", found)
+
+
+def _without_user(text: str) -> str:
+    """A text that can be shown: its URIs without user and password."""
+    return re.sub(r"://[^/?#\s]*@", "://", text)
 
 
 def _existing(folder: Path) -> Path:

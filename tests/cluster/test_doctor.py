@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -42,6 +43,31 @@ def test_what_does_not_answer_blocks(closed_port: int) -> None:
     assert (mlflow.state, ray.state) == ("blocker", "blocker")
     assert "mlflow server" in mlflow.advice
     assert "resources.ray.address" in ray.advice
+
+
+def test_a_server_that_is_not_mlflow_blocks() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answer = Thread(target=lambda: server.accept()[0].sendall(b"SSH-2.0-OpenSSH\r\n"))
+        answer.start()
+        finding = doctor.mlflow_store(f"http://127.0.0.1:{server.getsockname()[1]}")
+        answer.join()
+    assert finding.state == "blocker"
+    assert "BadStatusLine" in finding.found
+
+
+def test_passwords_are_not_printed(closed_port: int) -> None:
+    for finding in (
+        doctor.mlflow_store(f"http://someone:hidden@127.0.0.1:{closed_port}"),
+        doctor.disk("nosuchstore://someone:hidden@bucket/root"),
+    ):
+        assert finding.state == "blocker"
+        assert "hidden" not in finding.found
+
+
+def test_a_ray_of_ones_own_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    assert doctor.ray_cluster("local").state == "ok"
+    assert doctor.ray_token("local").state == "ok"
 
 
 def test_an_address_without_a_port_blocks() -> None:
