@@ -1,6 +1,7 @@
 """Pretrained weights brought to where a run reads them: a shared cache once, or the cache of every node."""
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import UserError
@@ -10,7 +11,8 @@ from cluster.weights import Weights
 def fetch(weights: Weights, cache: str | None) -> str:
     """Bring one source of weights to this node. Returns where it lies.
 
-    `cache` is the hub's cache folder, None for that of HF_HOME. Of a hub every file of the pinned revision is fetched.
+    `cache` is the folder that runs have as HF_HOME; None: this process's. Of a hub every file of the pinned revision is
+    fetched.
     A folder or package cannot be fetched: it is checked to be here.
     Raises UserError when the hub does not give it or it is not here.
     """
@@ -20,7 +22,7 @@ def fetch(weights: Weights, cache: str | None) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(weights.hub, revision=weights.revision, cache_dir=cache)
+        return snapshot_download(weights.hub, revision=weights.revision, cache_dir=cache and f"{cache}/hub")
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"weights: '{weights.hub}' cannot be fetched: {reason}; set HF_TOKEN for a gated one") from error
@@ -38,7 +40,16 @@ def fetch_on_every_node(sources: list[Weights], cache: str | None) -> dict[str, 
         ).remote(sources, cache)
         for node, address in nodes.items()
     }
-    return {name: ray.get(task) for name, task in tasks.items()}
+    return {name: _places(task, len(sources)) for name, task in tasks.items()}
+
+
+def _places(task: ray.ObjectRef, count: int) -> list[str]:
+    """What a node says of each of `count` sources; a node that dies over them has none."""
+    try:
+        places: list[str] = ray.get(task)
+    except RayError as error:
+        return [f"error: {str(error).strip().splitlines()[-1]}"] * count
+    return places
 
 
 @ray.remote

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import ray
 
 from cluster.errors import UserError
 from cluster.fetch import fetch, fetch_on_every_node
@@ -14,9 +15,9 @@ PACKAGE = Weights(package="tests", file="tiny.py")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A hub cache with one file of `someone/model`, and no hub."""
+    """An HF_HOME whose hub cache has one file of `someone/model`, and no hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    snapshot = tmp_path / "models--someone--model" / "snapshots" / COMMIT
+    snapshot = tmp_path / "hub" / "models--someone--model" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     return str(tmp_path)
@@ -42,3 +43,12 @@ def test_every_node_says_what_it_has(ray_session: None) -> None:
     (places,) = found.values()
     assert places[0].endswith("tests/tiny.py")
     assert places[1].startswith("error: ")
+
+
+def test_a_dead_node_hides_no_other(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = {"NodeID": "0" * 56, "NodeManagerAddress": "10.0.0.9", "Alive": True}
+    nodes = ray.nodes()
+    monkeypatch.setattr(ray, "nodes", lambda: [dead, *nodes])
+    lost, here = fetch_on_every_node([PACKAGE, PACKAGE], None).values()
+    assert [place[:7] for place in lost] == ["error: "] * 2
+    assert here[1].endswith("tests/tiny.py")

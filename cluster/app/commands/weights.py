@@ -16,7 +16,9 @@ app = typer.Typer()
 def fetch_weights(
     config: Config,
     assignments: Set = [],  # noqa: B006
-    cache: Annotated[str | None, typer.Option("--cache", help="hub cache on a shared disk; None: that of HF_HOME")] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="what runs have as HF_HOME, such as a shared disk; None: HF_HOME")
+    ] = None,
     every_node: Annotated[bool, typer.Option("--every-node", help="on each node of resources.ray.address")] = False,
 ) -> None:
     """Fetch the hub weights that a config names, and check that its packages and folders are there."""
