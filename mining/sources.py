@@ -2,7 +2,7 @@
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -21,22 +21,29 @@ from mining.config import GalleryConfig
 INDEX = pa.schema([("key", pa.string()), ("uri", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 LISTED_ROWS = 8192  # rows that are Python objects at a time
+_TEXT = (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))
+_BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 _Row = tuple[str, str, int, int]
+_Image = tuple[str | None, int, int]  # name, offset, length
 
 
 def list_images(config: GalleryConfig, field: str) -> tuple[pa.Table, list[dict[str, str]]]:
-    """Index of a gallery's images, sorted by key, and the rejects: names without an image, and second uses of a name.
+    """Index of a gallery's images, sorted by key, and the rejects: files that cannot be read, names without an image, and
+    second uses of a name.
 
-    Raises UserError when the source is missing or holds no image. A key is the path inside the source without suffix.
+    Raises UserError when the source is missing or holds no image, or a Parquet file has other columns. A key is the path
+    inside the source without suffix.
     """
     names = {name: path for file in config.splits for name, path in _read_names(file).items()} if config.splits else None
     split = ", ".join(config.splits)
-    rows = _table(_listed(config.images, names, field))
+    rejects: list[dict[str, str]] = []
+    rows = _table(_listed(config.images, names, field, rejects))
     if not len(rows):
-        raise UserError(f"{field}: no image found in {config.images}" + (f" for the names of {split}" if names else ""))
+        wrong = "".join(f"; {row['key']} is {row['reason']}: {row['detail']}" for row in rejects[:1])
+        raise UserError(f"{field}: no image found in {config.images}" + (f" for the names of {split}" if names else "") + wrong)
     first = _first_of_its_key(rows["key"])
     again = np.flatnonzero(first != np.arange(len(rows)))
-    rejects = [
+    rejects += [
         reject(row["key"], "duplicate_name", f"{row['uri']} has the name of {kept['uri']}")
         for row, kept in zip(rows.take(again).to_pylist(), rows.take(first[again]).to_pylist(), strict=True)
     ]
@@ -86,7 +93,8 @@ def reject(key: str, reason: str, detail: str) -> dict[str, str]:
     return {"key": key, "stage": "ingest", "reason": reason, "detail": detail[:200]}
 
 
-def _listed(uri: str, names: dict[str, str | None] | None, field: str) -> Iterator[_Row]:
+def _listed(uri: str, names: dict[str, str | None] | None, field: str, rejects: list[dict[str, str]]) -> Iterator[_Row]:
+    """Rows of the images of a source, of these names alone where they are given; adds to `rejects` what cannot be read."""
     system, base = filesystem(uri)
     info = system.get_file_info(base)
     if info.type == pafs.FileType.NotFound:
@@ -97,7 +105,11 @@ def _listed(uri: str, names: dict[str, str | None] | None, field: str) -> Iterat
     for file in files:
         path = PurePosixPath(file.path)
         if file.is_file:
-            for key, offset, length in _images_in(system, path, str(path.relative_to(folder)), file.size):
+            relative = str(path.relative_to(folder))
+            for key, offset, length in _images_in(system, path, relative, file.size, rejects):
+                if key is None:
+                    rejects.append(reject(f"{relative} row {offset}", "no_key", "its key is null"))
+                    continue
                 name = by_path.get(key, str(PurePosixPath(key).with_suffix("")) if _has_image_suffix(key) else key)
                 if names is None or name in names:
                     yield name, _location(file.path, uri, base), offset, length
@@ -111,21 +123,53 @@ def _location(path: str, source: str, base: str) -> str:
     return parts._replace(path=parts.path.rstrip("/") + quote(path.removeprefix(base))).geturl()
 
 
-def _images_in(system: pafs.FileSystem, path: PurePosixPath, relative: str, size: int) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, length) of the images of one file: itself, a tar's members, or a Parquet file's rows."""
-    if path.suffix == ".parquet":
-        with system.open_input_file(str(path)) as stream:
-            blocks = pq.ParquetFile(stream).iter_batches(LISTED_ROWS, columns=["key"])
-            keys = (key for block in blocks for key in block["key"].to_pylist())
-            yield from ((key, row, 0) for row, key in enumerate(keys))
-    elif path.suffix == ".tar":
-        with system.open_input_file(str(path)) as stream, tarfile.open(fileobj=stream) as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has seen
-                if member.isfile() and _has_image_suffix(member.name):
-                    yield member.name, member.offset_data, member.size
+def _images_in(
+    system: pafs.FileSystem, path: PurePosixPath, relative: str, size: int, rejects: list[dict[str, str]]
+) -> Iterator[_Image]:
+    """The images of one file: itself, a tar's members, or a Parquet file's rows."""
+    if path.suffix in _CONTAINERS:
+        with system.open_input_file(str(path)) as stream:  # one that cannot be opened may be there the next time: no reject
+            try:
+                yield from _CONTAINERS[path.suffix](stream, str(path))
+            except (OSError, pa.ArrowException, tarfile.TarError) as error:
+                rejects.append(reject(relative, "unreadable", str(error).strip()))
     elif _has_image_suffix(relative):
         yield relative, 0, size
+
+
+def _members(stream: pa.NativeFile, path: str) -> Iterator[_Image]:
+    """Images of a tar file. Raises TarError where it is broken."""
+    with tarfile.open(fileobj=stream, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has seen
+            if member.isfile() and _has_image_suffix(member.name):
+                yield member.name, member.offset_data, member.size
+        if stream.read_at(tarfile.BLOCKSIZE, archive.offset).strip(tarfile.NUL):  # tarfile takes a broken header for the end
+            raise tarfile.ReadError(f"the header at byte {archive.offset} is broken")
+
+
+def _rows(stream: pa.NativeFile, path: str) -> Iterator[_Image]:
+    """Images of a Parquet file. Raises UserError when it has other columns, ArrowException or OSError where it is broken."""
+    file = pq.ParquetFile(stream)
+    _check_columns(file.schema_arrow, path)
+    keys = (key for block in file.iter_batches(LISTED_ROWS, columns=["key"]) for key in block["key"].to_pylist())
+    yield from ((key, row, 0) for row, key in enumerate(keys))
+
+
+def _check_columns(schema: pa.Schema, path: str) -> None:
+    found = {field.name: field.type for field in schema}
+    key, image = (found.get(name, pa.null()) for name in ("key", "image"))
+    if pa.types.is_struct(image):
+        image = next((field.type for field in image if field.name == "bytes"), pa.null())
+    if key not in _TEXT or image not in _BYTES:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in found.items())
+        raise UserError(
+            f"{path}: has the columns {columns}; give it `key`, the image's name as a string, and `image`, its encoded bytes "
+            "or a struct with them as `bytes`"
+        )
+
+
+_CONTAINERS: dict[str, Callable[[pa.NativeFile, str], Iterator[_Image]]] = {".tar": _members, ".parquet": _rows}
 
 
 def _has_image_suffix(name: str) -> bool:
@@ -161,6 +205,7 @@ def _row_group(uri: str, row: int) -> tuple[int, pa.ChunkedArray]:
             while row >= first + file.metadata.row_group(group).num_rows:
                 first += file.metadata.row_group(group).num_rows
                 group += 1
-            return first, file.read_row_group(group, columns=["image"])["image"]
+            images = file.read_row_group(group, columns=["image"])["image"]
+            return first, pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
     except (pa.ArrowException, LookupError) as error:  # the file is another one than was listed
         raise OSError(f"{uri}: row {row} cannot be read: {error}") from error

@@ -36,6 +36,20 @@ def test_bad_images_have_a_reason(content: bytes, reason: str) -> None:
     assert error.value.reason == reason
 
 
+def dds_of_unknown_format() -> bytes:
+    """Pillow raises NotImplementedError for it."""
+    stream = BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "DDS")
+    content = bytearray(stream.getvalue())
+    content[80] = 153  # flags of the pixel format
+    return bytes(content)
+
+
+def test_an_image_is_bad_whatever_its_decoder_raises() -> None:
+    with pytest.raises(BadImage, match="not_an_image: Unknown pixel format"):
+        decode(dds_of_unknown_format())
+
+
 def test_decompression_bomb_is_refused_before_it_is_decoded() -> None:
     stream = BytesIO()
     Image.new("1", (20_000, 20_000)).save(stream, "PNG")

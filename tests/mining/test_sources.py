@@ -1,6 +1,10 @@
+import gzip
 import json
 import tarfile
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,6 +47,84 @@ def test_parquet_of_several_row_groups(tmp_path: Path, expected: dict[str, bytes
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     index, _ = list_images(GalleryConfig(images=str(tmp_path)), "images")
     assert contents(index) == expected
+
+
+def test_parquet_of_hugging_faces_layout(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    images = [{"bytes": content, "path": f"{key}.jpg"} for key, content in expected.items()]
+    pq.write_table(pa.table({"key": list(expected), "image": [*images[:-1], None]}), tmp_path / "a.parquet", row_group_size=7)
+    index, _ = list_images(GalleryConfig(images=str(tmp_path)), "images")
+    assert contents(index) == {**expected, list(expected)[-1]: b""}
+
+
+def broken_tar(photo_folder: Path, spoil: Callable[[bytes], bytes]) -> bytes:
+    """A tar of the photos, spoiled."""
+    stream = BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for path in sorted(photo_folder.iterdir()):
+            archive.add(path, arcname=f"tar/{path.name}")
+    return spoil(stream.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "some_kept"),
+    [
+        ("text.tar", lambda content: b"no tar" * 200, False),
+        ("packed.tar", gzip.compress, False),
+        ("cut.tar", lambda content: content[: len(content) // 2], True),
+        ("header.tar", lambda content: content.replace(b"tar/", b"???/", 6).replace(b"???/", b"tar/", 5), True),
+        ("empty.parquet", lambda content: b"", False),
+        ("text.parquet", lambda content: b"no Parquet file", False),
+    ],
+)
+def test_a_broken_file_is_rejected_alone(
+    photo_folder: Path, expected: dict[str, bytes], name: str, spoil: Callable[[bytes], bytes], some_kept: bool
+) -> None:
+    content = broken_tar(photo_folder, spoil)
+    (photo_folder / name).write_bytes(content)
+    index, rejects = list_images(GalleryConfig(images=str(photo_folder)), "images")
+    assert [(row["key"], row["reason"]) for row in rejects] == [(name, "unreadable")]
+    kept = [key for key in index["key"].to_pylist() if key.startswith("tar/")]
+    assert bool(kept) == some_kept
+    assert len(index) == len(expected) + len(kept) < 2 * len(expected)
+
+
+def test_a_broken_page_is_rejected_with_its_file(tmp_path: Path, photo_folder: Path) -> None:
+    path = photo_folder / "a.parquet"
+    pq.write_table(pa.table({"key": ["row"], "image": [b"bytes"]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes([255]) * 40 + content[44:])
+    index, rejects = list_images(GalleryConfig(images=str(photo_folder)), "images")
+    assert (len(index), [row["key"] for row in rejects]) == (24, ["a.parquet"])
+
+
+def test_a_source_of_one_broken_file_says_why(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_text("no tar")
+    with pytest.raises(UserError, match=r"no image found in .*; a\.tar is unreadable: .*header"):
+        list_images(GalleryConfig(images=str(tmp_path)), "images")
+
+
+def test_a_parquet_row_without_a_key_is_rejected(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"key": ["a", None], "image": [b"1", b"2"]}), tmp_path / "a.parquet")
+    index, rejects = list_images(GalleryConfig(images=str(tmp_path)), "images")
+    assert contents(index) == {"a": b"1"}
+    assert [(row["key"], row["reason"]) for row in rejects] == [("a.parquet row 1", "no_key")]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"image": [b""]},
+        {"key": ["a"]},
+        {"key": [1], "image": [b""]},
+        {"key": [None], "image": [b""]},
+        {"key": ["a"], "image": ["a.jpg"]},
+        {"key": ["a"], "image": [{"path": "a.jpg"}]},
+    ],
+)
+def test_other_columns_are_named(tmp_path: Path, columns: dict[str, list[Any]]) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: has the columns .*; give it `key`"):
+        list_images(GalleryConfig(images=str(tmp_path)), "images")
 
 
 def test_split_lists_names_or_maps_them_to_paths(tmp_path: Path, photo_folder: Path, expected: dict[str, bytes]) -> None:
