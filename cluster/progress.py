@@ -1,4 +1,4 @@
-"""Progress of a driver's stages on the terminal: a bar with rate and expected end, or plain lines in a log."""
+"""The terminal: a command's answer, and the progress of a driver's stages: a bar with rate and expected end, or plain lines."""
 
 import time
 
@@ -13,7 +13,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+# what they print is foreign: a path may have brackets, which are no markup
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)  # progress and messages
+answers = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # what a command is asked for
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
@@ -27,7 +29,7 @@ class StageProgress:
         self._here = 0  # units done by this process
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description:32}"),
+            TextColumn("{task.description:32}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),

@@ -15,7 +15,7 @@ from cluster.app.commands.options import Config, Set
 from cluster.artifacts import Output, filesystem
 from cluster.errors import UserError
 from cluster.failures import explained
-from cluster.progress import console
+from cluster.progress import answers, console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(doctor.app)
@@ -120,9 +120,9 @@ def _show_metrics(pipeline: Any) -> None:
         if rows:
             _show_protocol(protocol, rows, controls["metrics"])
     for row, reason in controls["left_out"].items() if rows else ():
-        console.print(f"no row {row}: {reason}")
+        answers.print(f"no row {row}: {reason}")
     if output.exists("submissions"):
-        console.print(f"submission files: {output.path('submissions')}")
+        answers.print(f"submission files: {output.path('submissions')}")
 
 
 def _show_protocol(protocol: dict[str, Any], rows: dict[str, Any], controls: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def _show_protocol(protocol: dict[str, Any], rows: dict[str, Any], controls: dic
         for variant, row in section.items():
             table.add_row(variant, *(_cell(row[name]) for name in names))
         table.add_section()
-    console.print(table)
+    answers.print(table)
 
 
 def _cell(value: dict[str, Any]) -> str:
@@ -147,24 +147,24 @@ def _deviation(values: list[float]) -> float:
 
 
 def _show_plan(pipeline: Any, stages: list[Any]) -> None:
-    console.print(f"{pipeline.config.name}: {len(stages)} stage instances below {Output(pipeline.root).uri}")
+    answers.print(f"{pipeline.config.name}: {len(stages)} stage instances below {Output(pipeline.root).uri}")
     table = Table("stage", "state", "output")
     for stage in stages:
         output = pipeline.output(stage)
         parts = len(output.parts())
         state = "done, skipped" if output.manifest() else f"goes on: {parts} parts exist" if parts else "to do"
         table.add_row(stage.instance, state, f"{stage.kind}/{output.uri.rpartition('/')[2]}")
-    console.print(table)
+    answers.print(table)
     for field, path in {f: p for stage in stages for f, p in stage.sources.items()}.items():
         missing = any(field in stage.missing_sources() for stage in stages)
-        console.print(f"  {'missing' if missing else 'found  '} {field}: {path}")
+        answers.print(f"  {'missing' if missing else 'found  '} {field}: {path}")
 
 
 @app.command()
 def presets() -> None:
     """The presets, a line each."""
     for name, line in configs.presets().items():
-        console.print(f"{name:16} {line}")
+        answers.print(f"{name:16} {line}")
 
 
 @app.command()
@@ -202,7 +202,7 @@ def sweep(
         values = cross_validate(config, [*assignments, *point], variant, folds, metric)
         cells = [assignment.partition("=")[2] for assignment in point]
         table.add_row(*cells, f"{sum(values) / len(values):.4f}", " ".join(f"{value:.3f}" for value in values))
-    console.print(table)
+    answers.print(table)
 
 
 def _axis(text: str) -> list[str]:
@@ -223,7 +223,7 @@ def list_outputs(config: Config, assignments: Set = []) -> None:  # noqa: B006
     for found in outputs(pipeline.root):
         row = f"{found.size / 2**20:,.1f} MB", "yes" if found.finished else "no", "yes" if found.uri in used else "no"
         table.add_row("/".join(filesystem(found.uri)[1].split("/")[-2:]), *row)
-    console.print(table)
+    answers.print(table)
 
 
 @app.command()
@@ -251,5 +251,5 @@ def main() -> None:
     try:
         explained(app.__call__)()
     except UserError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red")
         raise SystemExit(2) from None

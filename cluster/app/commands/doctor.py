@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from cluster.app import config as configs
 from cluster.app.commands.options import Set
 from cluster.doctor import Setting, examine
-from cluster.progress import console
+from cluster.progress import answers
 
 app = typer.Typer()
 COLOURS = {"ok": "green", "warning": "yellow", "blocker": "red"}
@@ -29,9 +30,9 @@ def doctor(
     else:
         table = Table("subject", "state", "found", "what to do")
         for finding in findings:
-            state = f"[{COLOURS[finding.state]}]{finding.state}[/]"
+            state = Text(finding.state, style=COLOURS[finding.state])
             table.add_row(finding.subject, state, finding.found, finding.advice)
-        console.print(table)
+        answers.print(table)
     if any(finding.state == "blocker" for finding in findings):
         raise typer.Exit(1)
 

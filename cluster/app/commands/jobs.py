@@ -14,7 +14,7 @@ from rich.table import Table
 from cluster import jobs
 from cluster.app.commands.options import Config, Set
 from cluster.errors import UserError
-from cluster.progress import console
+from cluster.progress import answers, console
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -51,13 +51,13 @@ def submit(
         where = job.outputs or (f"below {job.root}; `vdg ls` there lists them",)  # digests follow from the cluster's files
         console.print(f"{last[1].submission_id} has succeeded; --again submits it once more. Its outputs:")
         for line in where:
-            console.print(f"  {line}", markup=False)
+            console.print(f"  {line}")
         return
     for field, path in paths.items():
-        console.print(f"  on the cluster: {field}: {path}", markup=False)
+        console.print(f"  on the cluster: {field}: {path}")
     with tempfile.TemporaryDirectory() as folder:
         name = jobs.send(client, job, jobs.next_id(job.base, last), Path(folder))
-    console.print(f"submitted {name}; `vdg logs {name} --follow --address {address}` shows what it does", markup=False)
+    console.print(f"submitted {name}; `vdg logs {name} --follow --address {address}` shows what it does")
 
 
 @app.command(name="jobs")
@@ -66,7 +66,7 @@ def list_jobs(address: Address = HERE) -> None:
     table = Table("job", "state", "began", "minutes", "command")
     for job in sorted(jobs.connect(address).list_jobs(), key=lambda job: job.start_time or 0, reverse=True):
         table.add_row(job.submission_id or job.job_id, job.status.value, _clock(job), _minutes(job), job.entrypoint)
-    console.print(table)
+    answers.print(table)
 
 
 @app.command()
@@ -78,7 +78,7 @@ def status(name: Name, address: Address = HERE) -> None:
     rows = {"state": job.status.value, "began": _clock(job), "minutes": _minutes(job), "command": job.entrypoint}
     for field, value in {**rows, "message": job.message or "", **(job.metadata or {})}.items():
         table.add_row(field, value)
-    console.print(table)
+    answers.print(table)
 
 
 @app.command()
@@ -102,7 +102,7 @@ def stop(name: Name, address: Address = HERE) -> None:
     """End a job. What it has finished stays; the same `vdg submit` goes on from there."""
     with _known(name):
         stopped = jobs.connect(address).stop_job(name)
-    console.print(f"{name}: {'asked to stop' if stopped else 'had already ended'}", markup=False)
+    console.print(f"{name}: {'asked to stop' if stopped else 'had already ended'}")
 
 
 async def _follow(client: "JobSubmissionClient", name: str) -> None:

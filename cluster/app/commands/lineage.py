@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 from rich.tree import Tree
 
 from cluster.app import config as configs
@@ -13,7 +14,7 @@ from cluster.app.commands.options import Config, Set
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.lineage import Lineage, Made, problems
-from cluster.progress import console
+from cluster.progress import answers, console
 
 app = typer.Typer()
 
@@ -95,7 +96,7 @@ def export(
         names = ", ".join(one.name for one in made) or "none"
         raise UserError(f"{model}: expected one finished output below {Output(root).uri}, found {names}; give its digest")
     for note in write(found, made[0], folder):
-        console.print(note, markup=False)
+        console.print(note)
     console.print(f"exported to {folder}")
 
 
@@ -126,11 +127,11 @@ def _digest_of_run(run_id: str, uri: str | None) -> str:
 
 
 def _show(lineage: Lineage, made: Made) -> None:
-    tree = Tree(_label(made), highlight=True)
+    tree = Tree(_label(made))
     for title, step in (("made from", lineage.above), ("was used for", lineage.below)):
         if step(made):
-            _grow(tree.add(f"[bold]{title}[/bold]"), step, made, set())
-    console.print(tree)
+            _grow(tree.add(Text(title, style="bold")), step, made, set())
+    answers.print(tree)
 
 
 def _grow(tree: Tree, step: Any, made: Made, seen: set[str]) -> None:
@@ -138,7 +139,8 @@ def _grow(tree: Tree, step: Any, made: Made, seen: set[str]) -> None:
     for role, near in step(made):
         known = near.name in seen
         seen.add(near.name)
-        branch = tree.add(f"[dim]{role}:[/dim] {_label(near)}{' ...' if known and step(near) else ''}")
+        dots = " ..." if known and step(near) else ""
+        branch = tree.add(Text.assemble((f"{role}:", "dim"), f" {_label(near)}{dots}"))
         if not known:
             _grow(branch, step, near, seen)
 
@@ -171,7 +173,7 @@ def _as_json(lineage: Lineage, made: Made) -> dict[str, Any]:
 def _check(shown: dict[str, Made]) -> None:
     found = [line for made in shown.values() for line in problems(made)]
     for line in found:
-        console.print(line, style="red", markup=False)
+        console.print(line, style="red")
     if found:
         raise typer.Exit(1)
     console.print(f"the files of {len(shown)} outputs are those of their manifests")

@@ -34,7 +34,7 @@ def fetch_weights(
         found = {"here": [fetch.fetch(weights, cache) for weights in fields.values()]}
     lines = [(f"{node}: {field}", place) for node, places in found.items() for field, place in zip(fields, places, strict=True)]
     for name, place in lines:
-        console.print(f"{name}: {place}", markup=False)
+        console.print(f"{name}: {place}")
     failed = [name for name, place in lines if place.startswith("error: ")]
     if failed:
         raise UserError(f"{len(failed)} set(s) of weights are missing, such as {failed[0]}")

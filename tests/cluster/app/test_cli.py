@@ -18,10 +18,10 @@ RUNNER = CliRunner()
 
 
 def invoke(*arguments: str) -> str:
-    """Run the command; errors are raised."""
+    """All that the command prints; errors are raised."""
     result = RUNNER.invoke(app, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0
-    return result.stderr
+    return result.output
 
 
 def fail(*arguments: str) -> str:
@@ -123,6 +123,12 @@ def test_a_store_out_of_reach_is_named(
     assert "error: a store cannot be used: OSError" in (shown := capfd.readouterr().err)
     assert "AWS Error" in shown
     assert "Traceback" not in shown
+
+
+def test_an_answer_goes_to_standard_output_alone() -> None:
+    result = RUNNER.invoke(app, ["presets"], catch_exceptions=False)
+    assert "grocery" in result.stdout
+    assert result.stderr == ""
 
 
 def test_every_preset_is_listed_and_valid() -> None:

@@ -34,11 +34,11 @@ def test_a_failed_run_says_why_and_its_next_attempt_is_numbered(cluster: LocalCl
     first = submitted(cluster.vdg(*command)[1])
     logs, _ = cluster.vdg("logs", first, "--follow")
     assert f"evaluate.images: {tmp_path}/none does not exist" in logs
-    assert "FAILED" in cluster.vdg("status", first)[1]
+    assert "FAILED" in cluster.vdg("status", first)[0]
     second = submitted(cluster.vdg(*command)[1])
     assert second == f"{first}.2"
     cluster.vdg("stop", second)
-    listed = cluster.vdg("jobs")[1]
+    listed = cluster.vdg("jobs")[0]
     assert first in listed
     assert second in listed
     for command in (["status", "no-such-job"], ["logs", "no-such-job", "--follow"], ["stop", "no-such-job"]):
@@ -71,7 +71,7 @@ def test_both_models_train_with_two_workers_each(cluster: LocalCluster, config: 
     name = submitted(cluster.vdg(*command)[1])
     assert f"vdg logs {name}" in cluster.vdg(*command, status=2)[1]  # one is enough
     logs, _ = cluster.vdg("logs", name, "--follow")
-    assert "SUCCEEDED" in cluster.vdg("status", name)[1], logs
+    assert "SUCCEEDED" in cluster.vdg("status", name)[0], logs
     pipeline = Pipeline(configs.load(config, settings))
     manifests = [pipeline.output(stage).manifest() for stage in pipeline.stages]
     assert {manifest["code"]["ray_submission"] for manifest in manifests if manifest} == {name}

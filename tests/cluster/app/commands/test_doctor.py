@@ -20,4 +20,4 @@ def test_a_table_without_a_config() -> None:
     result = RUNNER.invoke(app, ["doctor"], catch_exceptions=False)
     assert result.exit_code == 0
     for subject in ("packages", "CUDA", "DeepSpeed", "FAISS", "Ray", "MLflow", "root", "shared memory"):
-        assert subject in result.stderr
+        assert subject in result.stdout

@@ -25,7 +25,7 @@ def invoke(*arguments: object) -> Result:
 def test_the_tree_goes_up_and_down(root: Path) -> None:
     shown = invoke("generate:shop", root)
     assert shown.exit_code == 0
-    above, _, below = shown.stderr.partition("was used for")
+    above, _, below = shown.stdout.partition("was used for")
     for line in ("pairs: mine:shop-", "vdg: instruct:vdg-", "triplets: ingest:labelled-", "gallery: ingest:shop-"):
         assert line in above
     assert "pseudo_triplets: train:semi.s1-" in below
@@ -114,7 +114,7 @@ def test_an_mlflow_run_names_its_output(root: Path, stages: dict[str, Stage]) ->
     tracker = Tracker(f"sqlite:///{root}/mlflow.db", "vdg", "run", {})
     assert tracker.complete(stages["mine:shop"], str(root))
     run_id = tracker.find("tags.stage = 'mine'")
-    assert "mine:shop-" in invoke(run_id, root).stderr
+    assert "mine:shop-" in invoke(run_id, root).stdout
     with pytest.raises(UserError, match="is not the run of a stage"):
         invoke(tracker.parent, root)
 
