@@ -1,4 +1,7 @@
-"""An embed stage of which one part in a hundred is missing against the whole stage, with the start of the actors."""
+"""An embed stage of which one part in a hundred is missing against the whole stage, with the start of the actors.
+
+The start takes some seconds whatever there is to do, so the whole stage must take minutes for a ratio that says something.
+"""
 
 import math
 import tempfile
@@ -16,7 +19,7 @@ from mining.gallery import ingest_gallery
 
 PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train"
 SHARD = 32  # 92 shards of 2,936 photos; each gives a part a view
-VIEWS = ViewsConfig(count=2)
+VIEWS = ViewsConfig(count=10)
 RESOURCES = EmbedResources(actors=1, decode_cpus=0.5)
 
 
