@@ -1,6 +1,7 @@
 """Nearest neighbours of the images of a gallery, by FAISS; scores are exact whichever index found them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ RESCORED = 512  # queries whose neighbours' vectors are gathered at a time
 FIRST_PROBES = 4  # lists searched at first, doubled until the recall is reached,
 LAST_PROBES, LISTS_A_PROBE = 16, 32  # but at most so many, or one of so many
 RECALL_QUERIES = 512
+GPU_BYTES = 2**31  # of vectors that are on the GPU at a time
 EPSILON = 1e-6  # two ways of computing one cosine differ by less
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -53,8 +55,20 @@ class Neighbours:
         import faiss
 
         count = min(self.top + 1, len(self.vectors))
-        scores, found = faiss.knn(self.vectors[rows], self.vectors, count, metric=faiss.METRIC_INNER_PRODUCT)
+        scores, found = self._knn(self.vectors[rows], self.vectors, count, metric=faiss.METRIC_INNER_PRODUCT)
         return _without_self(rows, found, scores)
+
+    @cached_property
+    def _knn(self) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+        """FAISS's exact search, on the GPU of this process where it has one and FAISS is built for it.
+
+        The GPU's has not been run on a GPU yet: only the choice is tested.
+        """
+        import faiss
+
+        if getattr(faiss, "get_num_gpus", int)() > 0:
+            return partial(faiss.knn_gpu, faiss.StandardGpuResources(), vectorsMemoryLimit=GPU_BYTES)
+        return faiss.knn
 
     def _rescored(self, rows: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Approximate neighbours in the order of their cosines, computed again from the vectors, and those."""
@@ -81,7 +95,7 @@ class Neighbours:
 
 def blocks_of(anchors: np.ndarray) -> list[np.ndarray]:
     """The rows that are searched at a time."""
-    return np.array_split(anchors, -(-len(anchors) // BLOCK))
+    return np.array_split(anchors, -(-len(anchors) // BLOCK)) if len(anchors) else []
 
 
 def _doubled(first: int, last: int) -> list[int]:

@@ -2,6 +2,7 @@ import tempfile
 from itertools import combinations, pairwise
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 from safetensors.numpy import save
@@ -96,6 +97,25 @@ def test_no_more_lists_are_searched_than_the_recall_needs() -> None:
         recalls.append(report["recall"])
     assert probes == [4, 32]
     assert recalls[0] <= recalls[1]
+
+
+def test_no_anchors_have_no_neighbours() -> None:
+    assert list(Neighbours(clustered(50), top=5).blocks(np.empty(0, np.int64))) == []
+
+
+def test_the_gpu_of_the_process_searches_where_faiss_is_built_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, used = clustered(50), []
+
+    def knn_gpu(resources: str, queries: np.ndarray, gallery: np.ndarray, k: int, **options: int) -> tuple[np.ndarray, ...]:
+        used.append(resources)
+        return faiss.knn(queries, gallery, k, metric=options["metric"])
+
+    expected = Neighbours(vectors, top=5).search(np.arange(50))
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
+    monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
+    assert np.array_equal(Neighbours(vectors, top=5).search(np.arange(50)), expected)
+    assert used == ["resources"]
 
 
 def test_auto_takes_the_index_of_the_size() -> None:
