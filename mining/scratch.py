@@ -1,14 +1,17 @@
-"""Files that all processes of a node share: made once, then memory-mapped by whoever opens them."""
+"""Files that all of a user's processes on a node share: made once, then read or memory-mapped by whoever opens them."""
 
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+from cluster.errors import UserError
 
 UNUSED_SECONDS = 24 * 3600  # a file that nobody opened for so long is removed
 
@@ -17,10 +20,10 @@ def shared(key: bytes, suffix: str, make: Callable[[Path], None]) -> Path:
     """The file or folder of this key, made by `make` where the node does not have it yet.
 
     They lie in a folder of this user in the temporary folder (TMPDIR): a disk of the node, where one can be chosen. What
-    nobody opened for a day is removed when another is made; who still maps it keeps it.
+    nobody opened for a day is removed when another is made; who still maps it keeps it. Raises UserError when that folder
+    is not this user's alone.
     """
-    folder = Path(tempfile.gettempdir()) / f"vdg-features-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = _own_folder()
     path = folder / f"{hashlib.sha256(key).hexdigest()[:24]}{suffix}"
     with FileLock(folder / "lock"):
         if not path.exists():
@@ -31,6 +34,19 @@ def shared(key: bytes, suffix: str, make: Callable[[Path], None]) -> Path:
             partial.rename(path)
         path.touch()
     return path
+
+
+def _own_folder() -> Path:
+    """Made where it is missing; refused where another user, who could write into the same temporary folder, made it."""
+    folder = Path(tempfile.gettempdir()) / f"vdg-shared-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()  # of a link itself, which all may write
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(
+            f"{folder}: belongs to user {found.st_uid} with mode {stat.filemode(found.st_mode)}, so that others can change "
+            "the files in it; remove it, or set TMPDIR to a folder of your own"
+        )
+    return folder
 
 
 def _remove_unused(folder: Path) -> None:

@@ -1,12 +1,10 @@
 """Pretrained language models, and image-text models, with what turns texts into their ids: from a hub, a folder, or a GGUF."""
 
-import hashlib
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -20,6 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from cluster.errors import UserError
 from cluster.weights import Weights
+from mining.scratch import shared
 
 
 def load_language_model(weights: Weights, dtype: torch.dtype, partitioned: bool = False) -> PreTrainedModel:
@@ -97,19 +96,13 @@ def _converted(gguf: Path) -> Path:
     Its tensors are de-quantised into the plain class, which trains, and runs in any precision.
     """
     stat = gguf.stat()
-    name = hashlib.sha256(f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / "vdg-language-models" / name
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-            read = AutoModelForCausalLM.from_pretrained(
-                dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
-            )
-            plain = type(read)(read.config)
-            plain.load_state_dict(read.state_dict())
-            partial = folder.with_suffix(".partial")
-            plain.save_pretrained(partial)
-            AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
-            partial.rename(folder)
-    return folder
+    return shared(f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode(), ".model", partial(_convert, gguf))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    read = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source)
+    plain = type(read)(read.config)
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

@@ -23,7 +23,7 @@ IDS = np.arange(IMAGES) * 10
 def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of joined files of this test."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path / f"vdg-features-{os.getuid()}"
+    return tmp_path / f"vdg-shared-{os.getuid()}"
 
 
 @pytest.fixture
