@@ -7,6 +7,7 @@ from cir.benchmarks.benchmark import Benchmark
 from cluster.app.config import RunConfig
 from cluster.artifacts import Output, Stage, output_of
 from cluster.earlier import earlier_output
+from cluster.errors import UserError
 from cluster.weights import content_identity
 from mining.config import GalleryConfig, TripletsConfig, ViewsConfig
 from mining.embed import EMBED_VERSION, embed_gallery
@@ -137,7 +138,10 @@ class Sources:
         return open_earlier(embeddings, gallery) if gallery.manifest() is not None else None
 
     def features(self, tower: str, *galleries: str, pixels: bool = False) -> tuple[Features, dict[str, Stage]]:
-        """Features of the images of some galleries, and the stages they come from; with `pixels` the images too."""
+        """Features of the images of some galleries, and the stages they come from; with `pixels` the images too.
+
+        Raises UserError when a gallery lacks cached views that the first one has, and so are drawn for all.
+        """
         config, views = self.config.embed, self.config.embed.views_of(tower, galleries[0])
         names = list(dict.fromkeys(galleries))
         parents = {f"embeddings.{name}": self.embeddings(tower, name) for name in names}
@@ -146,6 +150,12 @@ class Sources:
         if views.online or pixels:
             outputs = tuple(self.output(self.gallery(name)) for name in names)
             online = Online(outputs, config.towers[tower], views)
+        for name in names if online is None else []:
+            if (count := config.views_of(tower, name).count) < views.count:
+                raise UserError(
+                    f"embed.views_for: '{tower}.{names[0]}' and '{tower}.{name}', which a stage reads together, have "
+                    f"{views.count} and {count} cached views; give '{tower}.{name}' as many"
+                )
         return Features(first, online, tuple(more)), parents
 
     @property

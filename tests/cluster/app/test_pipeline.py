@@ -7,6 +7,7 @@ from cluster.app.pipeline import Pipeline
 from cluster.artifacts import Stage
 from cluster.errors import UserError
 
+GALLERIES = [f"ingest.galleries.{name}={{images: {name}}}" for name in ("shop", "mined")]
 IMAGE_TEXT = ["vdg.backbone=image_text", "vdg.tower=null", "align=null"]
 
 
@@ -50,6 +51,19 @@ def test_views_of_samples_may_be_cached_online_or_crops_of_pixels() -> None:
     samples = ["generate.samples=3", "generate.views=true"]
     for more in (["embed.views.count=2"], ["embed.views.count=1", "embed.views.online=true"], IMAGE_TEXT):
         assert grocery(*samples, *more).generate.views
+
+
+def test_galleries_that_are_read_together_have_the_views_of_the_first() -> None:
+    def features(shop: str, mined: str) -> object:
+        views = f"embed.views_for={{photo.shop: {shop}, photo.mined: {mined}}}"
+        return Pipeline(grocery(views, *GALLERIES)).features("photo", "shop", "mined")
+
+    with pytest.raises(UserError, match=r"'photo\.shop' and 'photo\.mined', .* 3 and 2 cached views; give 'photo\.mined'"):
+        features("{count: 3}", "{count: 2}")
+    with pytest.raises(UserError, match="have 3 and 1 cached views"):
+        features("{count: 3}", "{online: true}")
+    assert features("{count: 2}", "{count: 3}")
+    assert features("{online: true}", "{count: 1}")
 
 
 ROUND_TRIP = "train.variants.semi.selection={scorers: [round_trip], top_fraction: 0.5}"
