@@ -59,7 +59,7 @@ class Neighbours:
         return _without_self(rows, found, scores)
 
     @cached_property
-    def _knn(self) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    def _knn(self) -> Callable[..., tuple[Any, Any]]:
         """FAISS's exact search, on the GPU of this process where it has one and FAISS is built for it.
 
         The GPU's has not been run on a GPU yet: only the choice is tested.
