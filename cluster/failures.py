@@ -1,7 +1,8 @@
-"""A full disk or a store out of reach, said as a user's error behind whatever the libraries made of it."""
+"""A full disk, a store out of reach or a user's mistake, said as a user's error behind whatever the libraries made of it."""
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -16,14 +17,15 @@ UNREACHABLE = (
     "AWS Error",
     "google::cloud::Status",
 )
+MISTAKE = re.compile(r"^cluster\.errors\.UserError: (.+?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)  # ends a traceback
 RESUME = "the same command then goes on from what is finished"
 
 
 def explained(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Make the failures of disks and stores in `work` UserErrors.
+    """Make the failures of disks and stores in `work`, and users' mistakes that workers found, UserErrors.
 
-    They are told by their text: Ray, DeepSpeed and safetensors wrap a worker's OSError in exceptions of their own, of
-    which the traceback's last line is all that is left.
+    They are told by their text: Ray, DeepSpeed and safetensors wrap a worker's exception in ones of their own, of which the
+    traceback's last line is all that is left.
     """
 
     @wraps(work)
@@ -42,6 +44,8 @@ def explained(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def _said(error: Exception) -> UserError | None:
+    if mistake := MISTAKE.search(str(error)):
+        return UserError(mistake[1])
     for line in reversed(f"{type(error).__name__}: {error}".splitlines()):
         if any(symptom in line for symptom in FULL):
             return UserError(f"a disk is full: {line.strip()}\nmake room (`vdg clean` removes unused outputs); {RESUME}")

@@ -238,6 +238,14 @@ def _interruptible() -> Iterator[None]:
 
 def _worker(arguments: dict[str, Any]) -> Any:
     """The loop of one rank. Returns a user's mistake: raised, it would make Ray Train start over."""
+    try:
+        _train(arguments)
+    except UserError as error:
+        return error
+    return None
+
+
+def _train(arguments: dict[str, Any]) -> None:
     import ray.train
     import torch
 
@@ -248,8 +256,6 @@ def _worker(arguments: dict[str, Any]) -> Any:
     with _process_group(arguments["local"]), ThreadPoolExecutor(1) as prefetcher:
         torch.manual_seed(seed)
         module = _on_every_rank(partial(_build, task, config))
-        if isinstance(module, UserError):
-            return module
         engine, state = resume(module, partial(_engine, module, config, world), world)
         batches = partial(_micro_batches, task, config, seed, rank, world)
         upcoming = prefetcher.submit(batches, state["step"])
@@ -263,7 +269,7 @@ def _worker(arguments: dict[str, Any]) -> Any:
 
 
 def _on_every_rank(build: Callable[[], Any]) -> Any:
-    """What `build` gives, or on every rank the first UserError of any: a rank alone would wait for the others forever."""
+    """What `build` gives. Raises the first UserError of any rank on all: a rank alone would wait for the others forever."""
     import torch.distributed as dist
 
     try:
@@ -273,7 +279,10 @@ def _on_every_rank(build: Callable[[], Any]) -> Any:
     group: Any = dist.new_group(backend="gloo")  # NCCL has no device before DeepSpeed starts
     mistakes: list[UserError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(mistakes, mistake, group)
-    return next((found for found in mistakes if found is not None), built)
+    for found in mistakes:
+        if found is not None:
+            raise found
+    return built
 
 
 def stable_seed(*parts: int) -> int:

@@ -160,6 +160,16 @@ def test_a_users_mistake_in_local_mode(ray_session: None, tmp_path: Path, monito
     train(Output(str(tmp_path / "next")), RegressionTask(), config(steps=2), 0, LOCAL, monitor)  # nothing is left behind
 
 
+class DivergedTask(RegressionTask):
+    def validate(self, module: Regression) -> dict[str, float]:
+        raise UserError("the training diverged")
+
+
+def test_a_mistake_in_validation_is_no_failed_worker(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    with pytest.raises(UserError, match=r"^the training diverged$"):
+        train(Output(str(tmp_path)), DivergedTask(), config(), 0, LOCAL, monitor)
+
+
 def test_a_learning_rate_of_no_parameter_is_named(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
     rates = config(learning_rates={"projektion": 0.1})
     with pytest.raises(UserError, match=r"'projektion'.*\['line'\]"):

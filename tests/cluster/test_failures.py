@@ -1,0 +1,24 @@
+"""What is left of a user's mistake behind Ray's exceptions."""
+
+from typing import Any
+
+import pytest
+import ray.data
+
+from cluster.errors import UserError
+from cluster.failures import explained
+
+
+class Mistaken:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        raise UserError("vectors.parquet: not finite\ntrain again")
+
+
+@explained
+def work() -> None:
+    ray.data.range(1).map_batches(Mistaken, compute=ray.data.ActorPoolStrategy(size=1)).materialize()
+
+
+def test_a_mistake_that_an_actor_finds_is_said(ray_session: None) -> None:
+    with pytest.raises(UserError, match=r"^vectors\.parquet: not finite\ntrain again$"):
+        work()
