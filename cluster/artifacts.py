@@ -6,6 +6,7 @@ An output lives at `<root>/<stage>/<instance>-<digest>/`. Its `manifest.json` is
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections import Counter
@@ -25,6 +26,7 @@ from cluster.code import code
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 
+HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
 MANIFEST = "manifest.json"
 ENVIRONMENT = "environment"  # folder of an output: what the models that made it ran on
 REUSED = "reused.json"  # rows that an output took over from earlier ones, by their names
@@ -98,9 +100,17 @@ class Output:
     def files(self) -> list[str]:
         """Sorted paths of all files of this output and its folders; hidden ones, such as those being written, are left out."""
         system, base = filesystem(self.uri)
-        infos = system.get_file_info(pafs.FileSelector(base, recursive=True))
+        infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
         paths = (info.path[len(base) :].lstrip("/") for info in infos if info.is_file)
         return sorted(path for path in paths if not any(name.startswith(".") for name in path.split("/")))
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written."""
+        system, base = filesystem(self.uri)
+        for info in system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True)):
+            if info.is_file and HALF_WRITTEN.fullmatch(info.base_name):
+                with suppress(FileNotFoundError):  # it was being written, and now has its name
+                    system.delete_file(info.path)
 
     def read_json(self, name: str) -> Any:
         """Content of one JSON file."""
@@ -256,6 +266,7 @@ class Stage:
             return done
         started = time.monotonic()
         self.work(output, monitor)
+        output.sweep()
         manifest = self._describe(output, time.monotonic() - started)
         self._check_rejects(manifest, output)
         output.write_json(MANIFEST, manifest)

@@ -96,6 +96,15 @@ def test_rejects_are_counted_and_too_many_fail(tmp_path: Path, monitor: Monitor)
     assert manifest["rejects"] == {"empty": 1}
 
 
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path, monitor: Monitor) -> None:
+    folder = Path(stage().output(str(tmp_path)).uri) / "scores"
+    folder.mkdir(parents=True)
+    (folder / f".part-00000.parquet.{'0' * 32}").write_bytes(b"half")
+    (folder / ".lease").write_bytes(b"{}")
+    stage().run(str(tmp_path), monitor)
+    assert [path.name for path in folder.iterdir()] == [".lease"]
+
+
 def test_files_being_written_are_not_listed(tmp_path: Path) -> None:
     output = Output(str(tmp_path))
     (tmp_path / ".part-00000.parquet.abc").write_bytes(b"half")
