@@ -5,8 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.config import Section, validate
-from cluster.training import TrainingConfig
+from cluster.config import Section, TrainingConfig, validate
 from cluster.weights import Weights
 
 

@@ -3,10 +3,10 @@
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import UserError
 
@@ -56,6 +56,38 @@ class WorkerResources(TaskResources):
     on_changed_world: Literal["error", "weights"] = Field(
         "error", description="resume with another number of workers: refuse, or go on from the weights alone"
     )
+
+
+class TrainingConfig(Section):
+    """How a model is trained. The global batch is stated; the micro-batch follows from the workers unless given."""
+
+    steps: int = Field(gt=0, description="optimiser steps")
+    batch_size: int = Field(gt=0, description="global batch, over all workers")
+    micro_batch: int | None = Field(None, gt=0, description="rows a worker and forward pass; None: no accumulation")
+    learning_rate: float = Field(gt=0)
+    learning_rates: dict[str, float] = Field({}, description="other rates, by prefix of the parameter's name")
+    schedule: Literal["constant", "cosine", "tenth_after_half"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.05, ge=0)
+    gradient_clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: any")
+    precision: Literal["fp32", "bf16", "auto"] = Field("fp32", description="auto: bf16 where the processor is fast at it")
+    zero_stage: Literal[1, 2, 3] = Field(2, description="what workers share out: 1 optimizer, 2 gradients too, 3 weights too")
+    checkpoint_every: int | None = Field(None, gt=0, description="steps between validated checkpoints; None: at the end")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        return self
+
+    def accumulation(self, world: int) -> tuple[int, int]:
+        """(micro-batch, accumulation steps) for a number of workers. Raises UserError when they do not divide."""
+        micro = self.micro_batch or self.batch_size // world
+        steps, rest = divmod(self.batch_size, max(micro, 1) * world)
+        if rest or not micro:
+            raise UserError(f"batch_size {self.batch_size} is no multiple of {world} worker(s) x micro_batch {micro}")
+        return micro, steps
 
 
 SectionT = TypeVar("SectionT", bound=BaseModel)

@@ -7,25 +7,21 @@ workers sees the same rows with other draws.
 """
 
 import json
-import math
-import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from cluster.artifacts import Output, filesystem
 from cluster.checkpoints import BEST, WEIGHTS, State, check_world, cut_off, read_state, resume, save_checkpoint
-from cluster.config import Section, WorkerResources
-from cluster.devices import uses_bf16
+from cluster.config import TrainingConfig, WorkerResources
+from cluster.engine import build_engine, forward_backward, process_group
 from cluster.environment import record_environment
 from cluster.errors import UserError
 from cluster.monitor import Monitor
@@ -33,38 +29,6 @@ from cluster.monitor import Monitor
 METRICS = "metrics.jsonl"  # one line {"step", name: value, ...} a report
 TRAINING = "training.json"  # workers of the last checkpoint, steps at which it went on from the weights alone, best report
 LOG_EVERY = 10
-
-
-class TrainingConfig(Section):
-    """How a model is trained. The global batch is stated; the micro-batch follows from the workers unless given."""
-
-    steps: int = Field(gt=0, description="optimiser steps")
-    batch_size: int = Field(gt=0, description="global batch, over all workers")
-    micro_batch: int | None = Field(None, gt=0, description="rows a worker and forward pass; None: no accumulation")
-    learning_rate: float = Field(gt=0)
-    learning_rates: dict[str, float] = Field({}, description="other rates, by prefix of the parameter's name")
-    schedule: Literal["constant", "cosine", "tenth_after_half"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.05, ge=0)
-    gradient_clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: any")
-    precision: Literal["fp32", "bf16", "auto"] = Field("fp32", description="auto: bf16 where the processor is fast at it")
-    zero_stage: Literal[1, 2, 3] = Field(2, description="what workers share out: 1 optimizer, 2 gradients too, 3 weights too")
-    checkpoint_every: int | None = Field(None, gt=0, description="steps between validated checkpoints; None: at the end")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
-        return self
-
-    def accumulation(self, world: int) -> tuple[int, int]:
-        """(micro-batch, accumulation steps) for a number of workers. Raises UserError when they do not divide."""
-        micro = self.micro_batch or self.batch_size // world
-        steps, rest = divmod(self.batch_size, max(micro, 1) * world)
-        if rest or not micro:
-            raise UserError(f"batch_size {self.batch_size} is no multiple of {world} worker(s) x micro_batch {micro}")
-        return micro, steps
 
 
 class Task(Protocol):
@@ -101,16 +65,6 @@ def sample_rows(size: int, batch: int, step: int, seed: int) -> np.ndarray:
 @lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
-
-
-def learning_rate_factor(config: TrainingConfig, step: int) -> float:
-    """Share of the full learning rate at `step`: linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return 0.1 if config.schedule == "tenth_after_half" and step >= config.steps // 2 else 1.0
 
 
 def train(
@@ -253,17 +207,17 @@ def _train(arguments: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     record_environment(arguments["output"], config.precision)
-    with _process_group(arguments["local"]), ThreadPoolExecutor(1) as prefetcher:
+    with process_group(arguments["local"]), ThreadPoolExecutor(1) as prefetcher:
         torch.manual_seed(seed)
         module = _on_every_rank(partial(_build, task, config))
-        engine, state = resume(module, partial(_engine, module, config, world), world)
+        engine, state = resume(module, partial(build_engine, module, config, world), world)
         batches = partial(_micro_batches, task, config, seed, rank, world)
         upcoming = prefetcher.submit(batches, state["step"])
         for step in range(state["step"], config.steps):
             current = upcoming.result()
             upcoming = prefetcher.submit(batches, min(step + 1, config.steps - 1))
             torch.manual_seed(stable_seed(seed, step, rank))
-            losses = [_forward_backward(engine, batch) for batch in current]
+            losses = [forward_backward(engine, batch) for batch in current]
             state["step"] = step + 1
             _report(engine, task, losses, state, arguments)
 
@@ -296,17 +250,6 @@ def _micro_batches(task: Task, config: TrainingConfig, seed: int, rank: int, wor
     return [task.batch(r, np.random.default_rng([seed, step, rank, i])) for i, r in enumerate(rows)]
 
 
-def _forward_backward(engine: Any, batch: dict[str, Any]) -> dict[str, float]:
-    losses = engine(_to(batch, engine.device))
-    engine.backward(losses["loss"])
-    engine.step()
-    return {name: float(value.detach()) for name, value in losses.items()}
-
-
-def _to(batch: dict[str, Any], device: Any) -> dict[str, Any]:
-    return {name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()}
-
-
 def _build(task: Task, config: TrainingConfig) -> Any:
     module = task.build()
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -315,40 +258,6 @@ def _build(task: Task, config: TrainingConfig) -> Any:
             begin = sorted({name.partition(".")[0] for name in names})
             raise UserError(f"training.learning_rates: '{prefix}' begins no trained parameter's name; they begin with {begin}")
     return module
-
-
-def _engine(module: Any, config: TrainingConfig, world: int) -> Any:
-    """A DeepSpeed engine around the module, with one parameter group a learning rate."""
-    import deepspeed
-    import torch
-
-    groups: dict[float, list[Any]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            rates = [rate for prefix, rate in config.learning_rates.items() if name.startswith(prefix)]
-            groups.setdefault(rates[0] if rates else config.learning_rate, []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-    )
-    micro, accumulation = config.accumulation(world)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, config)),
-        config={
-            "train_batch_size": config.batch_size,
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": config.gradient_clip,
-            "zero_optimization": {"stage": config.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": uses_bf16(config.precision)},
-            "steps_per_print": 2**31,
-        },
-    )
-    return engine
 
 
 def _report(engine: Any, task: Task, losses: list[dict[str, float]], state: State, arguments: dict[str, Any]) -> None:
@@ -382,27 +291,3 @@ def _validate(engine: Any, task: Task) -> dict[str, float]:
         metrics = task.validate(engine.module)
     engine.train()
     return metrics
-
-
-@contextmanager
-def _process_group(local: bool) -> Iterator[None]:
-    """Local mode has no process group: open one for DeepSpeed, and take it down so that the next run can open its own."""
-    import deepspeed
-    import torch
-
-    # on CPU gloo does the same work: DeepSpeed's own shared-memory op would be compiled for a minute first
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not local:
-        yield
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            if deepspeed.comm.is_initialized():
-                deepspeed.comm.destroy_process_group()
-                deepspeed.comm.comm.cdb = None
-            else:  # the model could not be built
-                torch.distributed.destroy_process_group()

@@ -5,9 +5,8 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.artifacts import Output
-from cluster.config import Section
+from cluster.config import Section, TrainingConfig
 from cluster.errors import UserError
-from cluster.training import TrainingConfig
 from cluster.weights import Weights
 
 DESCRIPTION = "vdg.json"

@@ -12,8 +12,8 @@ from safetensors.torch import load
 
 from cluster.artifacts import Output
 from cluster.checkpoints import WEIGHTS
+from cluster.config import TrainingConfig
 from cluster.devices import uses_bf16
-from cluster.training import TrainingConfig
 from mining import tables
 from mining.features import Features, FeatureSource
 from vdg.backbones import build, make_inputs

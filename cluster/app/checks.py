@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from cir.benchmarks.triplets import check_attributes
 from cluster.app.config import RunConfig
 from cluster.artifacts import Stage, fingerprint
-from cluster.config import WorkerResources
+from cluster.config import TrainingConfig, WorkerResources
 from cluster.errors import UserError
-from cluster.training import TrainingConfig
 from cluster.weights import Weights
 
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.numpy import save
 from timing import THREADS, interleaved
 
-from cluster import training
+from cluster import engine, training
 from cluster.artifacts import Output
+from cluster.config import TrainingConfig
 from cluster.devices import device, uses_bf16
-from cluster.training import TrainingConfig
 from cluster.weights import Weights
 from mining import tables
 from mining.features import Features
@@ -53,13 +53,13 @@ def make_task(folder: str) -> InstructTask:
 def our_steps(task: InstructTask, prefetcher: ThreadPoolExecutor) -> Iterator[None]:
     """Steps of the training loop: a DeepSpeed engine fed by the prefetcher."""
     config = task.config.training
-    engine = training._engine(task.build(), config, 1)
+    ours = engine.build_engine(task.build(), config, 1)
     batches = partial(training._micro_batches, task, config, 0, 0, 1)
     upcoming = prefetcher.submit(batches, 0)
     for step in range(STEPS):
         current, upcoming = upcoming.result(), prefetcher.submit(batches, step + 1)
         for batch in current:
-            training._forward_backward(engine, batch)
+            engine.forward_backward(ours, batch)
         yield
 
 
@@ -86,7 +86,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     with (
         tempfile.TemporaryDirectory() as folder,
-        training._process_group(local=True),
+        engine.process_group(local=True),
         ThreadPoolExecutor(1) as prefetcher,
     ):
         task = make_task(folder)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.training import TrainingConfig
+from cluster.config import TrainingConfig
 from mining.features import Features, read_mean
 from vdg.backbones.base import IGNORED, collate
 from vdg.backbones.features import prepare

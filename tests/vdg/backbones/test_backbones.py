@@ -7,8 +7,7 @@ from safetensors.torch import load
 
 from cluster.artifacts import Output
 from cluster.checkpoints import WEIGHTS
-from cluster.config import WorkerResources
-from cluster.training import TrainingConfig
+from cluster.config import TrainingConfig, WorkerResources
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.features import Features

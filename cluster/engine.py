@@ -1,0 +1,92 @@
+"""The DeepSpeed engine of one training process: its process group, optimizer and learning rates, and a step."""
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from cluster.config import TrainingConfig
+from cluster.devices import uses_bf16
+
+
+@contextmanager
+def process_group(local: bool) -> Iterator[None]:
+    """Local mode has no process group: open one for DeepSpeed, and take it down so that the next run can open its own."""
+    import deepspeed
+    import torch
+
+    # on CPU gloo does the same work: DeepSpeed's own shared-memory op would be compiled for a minute first
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not local:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            if deepspeed.comm.is_initialized():
+                deepspeed.comm.destroy_process_group()
+                deepspeed.comm.comm.cdb = None
+            else:  # the model could not be built
+                torch.distributed.destroy_process_group()
+
+
+def build_engine(module: Any, config: TrainingConfig, world: int) -> Any:
+    """A DeepSpeed engine around the module, with one parameter group a learning rate."""
+    import deepspeed
+    import torch
+
+    groups: dict[float, list[Any]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            rates = [rate for prefix, rate in config.learning_rates.items() if name.startswith(prefix)]
+            groups.setdefault(rates[0] if rates else config.learning_rate, []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+    micro, accumulation = config.accumulation(world)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, config)),
+        config={
+            "train_batch_size": config.batch_size,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": config.gradient_clip,
+            "zero_optimization": {"stage": config.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": uses_bf16(config.precision)},
+            "steps_per_print": 2**31,
+        },
+    )
+    return engine
+
+
+def learning_rate_factor(config: TrainingConfig, step: int) -> float:
+    """Share of the full learning rate at `step`: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return 0.1 if config.schedule == "tenth_after_half" and step >= config.steps // 2 else 1.0
+
+
+def forward_backward(engine: Any, batch: dict[str, Any]) -> dict[str, float]:
+    """Train on one micro-batch. Returns its losses."""
+    losses = engine(_to(batch, engine.device))
+    engine.backward(losses["loss"])
+    engine.step()
+    return {name: float(value.detach()) for name, value in losses.items()}
+
+
+def _to(batch: dict[str, Any], device: Any) -> dict[str, Any]:
+    return {name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()}
