@@ -99,18 +99,21 @@ class Output:
 
     def files(self) -> list[str]:
         """Sorted paths of all files of this output and its folders; hidden ones, such as those being written, are left out."""
-        system, base = filesystem(self.uri)
-        infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
-        paths = (info.path[len(base) :].lstrip("/") for info in infos if info.is_file)
+        base = filesystem(self.uri)[1]
+        paths = (info.path[len(base) :].lstrip("/") for info in self._every_file())
         return sorted(path for path in paths if not any(name.startswith(".") for name in path.split("/")))
 
     def sweep(self) -> None:
         """Remove what killed processes left half written."""
-        system, base = filesystem(self.uri)
-        for info in system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True)):
-            if info.is_file and HALF_WRITTEN.fullmatch(info.base_name):
+        for info in self._every_file():
+            if HALF_WRITTEN.fullmatch(info.base_name):
                 with suppress(FileNotFoundError):  # it was being written, and now has its name
-                    system.delete_file(info.path)
+                    filesystem(self.uri)[0].delete_file(info.path)
+
+    def _every_file(self) -> list[pafs.FileInfo]:
+        system, base = filesystem(self.uri)
+        infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
+        return [info for info in infos if info.is_file]
 
     def read_json(self, name: str) -> Any:
         """Content of one JSON file."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from ray.exceptions import RayTaskError
+
 from cluster.errors import UserError
 
 Arguments = ParamSpec("Arguments")
@@ -33,10 +35,9 @@ def explained(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         """`work`, its failures said."""
         try:
             return work(*args, **kwargs)
-        except UserError:
-            raise
         except Exception as error:
-            if (said := _said(error)) is None:
+            said = _said(error)
+            if said is None or said is error:
                 raise
             raise said from error
 
@@ -44,6 +45,9 @@ def explained(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def _said(error: Exception) -> UserError | None:
+    cause = error.cause if isinstance(error, RayTaskError) else error  # of a task: both a RayTaskError and a UserError
+    if isinstance(cause, UserError):
+        return cause
     if mistake := MISTAKE.search(str(error)):
         return UserError(mistake[1])
     for line in reversed(f"{type(error).__name__}: {error}".splitlines()):

@@ -32,7 +32,6 @@ class Job:
     config: str  # YAML
     environment: Mapping[str, str]
     metadata: Mapping[str, str]
-    root: str
     outputs: tuple[str, ...]  # where those of the stages asked for lie; empty when only the cluster can tell
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ray.exceptions import RayTaskError
 
 from cluster import lease, session
 from cluster.app.checks import check
@@ -62,9 +61,6 @@ def _do(stage: Stage, root: str, tracker: Any) -> None:
     try:
         with StageProgress(stage.instance) as progress, lease.hold(stage.output(root)):
             manifest = stage.run(root, _Both(progress, record))
-    except RayTaskError as error:
-        record.fail()
-        raise error.cause if isinstance(error.cause, UserError) else error from None
     except BaseException:
         record.fail()
         raise

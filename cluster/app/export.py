@@ -29,7 +29,7 @@ def export(lineage: Lineage, made: Made, folder: Path) -> list[str]:
         raise UserError(f"{made.name}: is no model to export; give the name of an output of instruct or train")
     if found := problems(made):
         raise UserError(f"{found[0]}; a model that is not the one that was trained is not exported")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is not an empty folder; give a new one")
     folder.mkdir(parents=True, exist_ok=True)
     notes = EXPORTS[kind](made.output, folder)

@@ -42,7 +42,6 @@ def prepare(
         entrypoint=f"python -m cluster.app {shlex.join(command)}",
         config=yaml.safe_dump(sent, sort_keys=False),
         environment=environment,
-        root=pipeline.config.root,
         outputs=tuple(pipeline.output(stage).uri for stage in stages) if _all_here(pipeline.config, stages) else (),
         metadata={"run": pipeline.config.name, "digest": digest, "root": pipeline.config.root, "git_commit": git_commit()},
     )

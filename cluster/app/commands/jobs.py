@@ -48,7 +48,9 @@ def submit(
     client = jobs.connect(address)
     last = jobs.last_attempt(job.base, client.list_jobs())
     if last is not None and last[1].status == "SUCCEEDED" and not again:
-        where = job.outputs or (f"below {job.root}; `vdg ls` there lists them",)  # digests follow from the cluster's files
+        where = job.outputs or (
+            f"below {job.metadata['root']}; `vdg ls` there lists them",
+        )  # digests follow from the cluster's files
         console.print(f"{last[1].submission_id} has succeeded; --again submits it once more. Its outputs:")
         for line in where:
             console.print(f"  {line}")

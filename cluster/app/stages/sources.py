@@ -150,13 +150,18 @@ class Sources:
         if views.online or pixels:
             outputs = tuple(self.output(self.gallery(name)) for name in names)
             online = Online(outputs, config.towers[tower], views)
-        for name in names if online is None else []:
-            if (count := config.views_of(tower, name).count) < views.count:
-                raise UserError(
-                    f"embed.views_for: '{tower}.{names[0]}' and '{tower}.{name}', which a stage reads together, have "
-                    f"{views.count} and {count} cached views; give '{tower}.{name}' as many"
-                )
+        else:
+            self._check_views(tower, names)
         return Features(first, online, tuple(more)), parents
+
+    def _check_views(self, tower: str, galleries: list[str]) -> None:
+        first, *others = (self.config.embed.views_of(tower, name).count for name in galleries)
+        for name, count in zip(galleries[1:], others, strict=True):
+            if count < first:
+                raise UserError(
+                    f"embed.views_for: '{tower}.{galleries[0]}' and '{tower}.{name}', which a stage reads together, have "
+                    f"{first} and {count} cached views; give '{tower}.{name}' as many"
+                )
 
     @property
     def _benchmark_images(self) -> Stage:
