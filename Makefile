@@ -34,4 +34,4 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	for bench in tests/benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+	for bench in tests/benchmarks/bench_*.py; do PYTHONPATH=. $(BIN)/python $$bench || exit 1; done

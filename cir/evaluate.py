@@ -1,7 +1,7 @@
-"""The evaluate stage: everything that can be ranked, on one benchmark. The driver stays free of torch."""
+"""The stage evaluate: everything that can be ranked, on one benchmark. The driver stays free of torch."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,10 @@ import pyarrow as pa
 import ray
 
 from cir import figures, metrics
+from cir.benchmarks import triplets
 from cir.benchmarks.benchmark import Benchmark, Figures, Protocol
+from cir.benchmarks.official import Annotations
+from cir.benchmarks.triplets import check_attributes
 from cir.config import EvaluateConfig, TextTower
 from cir.entrants import Entrant, GivenQueries, Trained, controls
 from cir.train import MODEL
@@ -18,9 +21,9 @@ from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
+from cluster.stage import Run, Source, Stage
 from mining.embeddings import INFO
 
-EVALUATE_VERSION = 3
 CONTROLS = "controls"  # folder of the control rows' rankings
 GIVEN = "embeddings"  # name of given embeddings among the variants
 SUBMISSIONS = "submissions"
@@ -46,47 +49,82 @@ class _Inputs:
     batch_size: int
 
 
-def evaluate(
-    output: Output,
-    benchmark: Benchmark,
-    embeddings: Output,
-    gallery: Output,
-    models: dict[str, Output],
-    text: TextTower | None,
-    config: EvaluateConfig,
-    resources: ActorResources,
-    monitor: Monitor,
-) -> None:
-    """Rank the gallery for every query with each model ("<variant>.s<seed>") and control row, and write the figures.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Evaluate(Stage):
+    """`evaluate:all`: rankings of the gallery for every query by each model and control row, and the figures.
 
-    `text` is the encoder of the control rows, where its vectors can be compared with the gallery's. A ranking that exists
-    is kept. Written are rankings, `metrics.json`, `gain.json`, `controls.json`, `protocols.json` (what each number is)
-    and, for benchmarks with a server, submission files: these alone where labels are hidden. Raises UserError when an
-    input does not fit.
+    A ranking that exists is kept. Written are rankings, `metrics.json`, `gain.json`, `controls.json`, `protocols.json` (what
+    each number is) and, for benchmarks with a server, submission files: these alone where labels are hidden.
     """
-    Embedded(embeddings).check(benchmark)
-    _check_models(models, embeddings)
-    rows, left_out = controls(text)
-    trained: dict[str, Entrant] = {name: Trained(model, embeddings, gallery) for name, model in models.items()}
-    inputs = _Inputs(output, benchmark, Embedded(embeddings), config.batch_size)
-    found, extra = _figures(inputs, trained, {} if benchmark.hidden else rows, resources, monitor)
-    output.write_json("metrics.json", figures.by_variant(found))
-    output.write_json("gain.json", figures.gains(found, config))
-    _write_controls(output, extra, left_out)
+
+    version = 4
+    queries: Stage
+    gallery: Stage
+    embeddings: Stage
+    models: Mapping[str, Stage]  # "<variant>.s<seed>"
+    text: TextTower | None  # the encoder of the control rows, where its vectors can be compared with the gallery's
+    annotations: Annotations | None = None  # of an official benchmark
+    attributes: Source | None = None  # of one's own triplets
+    config: EvaluateConfig
+    resources: ActorResources
+
+    def config_field(self, name: str) -> str:
+        """The text encoder is that of the train section."""
+        return {"config": "evaluate", "text": "train.text"}.get(name, name)
+
+    def check(self) -> dict[str, str]:
+        """The attributes have to be an object."""
+        found = super().check()
+        if self.attributes is not None and self.attributes.field not in found:
+            try:
+                check_attributes(self.attributes.path)
+            except UserError as error:
+                found[self.attributes.field] = str(error)
+        return found
+
+    def benchmark(self, run: Run) -> Benchmark:
+        """From its own files, or from the ingested triplets."""
+        if self.annotations is not None:
+            return self.annotations.load(self.config.remove_reference)
+        attributes = self.attributes.path if self.attributes else None
+        return triplets.load(run.output(self.queries), run.output(self.gallery), attributes, self.config)
+
+    def work(self, output: Output, run: Run) -> None:
+        """Raises UserError when an input does not fit."""
+        benchmark, embeddings, gallery = self.benchmark(run), run.output(self.embeddings), run.output(self.gallery)
+        models = {name: run.output(model) for name, model in self.models.items()}
+        Embedded(embeddings).check(benchmark)
+        _check_models(models, embeddings)
+        rows, left_out = controls(self.text)
+        trained: dict[str, Entrant] = {name: Trained(model, embeddings, gallery) for name, model in models.items()}
+        inputs = _Inputs(output, benchmark, Embedded(embeddings), self.config.batch_size)
+        found, extra = _figures(inputs, trained, {} if benchmark.hidden else rows, self.resources, run.monitor)
+        output.write_json("metrics.json", figures.by_variant(found))
+        output.write_json("gain.json", figures.gains(found, self.config))
+        _write_controls(output, extra, left_out)
 
 
-def evaluate_given(
-    output: Output, benchmark: Benchmark, file: str, config: EvaluateConfig, resources: ActorResources, monitor: Monitor
-) -> None:
-    """As `evaluate`, of the query and gallery vectors of a file (vectors.Given), without images or a model."""
-    vectors = Given(file)
-    vectors.check(benchmark)
-    rows, left_out = controls(None, given=True)
-    inputs = _Inputs(output, benchmark, vectors, config.batch_size)
-    found, extra = _figures(inputs, {GIVEN: GivenQueries(vectors)}, {} if benchmark.hidden else rows, resources, monitor)
-    output.write_json("metrics.json", {name: figures.summary([values]) for name, values in found.items()})
-    output.write_json("gain.json", {})
-    _write_controls(output, extra, left_out)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EvaluateGiven(Stage, kind="evaluate"):
+    """As `Evaluate`, of the query and gallery vectors of a file (vectors.Given), without images or a model."""
+
+    version = 4
+    queries: Stage
+    annotations: Annotations
+    embeddings: Source
+    config: EvaluateConfig
+    resources: ActorResources
+
+    def work(self, output: Output, run: Run) -> None:
+        """Raises UserError when the vectors do not fit the benchmark."""
+        benchmark, vectors = self.annotations.load(self.config.remove_reference), Given(self.embeddings.path)
+        vectors.check(benchmark)
+        rows, left_out = controls(None, given=True)
+        inputs, entrant = _Inputs(output, benchmark, vectors, self.config.batch_size), GivenQueries(vectors)
+        found, extra = _figures(inputs, {GIVEN: entrant}, {} if benchmark.hidden else rows, self.resources, run.monitor)
+        output.write_json("metrics.json", {name: figures.summary([values]) for name, values in found.items()})
+        output.write_json("gain.json", {})
+        _write_controls(output, extra, left_out)
 
 
 def _check_models(models: dict[str, Output], embeddings: Output) -> None:

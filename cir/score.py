@@ -13,13 +13,40 @@ import pyarrow as pa
 from cir.config import ScoreConfig
 from cluster.artifacts import Output
 from cluster.config import ActorResources
-from cluster.monitor import Monitor
 from cluster.parts import run_actors
+from cluster.stage import Run, Stage
 from mining import tables
 from mining.embeddings import plain_parts, read_ids
 from mining.features import Features
 
-SCORE_VERSION = 1
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Score(Stage):
+    """`score:<gallery>.<judge>`: a score for every pseudo triplet, -ln of its target's rank; 0 is best.
+
+    The target is ranked among `config.gallery_images` images of the gallery, a sample that depends on the seed alone; the
+    reference is removed.
+    """
+
+    version = 2
+    pseudo_triplets: Stage
+    judge: Stage
+    embeddings: Stage  # of the gallery that the pairs were mined from
+    gallery: Stage
+    config: ScoreConfig
+    seed: int
+    resources: ActorResources
+
+    def config_field(self, name: str) -> str:
+        """The section has the stage's name."""
+        return "score" if name == "config" else name
+
+    def work(self, output: Output, run: Run) -> None:
+        """Part by part of the pseudo triplets, on a pool of actors."""
+        pseudo, judge = run.output(self.pseudo_triplets), run.output(self.judge)
+        embeddings, gallery = run.output(self.embeddings), run.output(self.gallery)
+        job = Scoring(output, pseudo, judge, embeddings, gallery, self.config, self.seed)
+        run_actors(PartScorer, job, job.pseudo.part_rows(), self.resources, run.monitor, "triplet")
 
 
 @dataclass(frozen=True)
@@ -33,16 +60,6 @@ class Scoring:
     gallery: Output
     config: ScoreConfig
     seed: int
-
-
-def score_round_trip(job: Scoring, resources: ActorResources, monitor: Monitor) -> None:
-    """Write a score for every pseudo triplet: -ln of its target's rank, 0 is best.
-
-    The target is ranked among `config.gallery_images` images of the gallery, a sample that depends on the seed alone; the
-    reference is removed.
-    """
-
-    run_actors(PartScorer, job, job.pseudo.part_rows(), resources, monitor, "triplet")
 
 
 class PartScorer:

@@ -1,4 +1,4 @@
-"""Which pseudo triplets a model is trained on."""
+"""The stage select, and which pseudo triplets a model is trained on."""
 
 import logging
 import math
@@ -13,11 +13,50 @@ from cir.config import PseudoSelection
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.monitor import Monitor
+from cluster.stage import Run, Stage
 from mining import tables
 from mining.gallery import part_name
 
-SELECT_VERSION = 1
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Select(Stage):
+    """`select:vdg.r<r>`: the labelled triplets and a round's confident ones, which the next generator learns from."""
+
+    version = 2
+    triplets: Stage
+    pseudo_triplets: Stage
+    scores: Stage | None = None
+    selection: PseudoSelection
+
+    def work(self, output: Output, run: Run) -> None:
+        """One part."""
+        known = run.output(self.triplets).read_parts(tables.TRIPLETS)
+        table, _ = chosen(pseudo_of(run, self.pseudo_triplets, self.scores), len(tables.images_of(known)), self.selection)
+        _write(output, pa.concat_tables([known, table]), run.monitor)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SelectOwn(Stage, kind="select"):
+    """`select:<triplets>.vdg`: labelled triplets whose lists of deltas also hold what the generator wrote for their pairs.
+
+    One is drawn each time: the augmented training set that the paper marks with a dagger (PAPER 2.3).
+    """
+
+    version = 2
+    triplets: Stage
+    pseudo_triplets: Stage  # of the same pairs
+
+    def work(self, output: Output, run: Run) -> None:
+        """One part."""
+        own = run.output(self.pseudo_triplets).read_parts(tables.TRIPLETS)
+        pairs = zip(own["reference_id"].to_pylist(), own["target_id"].to_pylist(), own["deltas"].to_pylist(), strict=True)
+        written = {(reference, target): deltas for reference, target, deltas in pairs}
+        rows = run.output(self.triplets).read_parts(tables.TRIPLETS).to_pylist()
+        for row in rows:
+            row["deltas"] += written.get((row["reference_id"], row["target_id"]), [])
+        _write(output, pa.Table.from_pylist(rows, tables.TRIPLETS), run.monitor)
 
 
 @dataclass(frozen=True)
@@ -54,6 +93,11 @@ class Pseudo:
         parts = [self.triplets.read_table(f"scores/{name}", tables.SCORES) for name in names]
         table = pa.concat_tables([tables.SCORES.empty_table(), *parts])
         return table.filter(pc.equal(table["scorer"], scorer))
+
+
+def pseudo_of(run: Run, triplets: Stage, scores: Stage | None) -> Pseudo:
+    """What some stages wrote."""
+    return Pseudo(run.output(triplets), run.output(scores) if scores else None)
 
 
 _REMEDY = {
@@ -102,27 +146,6 @@ def select(pseudo: pa.Table, scores: np.ndarray | None, labelled_images: int, co
     if not len(pseudo):
         raise UserError(f"train.selection: none of {found} pseudo triplets is left; loosen min_score, top_fraction or ratio")
     return pseudo
-
-
-def select_confident(output: Output, pseudo: Pseudo, labelled: Output, config: PseudoSelection, monitor: Monitor) -> None:
-    """The stage select: the labelled triplets and a round's confident ones, which the next generator learns from."""
-    known = labelled.read_parts(tables.TRIPLETS)
-    table, _ = chosen(pseudo, len(tables.images_of(known)), config)
-    _write(output, pa.concat_tables([known, table]), monitor)
-
-
-def with_own_deltas(output: Output, labelled: Output, generated: Output, monitor: Monitor) -> None:
-    """The stage select: labelled triplets whose lists of deltas also hold what the generator wrote for their pairs.
-
-    One is drawn each time: the augmented training set that the paper marks with a dagger (PAPER 2.3).
-    """
-    table, own = labelled.read_parts(tables.TRIPLETS), generated.read_parts(tables.TRIPLETS)
-    pairs = zip(own["reference_id"].to_pylist(), own["target_id"].to_pylist(), own["deltas"].to_pylist(), strict=True)
-    written = {(reference, target): deltas for reference, target, deltas in pairs}
-    rows = table.to_pylist()
-    for row in rows:
-        row["deltas"] += written.get((row["reference_id"], row["target_id"]), [])
-    _write(output, pa.Table.from_pylist(rows, tables.TRIPLETS), monitor)
 
 
 def _write(output: Output, table: pa.Table, monitor: Monitor) -> None:

@@ -1,49 +1,76 @@
-"""The train stage: one variant with one seed."""
+"""The stage train: one variant with one seed."""
+
+from dataclasses import dataclass, field
 
 from cir.config import TextTower, VariantConfig
-from cir.select import Pseudo
+from cir.select import Pseudo, pseudo_of
 from cir.tasks.blip import BlipTask
 from cir.tasks.triplets import CirTask, TripletTask
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
-from cluster.monitor import Monitor
-from cluster.training.loop import train
+from cluster.stage import LOOKED_UP, Run, Stage
+from cluster.training.loop import train, unfit
 from mining.embeddings import INFO
-from mining.features import Features, copy_mean
+from mining.features import Features, copy_mean, features_of
 
-TRAIN_VERSION = 3
 MODEL = "cir.json"
 RESULT = "result.json"
 
 
-def train_cir(
-    output: Output,
-    features: Features,
-    triplets: Output,
-    pseudo: Pseudo | None,
-    config: VariantConfig,
-    seed: int,
-    resources: WorkerResources,
-    monitor: Monitor,
-) -> None:
-    """Train a composed-retrieval model: its config, the centring mean, the best weights and their metrics.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Train(Stage):
+    """`train:<variant>.s<seed>`: a composed-retrieval model: its config, the centring mean, the best weights, their metrics."""
 
-    Raises UserError before anything is loaded when a variant's inputs do not fit it.
-    """
-    used = pseudo if config.pseudo else None
-    info = features.embeddings.read_json(INFO)
-    _check_inputs(triplets, used, config, info["tokens"])
-    _check_text(config, features, info["dim"])
-    labelled, pseudo_triplets = _checked_rows(cir_task(features, triplets, used, config), triplets)
-    counts = {"labelled_triplets": labelled, "pseudo_triplets": pseudo_triplets}
-    content = {"version": TRAIN_VERSION, "seed": seed, "dim": info["dim"], **counts, "config": config.model_dump(mode="json")}
-    if config.model == "blip" and features.online is not None:
-        content["tower"] = features.online.tower.model_dump(mode="json")
-    output.write_json(MODEL, content)
-    copy_mean(features.embeddings, output)
-    task = cir_task(features, triplets, used, config)  # a fresh one: the checks filled the other's caches, which would travel
-    output.write_json(RESULT, train(output, task, config.training, seed, resources, monitor))
+    version = 4
+    model = "composed retrieval"
+    triplets: Stage
+    embeddings: tuple[Stage, ...] = field(metadata=LOOKED_UP)  # of the triplets' images
+    galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where pixels are seen in training
+    pseudo_triplets: Stage | None = None
+    scores: Stage | None = None
+    config: VariantConfig
+    seed: int
+    resources: WorkerResources
+
+    @property
+    def variant(self) -> str:
+        """The first part of the name."""
+        return self.name.partition(".")[0]
+
+    def config_field(self, name: str) -> str:
+        """The variant's section."""
+        return f"train.variants.{self.variant}" if name == "config" else name
+
+    def check(self) -> dict[str, str]:
+        """A batch has to divide over the workers."""
+        return super().check() | unfit(f"train.variants.{self.variant}.training", self.config.training, self.resources)
+
+    def work(self, output: Output, run: Run) -> None:
+        """Raises UserError before anything is loaded when the inputs do not fit the variant."""
+        config, triplets = self.config, run.output(self.triplets)
+        features = features_of(run, self.embeddings, self.galleries)
+        pseudo = pseudo_of(run, self.pseudo_triplets, self.scores) if self.pseudo_triplets and config.pseudo else None
+        info = features.embeddings.read_json(INFO)
+        _check_inputs(triplets, pseudo, config, info["tokens"])
+        _check_text(config, features, info["dim"])
+        labelled, pseudo_triplets = _checked_rows(cir_task(features, triplets, pseudo, config), triplets)
+        content = {
+            "version": self.version,
+            "seed": self.seed,
+            "dim": info["dim"],
+            "labelled_triplets": labelled,
+            "pseudo_triplets": pseudo_triplets,
+            "config": config.model_dump(mode="json"),
+        }
+        if config.model == "blip" and features.online is not None:
+            content["tower"] = features.online.tower.model_dump(mode="json")
+        output.write_json(MODEL, content)
+        copy_mean(features.embeddings, output)
+        task = cir_task(
+            features, triplets, pseudo, config
+        )  # a fresh one: the checks filled the other's caches, which would travel
+        output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor))
 
 
 def cir_task(features: Features, triplets: Output, pseudo: Pseudo | None, config: VariantConfig) -> TripletTask:

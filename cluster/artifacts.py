@@ -7,24 +7,17 @@ import hashlib
 import json
 import os
 import re
-import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
-
-from cluster.code import code
-from cluster.errors import UserError
-from cluster.monitor import Monitor
 
 HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
 MANIFEST = "manifest.json"
@@ -210,102 +203,6 @@ def check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
         raise TypeError(f"{where}: found columns {found.remove_metadata()}, expected {expected}")
 
 
-Work = Callable[[Output, Monitor], None]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One named instance of a stage, known before anything runs.
-
-    `settings` is everything in the config that decides the content; `sources` maps the config field that names an
-    outside file or folder to its path; `version` counts changes of the stage's code that change its output.
-    """
-
-    instance: str
-    version: int
-    settings: Mapping[str, Any]
-    work: Work
-    parents: Mapping[str, "Stage"] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)
-    max_reject_fraction: float = 0.0
-
-    @property
-    def kind(self) -> str:
-        """The stage this is an instance of: `embed` of `embed:photo.shop`."""
-        return self.instance.partition(":")[0]
-
-    @cached_property
-    def fingerprints(self) -> dict[str, Any]:
-        """Name, size and modification time of every outside file, by config field; None where this machine sees none."""
-        return {name: _seen(path) for name, path in self.sources.items()}
-
-    @cached_property
-    def digest(self) -> str:
-        """12 hex digits over everything that decides the content, the parents' digests included."""
-        content = {
-            "stage": self.kind,
-            "version": self.version,
-            "settings": self.settings,
-            "parents": {role: parent.digest for role, parent in self.parents.items()},
-            "sources": self.fingerprints,
-        }
-        return digest_of(content)
-
-    def output(self, root: str) -> Output:
-        """Where this instance's output lives."""
-        return output_of(root, self.instance, self.digest)
-
-    def missing_sources(self) -> dict[str, str]:
-        """The config fields whose outside file or folder does not exist or is out of reach, with its path."""
-        return {name: path for name, path in self.sources.items() if self.fingerprints[name] is None}
-
-    def run(self, root: str, monitor: Monitor) -> dict[str, Any]:
-        """Do the work unless a manifest shows it done. Returns the manifest.
-
-        Raises UserError when more rows were rejected than allowed; what was done stays for a later run.
-        """
-        output = self.output(root)
-        if (done := output.manifest()) is not None:
-            return done
-        started = time.monotonic()
-        self.work(output, monitor)
-        output.sweep()
-        manifest = self._describe(output, time.monotonic() - started)
-        self._check_rejects(manifest, output)
-        output.write_json(MANIFEST, manifest)
-        return manifest
-
-    def _describe(self, output: Output, seconds: float) -> dict[str, Any]:
-        rows, hashes = output.part_rows(), output.hashes(output.files())
-        return {
-            "instance": self.instance,
-            "digest": self.digest,
-            "version": self.version,
-            "settings": self.settings,
-            "parents": {role: {"instance": p.instance, "digest": p.digest} for role, p in self.parents.items()},
-            "sources": {name: digest_of(found) for name, found in self.fingerprints.items()},
-            "rows": sum(rows.values()),
-            "rejects": dict(Counter(output.rejects()["reason"].to_pylist())),
-            "seconds": round(seconds, 1),
-            "code": code(),
-            "environment": [output.read_json(f"{ENVIRONMENT}/{name}") for name in output.names(ENVIRONMENT)],
-            **({"reused": output.read_json(REUSED)} if output.exists(REUSED) else {}),
-            "parts": {name: {"rows": n, "sha256": hashes[name]} for name, n in rows.items()},
-            "files": {name: found for name, found in hashes.items() if name not in rows},
-        }
-
-    def _check_rejects(self, manifest: dict[str, Any], output: Output) -> None:
-        rejected = sum(manifest["rejects"].values())
-        total = rejected + manifest["rows"]
-        if rejected > self.max_reject_fraction * total:
-            example = output.rejects().slice(0, 1).to_pylist()[0]
-            raise UserError(
-                f"{self.instance}: {rejected} of {total} rows were rejected ({manifest['rejects']}), more than "
-                f"max_reject_fraction={self.max_reject_fraction} allows; the first: {example['key']}: {example['reason']} "
-                f"({example['detail']}). All are in {output.path('rejects')}"
-            )
-
-
 def _to_disk(path: str) -> None:
     """A machine that loses its power after the rename must not leave an empty file of that name."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -313,14 +210,6 @@ def _to_disk(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _seen(uri: str) -> list[tuple[str, int, int]] | None:
-    """The fingerprint; None also for a store out of reach: who submits a run need not have the cluster's keys."""
-    try:
-        return fingerprint(uri)
-    except (OSError, ValueError):
-        return None
 
 
 def fingerprint(uri: str) -> list[tuple[str, int, int]] | None:

@@ -6,9 +6,21 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from cluster.errors import UserError
+
+CONTENT = "content"  # context of a dump that decides a digest
+NOT_CONTENT: dict[str, Any] = {"content": False}  # `json_schema_extra` of a field that never decides what comes out
 
 
 class Section(BaseModel):
@@ -16,9 +28,27 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        dumped: dict[str, Any] = dump(self)
+        if info.context == CONTENT:
+            for name, field in type(self).model_fields.items():
+                if field.json_schema_extra == NOT_CONTENT:
+                    del dumped[name]
+        return dumped
 
-class TaskResources(Section):
-    """What one process of a stage may use. Resources are never part of a digest."""
+
+def content_of(section: BaseModel) -> dict[str, Any]:
+    """A section as a digest takes it: weights by their content, and without what decides nothing."""
+    return section.model_dump(mode="json", context=CONTENT)
+
+
+class Resources(Section):
+    """What a stage may use. Never part of a digest: another cluster, the same outputs."""
+
+
+class TaskResources(Resources):
+    """What one process of a stage may use."""
 
     cpus: float = Field(1.0, gt=0, description="CPUs a process; also its number of threads, rounded up")
     gpus: float = Field(0.0, ge=0, description="GPUs a process")
@@ -37,7 +67,7 @@ class ActorResources(TaskResources):
     actors: int = Field(1, ge=1, description="model actors")
 
 
-class DecodeResources(Section):
+class DecodeResources(Resources):
     """What a stage that decodes images may use."""
 
     decode_cpus: float = Field(1.0, gt=0, description="CPUs a decode task")
@@ -46,6 +76,8 @@ class DecodeResources(Section):
 
 class EmbedResources(ActorResources, DecodeResources):
     """What embed may use: CPU tasks that decode feed a pool of actors that hold the tower."""
+
+    batch_size: int = Field(64, gt=0, description="images a forward pass")
 
 
 class WorkerResources(TaskResources):

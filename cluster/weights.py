@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -18,15 +19,8 @@ from pydantic import (
 )
 
 from cluster.artifacts import fingerprint
-from cluster.config import Section
+from cluster.config import CONTENT, Section
 from cluster.errors import UserError
-
-IDENTITY = "identity"  # context of a dump that decides a digest
-
-
-def content_identity(section: BaseModel) -> dict[str, Any]:
-    """A section as a digest takes it: `model_dump(mode="json")` with the identity of all `Weights` in it."""
-    return section.model_dump(mode="json", context=IDENTITY)
 
 
 class Weights(Section):
@@ -90,6 +84,14 @@ class Weights(Section):
             name = f"'{self.hub}' at revision {self.revision or 'main'}"
             raise UserError(f"weights: {name} is not in the local cache and cannot be fetched: {reason}") from error
 
+    def problem(self) -> str | None:
+        """What `check` finds, if anything."""
+        try:
+            self.check()
+        except UserError as error:
+            return str(error)
+        return None
+
     def identity(self) -> dict[str, Any]:
         """What decides the weights' content, never where they lie: as precise as is cheap to find out."""
         if self.sha256:
@@ -102,7 +104,7 @@ class Weights(Section):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        return self.identity() if info.context == IDENTITY else dump(self)
+        return self.identity() if info.context == CONTENT else dump(self)
 
 
 def _package_folder(package: str) -> Path:
@@ -126,3 +128,13 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_in(section: BaseModel, field: str) -> Iterator[tuple[str, Weights]]:
+    """(field, weights) of all weights in a section, which the config has at `field`."""
+    for name in type(section).model_fields:
+        value, place = getattr(section, name), f"{field}.{name}"
+        if isinstance(value, Weights):
+            yield place, value
+        elif isinstance(value, BaseModel):
+            yield from weights_in(value, place)

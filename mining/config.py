@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from cluster.config import Section
+from cluster.config import NOT_CONTENT, Section
 from cluster.weights import Weights
 
 
@@ -125,17 +125,11 @@ class EmbedConfig(Section):
     views_for: dict[str, ViewsConfig] = Field(
         {}, description="other views, by pattern of <tower>.<gallery>, such as 'blip.*'; the first that fits counts"
     )
-    batch_size: int = Field(64, gt=0, description="images a forward pass")
 
     def views_of(self, tower: str, gallery: str) -> ViewsConfig:
         """The views of a gallery's images that a tower sees in training."""
         fitting = (views for pattern, views in self.views_for.items() if fnmatch(f"{tower}.{gallery}", pattern))
         return next(fitting, self.views)
-
-    @property
-    def any_online(self) -> bool:
-        """Whether some tower runs while training."""
-        return any(views.online for views in (self.views, *self.views_for.values()))
 
 
 class IndexConfig(Section):
@@ -160,10 +154,9 @@ class WalkConfig(Section):
     max_similarity: float = Field(0.94, description="neighbours above are near duplicates")
     spacing: float = Field(0.002, ge=0, description="least distance in similarity to the image added before")
     max_overlap: int = Field(2, ge=0, description="images that two kept groups may share; of matched groups too")
-    max_slots: int | None = Field(  # off, it leaves digests as they were
+    max_slots: int | None = Field(
         None,
         gt=0,
-        exclude_if=lambda slots: slots is None,
         description="kept groups that an image may be in; it bounds the work of max_overlap on large galleries",
     )
 
@@ -204,11 +197,11 @@ class MineConfig(Section):
     walk: WalkConfig = WalkConfig()
     matched: MatchedConfig = Field(MatchedConfig(), description="of 'matched' and 'matched_groups'")
     random: RandomConfig = RandomConfig()
-    index: IndexConfig = Field(  # a default leaves digests as they were
-        IndexConfig(), exclude_if=lambda index: index == IndexConfig(), description="of all methods but 'random'"
-    )
+    index: IndexConfig = Field(IndexConfig(), description="of all methods but 'random'")
     triplets: str | None = Field(None, description="labelled triplets whose similarities the matched pairs imitate")
-    exclude: dict[Benchmark, ExcludeConfig] = Field({}, description="benchmarks whose val and test images are not mined")
+    exclude: dict[Benchmark, ExcludeConfig] = Field(
+        {}, json_schema_extra=NOT_CONTENT, description="benchmarks whose val and test images are not mined"
+    )
     duplicate_similarity: float = Field(
         0.94, gt=0, le=1, description="cosine above which an image is a near duplicate of an excluded one"
     )

@@ -3,74 +3,96 @@
 CPU tasks decode to uint8, a pool of actors runs the tower, CPU tasks write: one part a (gallery part, view).
 """
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 
-from cluster.artifacts import REUSED, Output
+from cluster.artifacts import REUSED, Output, output_of
 from cluster.config import EmbedResources
 from cluster.errors import UserError
-from cluster.monitor import Monitor
 from cluster.parts import run_parts
+from cluster.stage import Run, Stage
 from mining import tables
-from mining.config import EmbedConfig, TowerConfig, ViewsConfig
+from mining.config import TowerConfig, ViewsConfig
 from mining.embeddings import INFO, MEAN, gallery_part, plain_parts, read_part, view_of, view_part
 from mining.gallery import image_bytes
 from mining.images import BadImage, render
-from mining.reuse import Earlier, count_reused, note_reused
+from mining.reuse import Earlier, count_reused, note_reused, open_earlier
 from mining.sources import BytesReader
 
-EMBED_VERSION = 2
+if TYPE_CHECKING:
+    import ray.data
 
 
-def embed_gallery(
-    output: Output,
-    gallery: Output,
-    tower: str,
-    config: EmbedConfig,
-    views: ViewsConfig,
-    resources: EmbedResources,
-    monitor: Monitor,
-    earlier: Earlier | None = None,
-) -> None:
-    """Write the embeddings of `views.count` views of every image, `info.json` and the plain view's mean.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Embed(Stage):
+    """`embed:<tower>.<gallery>`: the embeddings of `views.count` views of every image, `info.json`, the plain view's mean.
 
-    Of `earlier` embeddings those of images that are the same are taken over: of a grown gallery only the new images go
-    through the tower, and `reused.json` counts the others. Raises UserError when weights or what comes with them is
-    missing, before an actor starts, or when no image can be read any more.
+    Of embeddings of an earlier state of the gallery those of images that are the same are taken over: of a grown gallery
+    only the new images go through the tower, and `reused.json` counts the others.
     """
-    settings = config.towers[tower]
-    _check(settings)
-    rows = gallery.part_rows()
-    parts = {view_part(part, view): n for part, n in rows.items() for view in range(views.count)}
-    decode = partial(_decode_part, gallery=gallery, output=output, tower=settings, views=views, earlier=earlier)
 
-    def dataset(names: list[str]) -> ray.data.Dataset:
-        """Decoding tasks for these parts, then the actors that hold the tower."""
-        return (
-            ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names))
-            .map_batches(
-                decode,
-                batch_size=1,
-                num_cpus=resources.decode_cpus,
-                compute=ray.data.TaskPoolStrategy(size=resources.decode_tasks),
-            )
-            .map_batches(
-                Embedder,
-                fn_constructor_args=(settings, config.batch_size, output, resources.cpus),
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=resources.actors),
-                **resources.ray_options(),
-            )
-        )
+    version = 3
+    table = "embeddings"
+    gallery: Stage
+    tower: TowerConfig
+    views: ViewsConfig
+    resources: EmbedResources
 
-    run_parts(output, parts, dataset, monitor, "image")
-    _summarise(output, views)
-    if earlier is not None:
-        output.write_json(REUSED, count_reused(output, plain_parts(output)))
+    @property
+    def reject_limit(self) -> float:
+        """As many images may have become unreadable as the gallery may reject."""
+        return self.gallery.reject_limit
+
+    def config_field(self, name: str) -> str:
+        """The tower's name is the first part of the instance's."""
+        return f"embed.towers.{self.name.partition('.')[0]}" if name == "tower" else f"embed.{name}"
+
+    def work(self, output: Output, run: Run) -> None:
+        """Raises UserError when what comes with the weights is missing, before an actor starts, or no image can be read."""
+        _check(self.tower)
+        gallery, earlier = run.output(self.gallery), self._earlier(run)
+        parts = {view_part(part, view): n for part, n in gallery.part_rows().items() for view in range(self.views.count)}
+        decode = partial(_decode_part, gallery=gallery, output=output, tower=self.tower, views=self.views, earlier=earlier)
+
+        def dataset(names: list[str]) -> "ray.data.Dataset":
+            """Decoding tasks for these parts, then the actors that hold the tower."""
+            import ray.data
+
+            resources = self.resources
+            return (
+                ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names))
+                .map_batches(
+                    decode,
+                    batch_size=1,
+                    num_cpus=resources.decode_cpus,
+                    compute=ray.data.TaskPoolStrategy(size=resources.decode_tasks),
+                )
+                .map_batches(
+                    Embedder,
+                    fn_constructor_args=(self.tower, resources.batch_size, output, resources.cpus),
+                    batch_size=1,
+                    compute=ray.data.ActorPoolStrategy(size=resources.actors),
+                    **resources.ray_options(),
+                )
+            )
+
+        run_parts(output, parts, dataset, run.monitor, "image")
+        _summarise(output, self.views)
+        if earlier is not None:
+            output.write_json(REUSED, count_reused(output, plain_parts(output)))
+
+    def _earlier(self, run: Run) -> Earlier | None:
+        """Embeddings of an earlier state of the gallery, where both are still there."""
+        found = self.earlier(run.root)
+        if found is None:
+            return None
+        embeddings, manifest = found
+        gallery = output_of(run.root, self.gallery.instance, manifest["parents"]["gallery"]["digest"])
+        return open_earlier(embeddings, gallery) if gallery.manifest() is not None else None
 
 
 def _check(tower: TowerConfig) -> None:
@@ -132,7 +154,7 @@ class Embedder:
 
     def __init__(self, config: TowerConfig, batch_size: int, output: Output, cpus: float) -> None:
         from cluster.devices import limit_threads
-        from cluster.environment import record_environment
+        from cluster.provenance import record_environment
         from mining.towers import ImageTower
 
         limit_threads(cpus)

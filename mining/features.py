@@ -1,6 +1,6 @@
 """Tower outputs for training: cached views, memory-mapped on each node, or the tower run online on fresh views."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,6 +11,7 @@ import numpy as np
 
 from cluster.artifacts import Output
 from cluster.errors import UserError
+from cluster.stage import Run, Stage
 from mining.config import TowerConfig, ViewsConfig
 from mining.embeddings import INFO, MEAN, plain_parts, read_ids, read_part, view_of
 from mining.gallery import read_images
@@ -75,6 +76,18 @@ class Features:
         parts = [read_ids(output, part) for output in self._outputs for part in plain_parts(output)]
         if len(missing := np.setdiff1d(image_ids, np.concatenate(parts))):
             raise _without_embeddings(missing, where, self.embeddings)
+
+
+def features_of(run: Run, embeddings: Sequence[Stage], galleries: Sequence[Stage] = ()) -> Features:
+    """Features from some embed stages; from pixels of `galleries` in training, where there are any.
+
+    The first's tower and views are those of all.
+    """
+    first, *more = map(run.output, embeddings)
+    if not galleries:
+        return Features(first, more=tuple(more))
+    made: Any = embeddings[0]
+    return Features(first, Online(tuple(map(run.output, galleries)), made.tower, made.views), tuple(more))
 
 
 class CachedFeatures:

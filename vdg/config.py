@@ -1,16 +1,11 @@
-"""Config of the stages align, instruct and generate, and the description that is kept beside a trained generator."""
+"""Config of the stages align, instruct and generate."""
 
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from cluster.artifacts import Output
-from cluster.config import Section, TrainingConfig
-from cluster.errors import UserError
+from cluster.config import NOT_CONTENT, Section, TrainingConfig
 from cluster.weights import Weights
-
-DESCRIPTION = "vdg.json"
-Stage = Literal["align", "instruct"]
 
 
 class VdgConfig(Section):
@@ -65,7 +60,11 @@ class GenerateConfig(Section):
     views: bool = Field(False, description="sample i sees view i of both images: agreement then measures robustness to crops")
     drop_no_change: bool = Field(False, description="reject pairs whose delta says that nothing changes")
     max_reject_fraction: float = Field(
-        0.5, ge=0, le=1, description="share of pairs with an empty or no-change delta above which the stage fails"
+        0.5,
+        ge=0,
+        le=1,
+        json_schema_extra=NOT_CONTENT,
+        description="share of pairs with an empty or no-change delta above which the stage fails",
     )
 
     @model_validator(mode="after")
@@ -73,22 +72,3 @@ class GenerateConfig(Section):
         if self.views and self.samples == 1:
             raise ValueError("views: a single delta sees the plain images; set samples above 1")
         return self
-
-
-class Description(Section):
-    """What `vdg.json` says of a trained generator: all that is needed to build it again."""
-
-    stage: Stage
-    vdg: VdgConfig
-    tokens: int | None = Field(None, gt=0, description="features: image-tower tokens an image")
-    dim: int | None = Field(None, gt=0, description="features: width of an image-tower token")
-
-
-def read_description(model: Output) -> Description:
-    """The description of a trained generator. Raises UserError when the output holds none or a broken one."""
-    try:
-        return Description.model_validate(model.read_json(DESCRIPTION))
-    except FileNotFoundError as error:
-        raise UserError(f"{model.uri}: has no {DESCRIPTION}; give the output of align or instruct") from error
-    except ValidationError as error:
-        raise UserError(f"{model.path(DESCRIPTION)}: {error}; train the generator again") from error

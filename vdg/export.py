@@ -6,7 +6,7 @@ from typing import Any
 from cluster.artifacts import Output
 from cluster.training.checkpoints import WEIGHTS
 from mining.embeddings import MEAN
-from vdg.config import DESCRIPTION, Description, read_description
+from vdg.description import DESCRIPTION, Description, read_description
 
 LORA = "language_model."  # where the language model with its LoRA is in a backbone
 PROJECTION = "projection."

@@ -1,7 +1,8 @@
 """The stage generate: pairs to pseudo triplets, one pairs part to one part, on a pool of actors."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,58 @@ import pyarrow as pa
 
 from cluster.artifacts import Output
 from cluster.config import ActorResources
-from cluster.monitor import Monitor
 from cluster.parts import run_actors
+from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import stable_seed
+from cluster.weights import Weights
 from mining import tables
 from vdg.agreement import medoid
-from vdg.config import GenerateConfig, read_description
-from vdg.images import ImageSource
+from vdg.config import GenerateConfig
+from vdg.description import read_description
+from vdg.images import ImageSource, images_of
+from vdg.instruct import Instruct
 from vdg.prompts import says_no_change
 
-GENERATE_VERSION = 2
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Generate(Stage):
+    """`generate:<gallery>`: a delta and its scores for every pair.
+
+    Pairs whose delta is empty, or says no change if so asked, are rejected.
+    """
+
+    version = 3
+    table = "pseudo_triplets"
+    pairs: Stage
+    vdg: Instruct
+    embeddings: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of the pairs' images, for backbone 'features'
+    galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where pixels are seen
+    config: GenerateConfig
+    seed: int
+    resources: ActorResources
+
+    @property
+    def reject_limit(self) -> float:
+        """As the config says."""
+        return self.config.max_reject_fraction
+
+    def config_field(self, name: str) -> str:
+        """The section has the stage's name."""
+        return "generate" if name == "config" else name
+
+    @cached_property
+    def weights(self) -> dict[str, Weights]:
+        """The generator is built on its language model."""
+        return super().weights | self.vdg.weights
+
+    def work(self, output: Output, run: Run) -> None:
+        """Raises UserError when the model is no trained generator, or its language model is missing, before an actor starts."""
+        pairs, model = run.output(self.pairs), run.output(self.vdg)
+        images = images_of(run, self.embeddings, self.galleries)
+        read_description(model).vdg.language_model.location()
+        images.check(_image_ids(pairs), f"mine: {pairs.uri}")
+        job = Generation(output, images, pairs, model, self.config, self.seed)
+        run_actors(PartGenerator, job, pairs.part_rows(), self.resources, run.monitor, "delta")
 
 
 @dataclass(frozen=True)
@@ -41,28 +84,6 @@ class Delta:
     scores: Mapping[str, float]
 
 
-def generate(
-    output: Output,
-    images: ImageSource,
-    pairs: Output,
-    model: Output,
-    config: GenerateConfig,
-    seed: int,
-    resources: ActorResources,
-    monitor: Monitor,
-) -> None:
-    """Write a delta and its scores for every pair; pairs whose delta is empty, or says no change if so asked, are rejected.
-
-    `images` are features or pixels, whichever the model's backbone sees. Raises UserError when `model` holds no trained
-    generator or its language model is missing, before an actor starts.
-    """
-    read_description(model).vdg.language_model.location()
-    images.check(_image_ids(pairs), f"mine: {pairs.uri}")
-    job = Generation(output, images, pairs, model, config, seed)
-
-    run_actors(PartGenerator, job, pairs.part_rows(), resources, monitor, "delta")
-
-
 class PartGenerator:
     """An actor that holds the generator and turns pairs parts into parts of pseudo triplets.
 
@@ -73,7 +94,7 @@ class PartGenerator:
         import torch
 
         from cluster.devices import device, limit_threads, uses_bf16
-        from cluster.environment import record_environment
+        from cluster.provenance import record_environment
         from vdg.backbones import load_generator
 
         limit_threads(cpus)

@@ -1,6 +1,6 @@
 """Images as pixels, for backbones that see with their own image tower."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -10,6 +10,8 @@ from PIL import Image
 
 from cluster.artifacts import Output
 from cluster.errors import UserError
+from cluster.stage import Run, Stage
+from mining.features import Features, features_of
 from mining.gallery import read_image_ids, read_images
 from mining.images import decode
 
@@ -64,6 +66,13 @@ class Images:
                 f"{where}: {len(missing)} image(s) are in no gallery of {[gallery.uri for gallery in self.galleries]}, such as "
                 f"image_id {missing[0]}; take their rows out, or name their gallery"
             )
+
+
+def images_of(run: Run, embeddings: Sequence[Stage], galleries: Sequence[Stage], crop: bool = True) -> "Features | Images":
+    """What a generator sees of some stages' images: their features where they were embedded, else their pixels."""
+    if embeddings:
+        return features_of(run, embeddings, galleries)
+    return Images(tuple(map(run.output, galleries)), crop)
 
 
 class Pixels:

@@ -37,26 +37,26 @@ def run(
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="of the generator; sets rounds.count")] = None,
 ) -> None:
     """Every stage in order, then the report; finished stages are skipped."""
-    pipeline = _pipeline(config, [*assignments, *([f"rounds.count={rounds}"] if rounds else [])])
-    stages = pipeline.select(None, None, until)
+    graph = _graph(config, [*assignments, *([f"rounds.count={rounds}"] if rounds else [])])
+    stages = graph.select(None, None, until)
     if dry_run:
-        return _show_plan(pipeline, stages)
+        return _show_plan(graph, stages)
     from cluster.app import runner
 
-    runner.run(pipeline, stages, keep_config=True)
+    runner.run(graph, stages, keep_config=True)
     if until in (None, "evaluate"):
-        _finish(pipeline)
+        _finish(graph)
 
 
 def _stage_command(kind: str) -> Callable[..., None]:
     def command(config: Config, assignments: Set = [], only: Only = None, dry_run: DryRun = False) -> None:  # noqa: B006
-        pipeline = _pipeline(config, assignments)
-        stages = pipeline.select(kind, only, None)
+        graph = _graph(config, assignments)
+        stages = graph.select(kind, only, None)
         if dry_run:
-            return _show_plan(pipeline, stages)
+            return _show_plan(graph, stages)
         from cluster.app import runner
 
-        runner.run(pipeline, stages)
+        runner.run(graph, stages)
 
     command.__doc__ = f"All instances of the stage {kind}, or those that match --only, and what they still need."
     return command
@@ -69,52 +69,52 @@ for _kind in ("ingest", "embed", "mine", "align", "instruct", "generate", "score
 @app.command()
 def evaluate(config: Config, assignments: Set = [], dry_run: DryRun = False, as_json: Json = False) -> None:  # noqa: B006
     """Score all trained models on the gallery and queries of the evaluate section."""
-    pipeline = _pipeline(config, assignments)
-    stages = pipeline.select("evaluate", None, None)
+    graph = _graph(config, assignments)
+    stages = graph.select("evaluate", None, None)
     if dry_run:
-        return _show_plan(pipeline, stages)
+        return _show_plan(graph, stages)
     from cluster.app import runner
 
-    runner.run(pipeline, stages)
+    runner.run(graph, stages)
     if as_json:
-        print(json.dumps(runner.metrics_of(pipeline), indent=1))
+        print(json.dumps(runner.metrics_of(graph), indent=1))
     else:
-        _show_metrics(pipeline)
+        _show_metrics(graph)
 
 
 @app.command()
 def report(config: Config, assignments: Set = []) -> None:  # noqa: B006
     """Write the report and metrics.json of a run whose stages are finished."""
-    pipeline = _pipeline(config, assignments)
-    unfinished = [stage.instance for stage in pipeline.stages if pipeline.output(stage).manifest() is None]
+    graph = _graph(config, assignments)
+    unfinished = [stage.instance for stage in graph.stages if graph.output(stage).manifest() is None]
     if unfinished:
         raise UserError(f"{len(unfinished)} stage(s) are not finished, such as {unfinished[0]}: `vdg run {config}` does them")
-    _finish(pipeline)
+    _finish(graph)
 
 
-def _pipeline(config: str, assignments: list[str]) -> Any:
+def _graph(config: str, assignments: list[str]) -> Any:
     loaded = configs.load(config, assignments)
-    from cluster.app.pipeline import Pipeline
+    from cluster.app.graph import Graph
 
-    return Pipeline(loaded)
+    return Graph(loaded)
 
 
-def _finish(pipeline: Any) -> None:
+def _finish(graph: Any) -> None:
     from cluster.app import runner
     from cluster.app.report import write_report
 
-    folder = runner.run_folder(pipeline.config)
-    folder.write_json("metrics.json", runner.metrics_of(pipeline))
-    _show_metrics(pipeline)
+    folder = runner.run_folder(graph.config)
+    folder.write_json("metrics.json", runner.metrics_of(graph))
+    _show_metrics(graph)
     console.print(f"metrics: {folder.path('metrics.json')}")
-    if pipeline.config.evaluate.scores_models:
-        write_report(pipeline, folder)
+    if graph.config.evaluate.scores_models:
+        write_report(graph, folder)
         console.print(f"report:  {folder.path('report.html')}")
 
 
-def _show_metrics(pipeline: Any) -> None:
+def _show_metrics(graph: Any) -> None:
     """A table for each variant of the protocol, the control rows last; and where submission files are."""
-    output = pipeline.output(pipeline.evaluation)
+    output = graph.output(graph.evaluation)
     rows, controls = output.read_json("metrics.json"), output.read_json("controls.json")
     for protocol in output.read_json("protocols.json"):
         if rows:
@@ -146,18 +146,18 @@ def _deviation(values: list[float]) -> float:
     return statistics.stdev(values)
 
 
-def _show_plan(pipeline: Any, stages: list[Any]) -> None:
-    answers.print(f"{pipeline.config.name}: {len(stages)} stage instances below {Output(pipeline.root).uri}")
+def _show_plan(graph: Any, stages: list[Any]) -> None:
+    answers.print(f"{graph.config.name}: {len(stages)} stage instances below {Output(graph.root).uri}")
     table = Table("stage", "state", "output")
     for stage in stages:
-        output = pipeline.output(stage)
+        output = graph.output(stage)
         parts = len(output.parts())
         state = "done, skipped" if output.manifest() else f"goes on: {parts} parts exist" if parts else "to do"
         table.add_row(stage.instance, state, f"{stage.kind}/{output.uri.rpartition('/')[2]}")
     answers.print(table)
-    for field, path in {f: p for stage in stages for f, p in stage.sources.items()}.items():
-        missing = any(field in stage.missing_sources() for stage in stages)
-        answers.print(f"  {'missing' if missing else 'found  '} {field}: {path}")
+    found = {source.field: (source.path, stage.fingerprints[f]) for stage in stages for f, source in stage.sources.items()}
+    for field, (path, fingerprint) in found.items():
+        answers.print(f"  {'missing' if fingerprint is None else 'found  '} {field}: {path}")
 
 
 @app.command()
@@ -217,10 +217,10 @@ def list_outputs(config: Config, assignments: Set = []) -> None:  # noqa: B006
     """The outputs below the config's root, with sizes, and which of them the config refers to."""
     from cluster.app.outputs import outputs
 
-    pipeline = _pipeline(config, assignments)
-    used = {pipeline.output(stage).uri for stage in pipeline.stages}
-    table = Table("output", "size", "finished", "used", title=Output(pipeline.root).uri)
-    for found in outputs(pipeline.root):
+    graph = _graph(config, assignments)
+    used = {graph.output(stage).uri for stage in graph.stages}
+    table = Table("output", "size", "finished", "used", title=Output(graph.root).uri)
+    for found in outputs(graph.root):
         row = f"{found.size / 2**20:,.1f} MB", "yes" if found.finished else "no", "yes" if found.uri in used else "no"
         table.add_row("/".join(filesystem(found.uri)[1].split("/")[-2:]), *row)
     answers.print(table)
@@ -235,8 +235,8 @@ def clean(
     """Remove the outputs that neither this config nor a config kept in <root>/runs refers to."""
     from cluster.app.outputs import remove, unused
 
-    pipeline = _pipeline(config, assignments)
-    found = unused(pipeline)
+    graph = _graph(config, assignments)
+    found = unused(graph)
     if not found:
         console.print("nothing to remove")
         return

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from cir.config import EvaluateConfig, RoundsConfig, ScoreConfig, TrainConfig, merge
 from cluster.config import (
+    NOT_CONTENT,
     ActorResources,
     DecodeResources,
     EmbedResources,
@@ -60,18 +61,31 @@ class TrainSection(TrainConfig):
     tower: str = Field(description="name of a tower of embed.towers")
 
 
+def _path(description: str) -> Any:
+    """A field that says where something lies, which never decides what comes out: its stage fingerprints what is there."""
+    return Field(None, json_schema_extra=NOT_CONTENT, description=description)
+
+
 class EvaluateSection(EvaluateConfig):
     """The gallery and queries that every model is scored on."""
 
-    images: str | None = Field(None, description="as in ingest.galleries; not read where embeddings are given")
-    split: str | None = Field(None, description="of 'triplets': as in ingest.galleries")
-    triplets: str | None = Field(None, description="of 'triplets', the queries: reference, target, captions, optional group")
-    attributes: str | None = Field(
-        None, description="of 'triplets', JSON of key to attributes: every image with the target's is right"
+    images: str | None = _path("as in ingest.galleries; not read where embeddings are given")
+    split: str | None = _path("of 'triplets': as in ingest.galleries")
+    triplets: str | None = Field(
+        None,
+        json_schema_extra=NOT_CONTENT,
+        description="of 'triplets', the queries: reference, target, captions, optional group",
     )
-    annotations: str | None = Field(None, description="folder of a benchmark's own files, laid out as they are published")
+    attributes: str | None = Field(
+        None,
+        json_schema_extra=NOT_CONTENT,
+        description="of 'triplets', JSON of key to attributes: every image with the target's is right",
+    )
+    annotations: str | None = _path("folder of a benchmark's own files, laid out as they are published")
     embeddings: str | None = Field(
-        None, description="Parquet of a benchmark's query and gallery vectors (kind, key, vector): scored without a model"
+        None,
+        json_schema_extra=NOT_CONTENT,
+        description="Parquet of a benchmark's query and gallery vectors (kind, key, vector): scored without a model",
     )
 
     @model_validator(mode="after")
@@ -110,7 +124,7 @@ class TrackingConfig(Section):
     experiment: str = "vdg"
 
 
-class Resources(Section):
+class RunResources(Section):
     """What each stage may use. Never part of a digest: another cluster, the same outputs."""
 
     ray: RayConfig = RayConfig()
@@ -144,7 +158,7 @@ class RunConfig(Section):
     evaluate: EvaluateSection
     report: ReportConfig = ReportConfig()
     tracking: TrackingConfig = TrackingConfig()
-    resources: Resources = Resources()
+    resources: RunResources = RunResources()
     sources: dict[str, str] = Field(
         {}, description="where to get what comes from outside: a field, or the start of several -> a sentence for who lacks it"
     )

@@ -8,7 +8,7 @@ from pyarrow import fs as pafs
 
 from cluster.app.checks import check_sources
 from cluster.app.config import RunConfig
-from cluster.app.pipeline import KINDS, Pipeline
+from cluster.app.graph import KINDS, Graph
 from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
 from cluster.driver import lease
@@ -31,22 +31,22 @@ def outputs(root: str) -> Iterator[Found]:
         yield Found(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
 
 
-def unused(pipeline: Pipeline) -> list[Found]:
+def unused(graph: Graph) -> list[Found]:
     """Outputs that neither this config nor the config of a run below the same root refers to.
 
     Raises UserError when a source of such a run is missing: without it nobody can tell which outputs are the run's.
     """
-    system, base = filesystem(pipeline.root)
-    pipelines = [pipeline]
+    system, base = filesystem(graph.root)
+    graphs = [graph]
     for folder in system.get_file_info(pafs.FileSelector(f"{base}/runs", allow_not_found=True)):
-        run = Output(below(pipeline.root, f"runs/{folder.base_name}"))
+        run = Output(below(graph.root, f"runs/{folder.base_name}"))
         if run.exists("config.yaml"):
             content = yaml.safe_load(run.read_bytes("config.yaml"))
-            pipelines.append(Pipeline(validate(RunConfig, content, run.path("config.yaml"))))
-    for found in pipelines:
+            graphs.append(Graph(validate(RunConfig, content, run.path("config.yaml"))))
+    for found in graphs:
         check_sources(found.config, found.stages)
-    used = {p.output(stage).uri for p in pipelines for stage in p.stages}
-    return [found for found in outputs(pipeline.root) if found.uri not in used]
+    used = {p.output(stage).uri for p in graphs for stage in p.stages}
+    return [found for found in outputs(graph.root) if found.uri not in used]
 
 
 def remove(found: list[Found]) -> None:

@@ -10,26 +10,27 @@ import yaml
 
 from cluster.app.checks import check
 from cluster.app.config import RunConfig
-from cluster.app.pipeline import Pipeline
-from cluster.artifacts import Output, Stage, below, filesystem
+from cluster.app.graph import Graph
+from cluster.artifacts import Output, below, filesystem
 from cluster.driver import lease, session
 from cluster.driver.progress import StageProgress, console
 from cluster.errors import UserError
 from cluster.monitor import Monitor
+from cluster.stage import Stage
 
 
-def run(pipeline: Pipeline, stages: list[Stage], keep_config: bool = False) -> None:
+def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
     """Do the stages that have no manifest yet, each as one Ray Data execution or one training run.
 
     `keep_config` marks a whole run: its config stays in its folder, and `vdg clean` spares the outputs it refers to.
     Raises UserError before any work when an input is missing, another driver is at work on one of the outputs, or MLflow
     cannot be reached; later when the user stops it. What is finished stays.
     """
-    config, log = pipeline.config, log_file(pipeline.config)
-    todo = [stage for stage in stages if pipeline.output(stage).manifest() is None]
+    config, log = graph.config, log_file(graph.config)
+    todo = [stage for stage in stages if graph.output(stage).manifest() is None]
     check(config, todo)
     for stage in todo:
-        lease.check(pipeline.output(stage))
+        lease.check(graph.output(stage))
     from cluster.driver.tracking import Tracker
 
     tracker = Tracker(tracking_uri(config), config.tracking.experiment, config.name, config.model_dump(mode="json"))
@@ -52,7 +53,7 @@ def run(pipeline: Pipeline, stages: list[Stage], keep_config: bool = False) -> N
         status = "KILLED"
         raise UserError("stopped; the same command goes on from what is finished") from None
     finally:
-        tracker.finish(status, _headline(pipeline) if status == "FINISHED" else {})
+        tracker.finish(status, _headline(graph) if status == "FINISHED" else {})
 
 
 def _do(stage: Stage, root: str, tracker: Any) -> None:
@@ -66,9 +67,7 @@ def _do(stage: Stage, root: str, tracker: Any) -> None:
         raise
     record.finish(manifest)
     rejected = sum(manifest["rejects"].values())
-    counts = (
-        f"{manifest['rows']:,} rows" if manifest["rows"] else "model" if stage.kind in ("align", "instruct", "train") else ""
-    )
+    counts = f"{manifest['rows']:,} rows" if manifest["rows"] else stage.model or ""
     rejects = f", {rejected} rejected {manifest['rejects']}" if rejected else ""
     console.print(f"  {stage.instance}-{stage.digest}: {counts}{rejects} in {time.monotonic() - began:.0f} s")
 
@@ -112,15 +111,15 @@ def tracking_uri(config: RunConfig) -> str:
     return f"sqlite:///{filesystem(config.root)[1]}/mlflow.db"
 
 
-def metrics_of(pipeline: Pipeline) -> dict[str, Any]:
+def metrics_of(graph: Graph) -> dict[str, Any]:
     """variant -> metric -> {"mean", "seeds"}, of a finished evaluation."""
-    content: dict[str, Any] = json.loads(pipeline.output(pipeline.evaluation).read_bytes("metrics.json"))
+    content: dict[str, Any] = json.loads(graph.output(graph.evaluation).read_bytes("metrics.json"))
     return content
 
 
-def _headline(pipeline: Pipeline) -> Mapping[str, float]:
-    if pipeline.output(pipeline.evaluation).manifest() is None:
+def _headline(graph: Graph) -> Mapping[str, float]:
+    if graph.output(graph.evaluation).manifest() is None:
         return {}
-    table = metrics_of(pipeline)  # MLflow takes no parentheses: further protocols are in metrics.json alone
+    table = metrics_of(graph)  # MLflow takes no parentheses: further protocols are in metrics.json alone
     means = {f"{variant}/{name}": value["mean"] for variant, row in table.items() for name, value in row.items()}
     return {name: mean for name, mean in means.items() if "(" not in name}

@@ -8,16 +8,16 @@ from typing import Any
 import yaml
 
 from cluster.app import config as configs
-from cluster.app.checks import weights_of
 from cluster.app.config import RunConfig
-from cluster.app.pipeline import KINDS, Pipeline
+from cluster.app.graph import KINDS, Graph
 from cluster.app.runner import tracking_uri
-from cluster.artifacts import Output, Stage, digest_of
-from cluster.code import git_commit
+from cluster.artifacts import Output, digest_of
 from cluster.config import override
 from cluster.driver.jobs import CONFIG, Job, check_paths, check_secrets
 from cluster.driver.session import RayConfig
 from cluster.errors import UserError
+from cluster.provenance import git_commit
+from cluster.stage import Stage
 
 
 def prepare(
@@ -28,22 +28,22 @@ def prepare(
     `local` says that the cluster's nodes see the disks of this machine.
     Raises UserError naming each field whose path or secret must not travel.
     """
-    pipeline = Pipeline(_placed(configs.load(config, assignments), local))
-    command, stages = _command(pipeline, only, until)
+    graph = Graph(_placed(configs.load(config, assignments), local))
+    command, stages = _command(graph, only, until)
     written = override(configs.content_of(config), assignments)
-    paths = _paths(pipeline.config, stages) | _weight_folders(written)
+    paths = _paths(graph.config, stages) | _weight_folders(written)
     check_paths(paths, local)
-    tracking_uri(pipeline.config)  # refuses here what the job would refuse there
-    sent = pipeline.config.model_dump(mode="json")
+    tracking_uri(graph.config)  # refuses here what the job would refuse there
+    sent = graph.config.model_dump(mode="json")
     check_secrets(environment, dict(_texts(sent)))
     digest = digest_of([command, [(stage.instance, stage.digest) for stage in stages]])
     job = Job(
-        base=f"{pipeline.config.name}-{digest}",
+        base=f"{graph.config.name}-{digest}",
         entrypoint=f"python -m cluster.app {shlex.join(command)}",
         config=yaml.safe_dump(sent, sort_keys=False),
         environment=environment,
-        outputs=tuple(pipeline.output(stage).uri for stage in stages) if _all_here(pipeline.config, stages) else (),
-        metadata={"run": pipeline.config.name, "digest": digest, "root": pipeline.config.root, "git_commit": git_commit()},
+        outputs=tuple(graph.output(stage).uri for stage in stages) if _all_here(stages) else (),
+        metadata={"run": graph.config.name, "digest": digest, "root": graph.config.root, "git_commit": git_commit()},
     )
     return job, paths
 
@@ -55,28 +55,28 @@ def _placed(config: RunConfig, local: bool) -> RunConfig:
     return config.model_copy(update={"resources": resources, "root": root})
 
 
-def _all_here(config: RunConfig, stages: list[Stage]) -> bool:
+def _all_here(stages: list[Stage]) -> bool:
     """Whether this machine has every file that decides a digest: one that only the cluster sees gives another one there."""
-    folders = [weights.folder for _, _, weights in weights_of(config) if weights.folder is not None]
-    return not any(stage.missing_sources() for stage in stages) and all(Path(folder).exists() for folder in folders)
+    folders = [weights.folder for stage in stages for weights in stage.weights.values() if weights.folder is not None]
+    return not any(stage.missing() for stage in stages) and all(Path(folder).exists() for folder in folders)
 
 
-def _command(pipeline: Pipeline, only: str | None, until: str | None) -> tuple[list[str], list[Stage]]:
+def _command(graph: Graph, only: str | None, until: str | None) -> tuple[list[str], list[Stage]]:
     """Arguments of `vdg` on the cluster, and the stages that they do."""
     if only is None:
-        return ["run", CONFIG, *(["--until", until] if until else [])], pipeline.select(None, None, until)
+        return ["run", CONFIG, *(["--until", until] if until else [])], graph.select(None, None, until)
     if until is not None:
         raise UserError("--until: give it or --only, not both")
     kind = only.partition(":")[0]
     if kind not in KINDS:
         raise UserError(f"--only {only}: begin with a stage, such as 'train:semi.*'; stages are {', '.join(KINDS)}")
     pattern = [] if kind == "evaluate" else ["--only", only]
-    return [kind, CONFIG, *pattern], pipeline.select(kind, only, None)
+    return [kind, CONFIG, *pattern], graph.select(kind, only, None)
 
 
 def _paths(config: RunConfig, stages: list[Stage]) -> dict[str, str]:
     """Everything that the job reads or writes by path, by config field."""
-    paths = {"root": config.root} | {field: path for stage in stages for field, path in stage.sources.items()}
+    paths = {"root": config.root} | {field: source.path for stage in stages for field, source in stage.sources.items()}
     tracking = config.tracking.uri or ""
     if tracking.startswith("sqlite:///"):
         paths["tracking.uri"] = tracking.removeprefix("sqlite:///")

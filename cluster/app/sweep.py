@@ -2,7 +2,7 @@
 
 from cluster.app import config as configs
 from cluster.app import runner
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from cluster.errors import UserError
 
 
@@ -17,10 +17,10 @@ def cross_validate(config: str, assignments: list[str], variant: str, folds: int
         loaded = configs.load(config, [*assignments, *held_out])
         if variant not in loaded.train.variants:
             raise UserError(f"--variant {variant}: the config has {sorted(loaded.train.variants)}")
-        pipeline = Pipeline(loaded)
-        runner.run(pipeline, pipeline.select("train", f"train:{variant}.s*", None))
+        graph = Graph(loaded)
+        runner.run(graph, graph.select("train", f"train:{variant}.s*", None))
         for seed in loaded.train.seeds:
-            result = pipeline.output(pipeline.model(variant, seed)).read_json("result.json")
+            result = graph.output(graph[f"train:{variant}.s{seed}"]).read_json("result.json")
             if metric not in result:
                 raise UserError(f"--metric {metric}: the trainings report {sorted(result)}")
             values.append(result[metric])

@@ -15,7 +15,7 @@ from cluster.errors import UserError
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 PACKAGES = ("cluster", "mining", "vdg", "cir")
 CONFIG = "config.yaml"  # of the job's working folder
 ALIVE = ("PENDING", "RUNNING")

@@ -13,10 +13,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, L
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from cluster.artifacts import Stage
-
-TABLES = {"ingest": "dataset", "embed": "embeddings", "mine": "pairs", "generate": "pseudo_triplets"}
-MODELS = {"instruct": "visual delta generator", "train": "composed retrieval"}
+from cluster.stage import Stage
 
 
 def log_inputs(client: MlflowClient, experiment: str, run_id: str, stage: Stage, root: str) -> None:
@@ -28,16 +25,16 @@ def log_inputs(client: MlflowClient, experiment: str, run_id: str, stage: Stage,
     for first in range(0, len(params), 100):
         client.log_batch(run_id, params=params[first : first + 100])
     found = {ancestor.instance: (ancestor, role) for role, ancestor in _ancestors(stage)}
-    tables = [_dataset(table, role, root) for table, role in found.values() if table.kind in TABLES]
-    models = [_logged_model(client, experiment, model, root) for model, _ in found.values() if model.kind in MODELS]
+    tables = [_dataset(table, role, root) for table, role in found.values() if table.table]
+    models = [_logged_model(client, experiment, model, root) for model, _ in found.values() if model.model]
     client.log_inputs(run_id, datasets=tables, models=[LoggedModelInput(model) for model in models])
 
 
 def log_output(client: MlflowClient, experiment: str, run_id: str, stage: Stage, root: str) -> None:
     """A finished table as a dataset of its run, a finished model as its logged model."""
-    if stage.kind in TABLES:
+    if stage.table:
         client.log_inputs(run_id, datasets=[_dataset(stage, "output", root)])
-    if stage.kind in MODELS:
+    if stage.model:
         model = _logged_model(client, experiment, stage, root, run_id)
         outputs = client.get_run(run_id).outputs
         if outputs is None or model not in {output.model_id for output in outputs.model_outputs}:
@@ -50,7 +47,7 @@ def register(client: MlflowClient, experiment: str, stage: Stage, root: str, ali
     MLflow keeps aliases such as `latest` and `v2` for itself. The version's source is the logged model: a server refuses
     folders of its own machine. The URI is in a tag.
     """
-    name = f"{client.get_experiment(experiment).name}.{_name(stage)}".replace("/", "-").replace(":", "-")
+    name = f"{client.get_experiment(experiment).name}.{stage.name}".replace("/", "-").replace(":", "-")
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -91,8 +88,8 @@ def _logged_model(client: MlflowClient, experiment: str, stage: Stage, root: str
     found = client.search_logged_models([experiment], filter_string=f"tags.digest = '{stage.digest}'")
     for model in found:
         return model.model_id
-    name = re.sub(r"[^\w-]", "-", _name(stage))
-    made = client.create_logged_model(experiment, name, run_id, _identity(stage, root), model_type=MODELS[stage.kind])
+    name = re.sub(r"[^\w-]", "-", stage.name)
+    made = client.create_logged_model(experiment, name, run_id, _identity(stage, root), model_type=stage.model or "")
     return client.finalize_logged_model(made.model_id, "READY").model_id
 
 
@@ -110,12 +107,8 @@ def _ancestors(stage: Stage, prefix: str = "") -> Iterator[tuple[str, Stage]]:
 
 def _dataset(stage: Stage, role: str, root: str) -> DatasetInput:
     source = json.dumps({"uri": stage.output(root).uri})
-    dataset = Dataset(f"{TABLES[stage.kind]}/{_name(stage)}", stage.digest, source_type="local", source=source)
+    dataset = Dataset(f"{stage.table}/{stage.name}", stage.digest, source_type="local", source=source)
     return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", role)])
-
-
-def _name(stage: Stage) -> str:
-    return stage.instance.partition(":")[2]
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

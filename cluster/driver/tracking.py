@@ -14,10 +14,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
-from cluster.artifacts import Stage
-from cluster.code import git_commit
 from cluster.driver import records
 from cluster.errors import UserError
+from cluster.provenance import git_commit
+from cluster.stage import Stage
 from cluster.training.loop import METRICS, reports_of
 
 log = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ class StageRun:
         reports = reports_of(output) if output.exists(METRICS) else []
         records.log_missing_metrics(client, self.run_id, [{"step": 0, **counts}, *reports])
         records.log_output(client, tracker.experiment, self.run_id, stage, self.root)
-        if stage.kind in records.MODELS:
+        if stage.model:
             records.register(client, tracker.experiment, stage, self.root, tracker.name)
         client.set_tag(self.run_id, COMPLETE, "yes")
         client.set_terminated(self.run_id, "FINISHED")

@@ -20,9 +20,9 @@ import numpy as np
 
 from cluster.artifacts import Output, filesystem
 from cluster.config import TrainingConfig, WorkerResources
-from cluster.environment import record_environment
 from cluster.errors import UserError
 from cluster.monitor import Monitor
+from cluster.provenance import record_environment
 from cluster.training.checkpoints import BEST, WEIGHTS, State, check_world, cut_off, read_state, resume, save_checkpoint
 from cluster.training.engine import build_engine, forward_backward, process_group
 
@@ -291,3 +291,12 @@ def _validate(engine: Any, task: Task) -> dict[str, float]:
         metrics = task.validate(engine.module)
     engine.train()
     return metrics
+
+
+def unfit(field: str, training: TrainingConfig, resources: WorkerResources) -> dict[str, str]:
+    """What `Stage.check` says of a training whose batch does not divide over its workers."""
+    try:
+        training.accumulation(max(resources.workers, 1))
+    except UserError as error:
+        return {field: str(error)}
+    return {}

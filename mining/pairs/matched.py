@@ -8,8 +8,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cluster.errors import UserError
+from mining import tables
 from mining.config import IndexConfig, MatchedConfig
+from mining.features import read_mean
 from mining.neighbours import Block, Neighbours
+from mining.pairs.job import NEIGHBOURS, Mining, pairs_table
+from mining.pairs.similarities import cosines, labelled_rows
 
 COUNTED_ANCHORS = 4096  # anchors whose candidates estimate the gallery's histogram
 
@@ -82,3 +87,26 @@ class Matcher:
         for _, _, scores in self.candidates(anchors):
             counts += np.bincount(self._bin(scores[np.isfinite(scores)]), minlength=len(counts))
         return counts * (images / len(anchors))
+
+
+def write_matched(job: Mining) -> Iterator[int]:
+    """Pairs of each shard of anchors, by its own seed. Yields the number of anchors searched, shard by shard."""
+    if not job.shards:
+        return
+    ids, cosine = job.vectors(read_mean(job.embeddings))
+    matcher = matcher_of(job, ids, cosine)
+    for name, anchors in job.shards.items():
+        drawn = matcher.draw(anchors, np.random.default_rng([job.seed, tables.stable_id(name)]))
+        job.output.write_table(name, pairs_table(ids, *drawn, {}), tables.PAIRS)
+        yield len(anchors)
+
+
+def matcher_of(job: Mining, ids: np.ndarray, cosine: np.ndarray) -> Matcher:
+    """Of the images that may be mined. Raises UserError when no labelled pair is among them."""
+    labels = cosines(cosine, *labelled_rows(ids, job.labelled))
+    if not len(labels):
+        config = job.config
+        raise UserError(f"mine.triplets: no labelled pair of '{config.triplets}' has both images in gallery '{config.gallery}'")
+    matcher = Matcher(cosine, labels, job.config.matched, job.seed, job.config.index)
+    job.output.write_json(NEIGHBOURS, matcher.neighbours.report)
+    return matcher

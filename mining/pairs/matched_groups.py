@@ -3,15 +3,29 @@
 A departure from the paper, as matched pairs are; grouped, so that pseudo triplets are drawn in whole groups all the same.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from mining.pairs.matched import Matcher
-from mining.pairs.walk import GROUP_SIZE, PAIR_RANKS
+from mining.features import read_mean
+from mining.pairs.job import PAIR_RANKS, Mining, members, write_grouped
+from mining.pairs.matched import Matcher, matcher_of
+from mining.pairs.similarities import cosines
+from mining.pairs.walk import GROUP_SIZE, pairs_of, without_overlap
 
 OFFERED = 1.5  # pairs of the drawn groups for each that is kept: six of a group's nine, on average
 LEAST_PAIRS = 2  # a group with fewer is no group
+
+
+def write_groups(job: Mining) -> Iterator[int]:
+    """Drawn in one go. Yields the number of anchors searched or not needed, block by block."""
+    ids, cosine = job.vectors(read_mean(job.embeddings))
+    matcher, rng = matcher_of(job, ids, cosine), np.random.default_rng(job.seed)
+    drawn = yield from draw_groups(matcher, rng.permutation(len(ids)), job.config.matched.pairs, rng)
+    groups = without_overlap(drawn, len(ids), job.config.walk)
+    group, place = pairs_of(groups, len(ids))
+    kept = thin(matcher, cosines(cosine, *members(groups, group, place)), group, rng)
+    write_grouped(job, ids, cosine, groups, group[kept], place[kept])
 
 
 def draw_groups(
@@ -43,8 +57,8 @@ def _draw(matcher: Matcher, rows: np.ndarray, columns: np.ndarray, scores: np.nd
         noisy = np.log(matcher.probability(scores)) + rng.gumbel(size=scores.shape)
     best = np.argpartition(-noisy, GROUP_SIZE - 2, axis=1)[:, : GROUP_SIZE - 1]
     best = np.take_along_axis(best, np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable"), 1)
-    members = np.hstack([rows[:, None], np.take_along_axis(columns, best, 1)])
-    return members[np.isfinite(np.take_along_axis(noisy, best, 1)).all(axis=1)]
+    groups = np.hstack([rows[:, None], np.take_along_axis(columns, best, 1)])
+    return groups[np.isfinite(np.take_along_axis(noisy, best, 1)).all(axis=1)]
 
 
 def thin(matcher: Matcher, similarities: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:

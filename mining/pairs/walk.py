@@ -4,15 +4,41 @@ A group is a row int [6] of a numpy array, rows of the gallery: the anchor first
 """
 
 from array import array
+from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from cluster.artifacts import Output
 from mining.config import WalkConfig
+from mining.excluded import ORIGIN
 from mining.neighbours import Neighbours
+from mining.pairs.job import NEIGHBOURS, PAIR_RANKS, Mining, write_grouped
 
-GROUP_SIZE = 6  # images of a group, the anchor included; the pairs below need all six
-# (reference rank, target rank) within a group, as in every full CIRR subset (PAPER.md section 2.1)
-PAIR_RANKS = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0))
+GROUP_SIZE = 6  # images of a group, the anchor included; its nine pairs need all six
+CANDIDATES = "candidates"  # folder of the groups before the overlap rule: what a killed walk goes on from
+_CANDIDATE = pa.schema([("rows", pa.list_(pa.int32(), GROUP_SIZE))])  # of the images that may be mined
+
+
+def write_walked(job: Mining) -> Iterator[int]:
+    """Groups of all anchors, then their pairs. Yields the number of anchors searched, block by block."""
+    ids, vectors = job.vectors(ORIGIN)
+    if job.shards:
+        neighbours = Neighbours(vectors, job.config.walk.top, job.config.index, job.seed)
+        job.output.write_json(NEIGHBOURS, neighbours.report)
+        for name, anchors in job.shards.items():
+            rows = pa.FixedSizeListArray.from_arrays(groups_of(neighbours, anchors, job.config.walk).ravel(), GROUP_SIZE)
+            job.output.write_table(f"{CANDIDATES}/{name}", pa.table([rows], schema=_CANDIDATE), _CANDIDATE)
+            yield len(anchors)
+    groups = without_overlap(shuffled(_candidates(job.output), len(ids), job.seed), len(ids), job.config.walk)
+    write_grouped(job, ids, vectors, groups, *pairs_of(groups, len(ids)))
+
+
+def _candidates(output: Output) -> np.ndarray:
+    """Groups int32 [m, 6] of all anchors, in the order of the anchors."""
+    parts = [output.read_table(f"{CANDIDATES}/{name}", _CANDIDATE)["rows"] for name in output.names(CANDIDATES)]
+    return np.concatenate([pc.list_flatten(rows).to_numpy() for rows in parts]).reshape(-1, GROUP_SIZE)
 
 
 def groups_of(neighbours: Neighbours, anchors: np.ndarray, config: WalkConfig) -> np.ndarray:

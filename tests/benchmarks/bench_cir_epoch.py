@@ -18,14 +18,12 @@ from timing import interleaved
 from cir.config import VariantConfig
 from cir.tasks.triplets import CirTask
 from cluster.artifacts import Output
-from cluster.config import EmbedResources
 from cluster.devices import device
 from cluster.driver import session
-from cluster.monitor import Silent
 from mining import tables
-from mining.config import EmbedConfig, TowerConfig, ViewsConfig
-from mining.embed import embed_gallery
+from mining.config import TowerConfig, ViewsConfig
 from mining.features import Features, Online
+from tests.stages import embed_gallery
 
 PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train" / "part-00000.parquet"
 TOWER = TowerConfig(
@@ -63,8 +61,7 @@ def build(folder: Path) -> tuple[CirTask, CirTask]:
     ]
     triplets.write_table("part-00000.parquet", pa.Table.from_pylist(labelled, tables.TRIPLETS), tables.TRIPLETS)
     views = ViewsConfig(count=2)
-    embed = EmbedConfig(towers={"photo": TOWER})
-    embed_gallery(embeddings, gallery, "photo", embed, views, EmbedResources(), Silent())
+    embed_gallery(embeddings, gallery, TOWER, views)
     cached = CirTask(Features(embeddings), triplets, None, VARIANT)
     online = Online((gallery,), TOWER, ViewsConfig(online=True))
     return cached, replace(cached, features=Features(embeddings, online))

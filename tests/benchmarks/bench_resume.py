@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 from cluster.app.config import load
-from cluster.artifacts import Output, Stage
+from cluster.artifacts import Output
 from cluster.config import EmbedResources
 from cluster.driver import session
 from cluster.monitor import Silent
-from mining.config import EmbedConfig, GalleryConfig, IngestConfig, ViewsConfig
-from mining.embed import embed_gallery
-from mining.gallery import ingest_gallery
+from mining.config import GalleryConfig, IngestConfig, ViewsConfig
+from mining.embed import Embed
+from tests.stages import given, ingest_gallery
 
 PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train"
 SHARD = 32  # 92 shards of 2,936 photos; each gives a part a view
@@ -25,18 +25,13 @@ RESOURCES = EmbedResources(actors=1, decode_cpus=0.5)
 
 def main() -> None:
     """Print the ratio of the two times."""
-    config = EmbedConfig(towers={"photo": load("grocery", []).embed.towers["photo"]})
     with tempfile.TemporaryDirectory() as folder:
         session.start(session.RayConfig(num_cpus=2), Path(folder) / "log.txt")
         gallery = Output(f"{folder}/gallery")
         options = IngestConfig(galleries={}, triplets={}, shard_rows=SHARD)
         ingest_gallery(gallery, "bench", GalleryConfig(images=str(PHOTOS)), options, RESOURCES, Silent())
-        stage = Stage(
-            "embed:bench",
-            1,
-            {},
-            lambda output, monitor: embed_gallery(output, gallery, "photo", config, VIEWS, RESOURCES, monitor),
-        )
+        tower = load("grocery", []).embed.towers["photo"]
+        stage = Embed(name="photo.bench", gallery=given(gallery), tower=tower, views=VIEWS, resources=RESOURCES)
 
         def seconds() -> float:
             began = time.perf_counter()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from safetensors.numpy import load
 
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from cluster.driver import lease
 from cluster.training.checkpoints import WEIGHTS
 from cluster.training.loop import METRICS
@@ -85,7 +85,7 @@ def undisturbed(config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "root"
 
 
-def assert_same(found: Pipeline, expected: Pipeline) -> None:
+def assert_same(found: Graph, expected: Graph) -> None:
     """Embeddings, pairs and deltas; the generator's curve and weights; every manifest, and no lease."""
     stages = found.select(None, None, "generate")
     for output in map(found.output, stages):

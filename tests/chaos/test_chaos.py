@@ -15,7 +15,7 @@ import pytest
 from rich.table import Table
 
 from cluster.app import config as configs
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from cluster.artifacts import Output
 from cluster.driver import lease
 from cluster.driver.progress import console
@@ -68,9 +68,9 @@ def test_a_kill_changes_no_table(
     after, pause = int(rng.integers(LATEST[stage])), rng.uniform(0, 0.01)
     root = shutil.copytree(undisturbed, tmp_path / "root")
     shutil.rmtree(root / stage)
-    pipeline, expected = (Pipeline(configs.load(config, [f"root={path}"])) for path in (root, undisturbed))
-    of_stage = {"embed": pipeline.embeddings("photo", "photos"), "instruct": pipeline.generator()}
-    output = pipeline.output(of_stage.get(stage, pipeline.pseudo_triplets()))
+    graph, expected = (Graph(configs.load(config, [f"root={path}"])) for path in (root, undisturbed))
+    of_stage = {"embed": graph["embed:photo.photos"], "instruct": graph["instruct:vdg"]}
+    output = graph.output(of_stage.get(stage, graph["generate:photos"]))
     count = counter(output)
 
     def ready() -> bool:
@@ -91,4 +91,4 @@ def test_a_kill_changes_no_table(
         assert start(config, str(root), log).wait(LIMIT) == 0, log.read_text()
     finished = "the same command" if status else "Ray's own retry"
     outcomes.append((kind, str(seed), stage, str(after), finished, f"{time.monotonic() - began:.0f}"))
-    assert_same(pipeline, expected)
+    assert_same(graph, expected)

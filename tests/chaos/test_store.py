@@ -10,8 +10,8 @@ import pytest
 from pyarrow import fs as pafs
 
 from cluster.app import config as configs
+from cluster.app.graph import Graph
 from cluster.app.outputs import outputs, remove
-from cluster.app.pipeline import Pipeline
 from cluster.artifacts import Output, filesystem
 from cluster.driver import lease
 from cluster.errors import UserError
@@ -44,8 +44,8 @@ def test_a_run_killed_in_training_goes_on_from_its_checkpoint(
     store: str, config: str, undisturbed: Path, tmp_path: Path
 ) -> None:
     log, tracking = tmp_path / "log", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
-    pipeline, expected = (Pipeline(configs.load(config, [f"root={root}"])) for root in (store, undisturbed))
-    system, base = filesystem(pipeline.output(pipeline.generator()).uri)
+    graph, expected = (Graph(configs.load(config, [f"root={root}"])) for root in (store, undisturbed))
+    system, base = filesystem(graph.output(graph["instruct:vdg"]).uri)
 
     def has_checkpoint() -> bool:
         return system.get_file_info(f"{base}/checkpoints/checkpoint_manager_snapshot.json").is_file
@@ -54,7 +54,7 @@ def test_a_run_killed_in_training_goes_on_from_its_checkpoint(
     assert kill_when(lambda: [psutil.Process(driver.pid)], has_checkpoint, lambda: driver.poll() is None), log.read_text()
     assert driver.wait(LIMIT) == -signal.SIGKILL
     assert start(config, store, log, tracking).wait(LIMIT) == 0, log.read_text()
-    assert_same(pipeline, expected)
+    assert_same(graph, expected)
     assert all(found.finished for found in outputs(store))
     assert start(config, store, log, tracking).wait(LIMIT) == 0
     assert "0 of" in log.read_text().splitlines()[-1]

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, BlipForImageTextRetrieval, BlipImageProc
 from cir.benchmarks import triplets
 from cir.compose import Composer, load_cir
 from cir.config import EvaluateConfig, VariantConfig
-from cir.evaluate import RANKINGS, evaluate
+from cir.evaluate import RANKINGS
 from cir.models.blip import BlipRetrieval
 from cir.select import Pseudo
-from cir.train import cir_task, train_cir
+from cir.train import cir_task
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
 from cluster.errors import UserError
@@ -29,6 +29,7 @@ from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.features import Features, Pixels
 from tests.cir import world
+from tests.stages import evaluate, train_cir
 
 TEXTS = ["make it red", "a much longer delta that asks for a green cone", "in blue", "no label " * 30]
 

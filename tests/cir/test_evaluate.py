@@ -12,9 +12,8 @@ from safetensors.numpy import save
 from cir.benchmarks import cirr, triplets
 from cir.benchmarks.triplets import check_attributes
 from cir.config import EvaluateConfig, TextTower
-from cir.evaluate import RANKINGS, evaluate
+from cir.evaluate import RANKINGS
 from cir.select import Pseudo
-from cir.train import train_cir
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
 from cluster.errors import UserError
@@ -23,6 +22,7 @@ from mining import tables
 from mining.gallery import GROUPS
 from tests.cir import world
 from tests.cir.benchmarks import official
+from tests.stages import evaluate, train_cir
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ import pytest
 
 from cir.compose import Composer, target_side
 from cir.config import ScoreConfig
-from cir.score import Scoring, score_round_trip
-from cir.train import train_cir
+from cir.score import Scoring
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
 from cluster.monitor import Silent
 from mining import tables
 from mining.features import Features
 from tests.cir import world
+from tests.stages import score_round_trip, train_cir
 
 
 @pytest.fixture(scope="module")

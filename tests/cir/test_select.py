@@ -8,12 +8,13 @@ import pyarrow as pa
 import pytest
 
 from cir.config import PseudoSelection
-from cir.select import Pseudo, chosen, select, select_confident, with_own_deltas
+from cir.select import Pseudo, chosen, select
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.monitor import Silent
 from mining import tables
 from tests.cir import world
+from tests.stages import select_confident, with_own_deltas
 
 
 def pseudo(count: int, grouped: int | None = 9) -> pa.Table:

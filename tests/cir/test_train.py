@@ -12,13 +12,13 @@ from safetensors.torch import load
 from cir.compose import load_cir
 from cir.config import VariantConfig
 from cir.select import Pseudo
-from cir.train import train_cir
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Silent
 from mining.features import Features, read_mean
 from tests.cir import world
+from tests.stages import train_cir
 
 LOCAL = WorkerResources(workers=0)
 

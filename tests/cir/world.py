@@ -10,13 +10,11 @@ import pyarrow as pa
 
 from cir.config import VariantConfig
 from cluster.artifacts import Output
-from cluster.config import EmbedResources
-from cluster.monitor import Silent
 from cluster.weights import Weights
 from mining import tables
-from mining.config import EmbedConfig, TowerConfig, ViewsConfig
-from mining.embed import embed_gallery
+from mining.config import TowerConfig, ViewsConfig
 from mining.features import Features, Online
+from tests.stages import embed_gallery
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow"]
 SHAPES = ["ball", "cube", "cone", "ring"]
@@ -101,8 +99,7 @@ def blip_features(folder: Path, tower: TowerConfig) -> Features:
     images = Output(str(folder / "pictures"))
     images.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)
     output = Output(str(folder / "projected"))
-    config = EmbedConfig(towers={"blip": tower}, batch_size=16)
-    embed_gallery(output, images, "blip", config, ViewsConfig(), EmbedResources(), Silent())
+    embed_gallery(output, images, tower, ViewsConfig())
     views = ViewsConfig(crop=(0.9, 1.0), flip=0.5, jitter=0.0, rand_augment=(2, 5))
     return Features(output, Online((images,), tower, views))
 
@@ -196,7 +193,6 @@ def photo_features(folder: Path, photos: list[tuple[str, bytes]], views: int) ->
     rows = [{"image_id": i, "key": key, "image": content} for i, (key, content) in zip(ids, photos, strict=True)]
     images = Output(str(folder / "photos"))
     images.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)
-    cached, config = ViewsConfig(count=views), EmbedConfig(towers={"photo": tower}, batch_size=16)
     output = Output(str(folder / "photo-embeddings"))
-    embed_gallery(output, images, "photo", config, cached, EmbedResources(), Silent())
+    embed_gallery(output, images, tower, ViewsConfig(count=views))
     return Features(output, Online((images,), tower, ViewsConfig(online=True)))

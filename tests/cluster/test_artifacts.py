@@ -6,10 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cluster.artifacts import MANIFEST, Output, Stage, fingerprint
-from cluster.environment import record_environment
+from cluster.artifacts import MANIFEST, Output, fingerprint
 from cluster.errors import UserError
 from cluster.monitor import Monitor
+from cluster.provenance import record_environment
+from cluster.stage import Stage
+from tests.stages import simple
 
 SCHEMA = pa.schema([("n", pa.int64())])
 
@@ -20,7 +22,7 @@ def numbers(output: Output, monitor: Monitor) -> None:
 
 def stage(**changes: object) -> Stage:
     fields: dict = {"instance": "mine:a", "version": 1, "settings": {"k": 1}, "work": numbers} | changes
-    return Stage(**fields)
+    return simple(**fields)
 
 
 def test_digest_follows_from_settings_version_parents_and_sources(tmp_path: Path) -> None:
@@ -138,4 +140,4 @@ def test_outputs_work_on_a_filesystem_uri(tmp_path: Path, monitor: Monitor) -> N
 def test_fingerprint_of_a_missing_source(tmp_path: Path) -> None:
     assert fingerprint(str(tmp_path / "none")) is None
     missing = stage(sources={"ingest.images": str(tmp_path / "none")})
-    assert missing.missing_sources() == {"ingest.images": str(tmp_path / "none")}
+    assert missing.missing() == {"ingest.images": f"{tmp_path / 'none'} does not exist; correct the path or bring the files"}

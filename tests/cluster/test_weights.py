@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import Section
+from cluster.config import Section, content_of
 from cluster.errors import UserError
-from cluster.weights import Weights, content_identity, sha256_of
+from cluster.weights import Weights, sha256_of
 
 
 def test_exactly_one_source() -> None:
@@ -88,8 +88,8 @@ def test_a_digest_takes_identities_and_a_saved_config_the_paths(tmp_path: Path) 
     (tmp_path / "w.bin").write_bytes(b"weights")
     weights = Weights(folder=str(tmp_path))
     towers = Towers(towers={"a": Tower(size=1, weights=weights), "b": Tower(size=2, weights=None)})
-    assert content_identity(towers) == {
+    assert content_of(towers) == {
         "towers": {"a": {"size": 1, "weights": json.loads(json.dumps(weights.identity()))}, "b": {"size": 2, "weights": None}}
     }
-    assert str(tmp_path) not in json.dumps(content_identity(towers))
+    assert str(tmp_path) not in json.dumps(content_of(towers))
     assert Towers.model_validate(towers.model_dump(mode="json")) == towers

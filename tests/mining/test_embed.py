@@ -8,14 +8,14 @@ from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.weights import Weights
-from mining.config import EmbedConfig, GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
-from mining.embed import embed_gallery
+from mining.config import GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
 from mining.embeddings import plain_parts, read_part
 from mining.features import Features, Online, read_mean
-from mining.gallery import ingest_gallery, keys
+from mining.gallery import keys
 from tests.chaos.killing import assert_same_embeddings, killing
+from tests.stages import embed_gallery, ingest_gallery
 
-RESOURCES = EmbedResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2)
+RESOURCES = EmbedResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2, batch_size=4)
 VIEWS = ViewsConfig(count=3)
 
 
@@ -33,7 +33,7 @@ def gallery(ray_session: None, photo_folder: Path, tmp_path: Path, monitor: Moni
 
 def embed(gallery: Output, tower: TowerConfig, folder: Path, monitor: Monitor, views: ViewsConfig = VIEWS) -> Output:
     output = Output(str(folder))
-    embed_gallery(output, gallery, "t", EmbedConfig(towers={"t": tower}, batch_size=4), views, RESOURCES, monitor)
+    embed_gallery(output, gallery, tower, views, RESOURCES, monitor)
     return output
 
 

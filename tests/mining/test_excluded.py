@@ -12,9 +12,9 @@ from cluster.errors import UserError
 from mining import tables
 from mining.config import MineConfig
 from mining.excluded import LISTING, Excluded, Guard, find_excluded
-from mining.mine import mine_pairs
 from tests.conftest import Recorder
 from tests.mining.test_mine import clustered, embeddings
+from tests.stages import mine_pairs
 
 IMAGES = 200
 WALK = MineConfig(gallery="g", tower="t")

@@ -9,8 +9,9 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from mining import tables
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig
-from mining.gallery import GROUPS, image_bytes, ingest_captions, ingest_gallery, ingest_triplets, keys, read_images
+from mining.gallery import GROUPS, image_bytes, keys, read_images
 from mining.sources import BytesReader
+from tests.stages import ingest_captions, ingest_gallery, ingest_triplets
 
 RESOURCES = DecodeResources(decode_tasks=2)
 OPTIONS = IngestConfig(galleries={}, triplets={}, shard_rows=10)

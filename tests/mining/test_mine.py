@@ -16,12 +16,14 @@ from mining.embed import _schema, _to_table
 from mining.embeddings import INFO, MEAN
 from mining.features import centred
 from mining.indexes import kind_for
-from mining.mine import CANDIDATES, NEIGHBOURS, mine_pairs, random_pairs
 from mining.neighbours import Neighbours, blocks_of
+from mining.pairs.job import NEIGHBOURS
 from mining.pairs.matched import Matcher
+from mining.pairs.random import random_pairs
 from mining.pairs.similarities import SIMILARITIES
-from mining.pairs.walk import PAIR_RANKS, groups_of, shuffled, without_overlap
+from mining.pairs.walk import CANDIDATES, PAIR_RANKS, groups_of, shuffled, without_overlap
 from tests.conftest import Recorder
+from tests.stages import mine_pairs
 
 WALK = MineConfig(gallery="g", tower="t")
 MATCHED = MineConfig(gallery="g", tower="t", method="matched", triplets="t", matched=MatchedConfig(pairs=300), part_rows=100)
@@ -121,7 +123,6 @@ def test_the_gpu_of_the_process_searches_where_faiss_is_built_for_it(monkeypatch
 def test_auto_takes_the_index_of_the_size() -> None:
     kinds = [kind_for(IndexConfig(), rows) for rows in (6, 200_000, 200_001, 1_000_000, 1_000_001)]
     assert kinds == ["exact", "exact", "ivf", "ivf", "ondisk"]
-    assert MineConfig(gallery="g", tower="t").model_dump(mode="json").keys().isdisjoint({"index"})
 
 
 def test_exact_copies_do_not_hide_an_image_from_its_neighbours() -> None:

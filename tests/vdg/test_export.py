@@ -11,9 +11,8 @@ from cluster.artifacts import Output
 from cluster.training.checkpoints import WEIGHTS
 from mining.features import Features, copy_mean
 from vdg.backbones import build
-from vdg.config import DESCRIPTION
+from vdg.description import DESCRIPTION, describe
 from vdg.export import export_generator
-from vdg.train import describe
 
 
 def test_the_lora_loads_with_peft_alone(embeddings, vdg, language_model, tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ from cluster.training.checkpoints import WEIGHTS
 from mining import tables
 from mining.features import Features, copy_mean, read_mean
 from tests.chaos.killing import assert_same_table, killing
+from tests.stages import generate
 from vdg.agreement import medoid
 from vdg.backbones import build, load_generator
-from vdg.config import DESCRIPTION, GenerateConfig
-from vdg.generate import Generation, PartGenerator, generate
-from vdg.train import describe
+from vdg.config import GenerateConfig
+from vdg.description import DESCRIPTION, describe
+from vdg.generate import Generation, PartGenerator
 
 CONFIG = GenerateConfig(batch_size=3, temperature=2.0, max_new_tokens=7)
 PARTS = ["part-00000.parquet", "part-00001.parquet"]

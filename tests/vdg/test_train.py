@@ -17,11 +17,12 @@ from cluster.training.checkpoints import WEIGHTS
 from cluster.training.loop import METRICS, train
 from mining import tables
 from mining.features import Features, read_mean
+from tests.stages import align, instruct
 from vdg.backbones import build, load_generator, make_inputs
 from vdg.backbones.base import Backbone
 from vdg.config import AlignConfig, GenerateConfig, InstructConfig
-from vdg.data import InstructTask
-from vdg.train import align, describe, instruct
+from vdg.description import describe
+from vdg.instruct import InstructTask
 
 TOKENS, DIM = 2, 8  # of the `embeddings` fixture
 

@@ -5,12 +5,14 @@ import torch
 from safetensors.torch import load
 
 from cluster.artifacts import Output
+from cluster.config import TrainingConfig
+from cluster.devices import uses_bf16
 from cluster.training.checkpoints import WEIGHTS, load_trained
 from mining.features import read_mean
 from vdg.backbones.base import Backbone, Inputs
 from vdg.backbones.features import FeatureBackbone, FeatureInputs
 from vdg.backbones.image_text import ImageTextBackbone, ImageTextInputs
-from vdg.config import Description, read_description
+from vdg.description import Description, read_description
 
 _BACKBONES: dict[str, type[FeatureBackbone] | type[ImageTextBackbone]] = {
     "features": FeatureBackbone,
@@ -42,3 +44,9 @@ def load_generator(model: Output, device: str = "cpu", dtype: torch.dtype = torc
     generator.merge()
     mean = read_mean(model) if description.vdg.backbone == "features" else None
     return generator.to(device, dtype).eval(), make_inputs(description, mean)
+
+
+def build_for_training(description: Description, training: TrainingConfig) -> Backbone:
+    """A generator to train, its frozen model in the precision and over the ranks that training says."""
+    dtype = torch.bfloat16 if uses_bf16(training.precision) else torch.float32
+    return build(description, dtype, partitioned=training.zero_stage == 3)

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from mining.features import centred
 from vdg.backbones.base import Backbone, Batch, collate, with_lora
-from vdg.config import Description, VdgConfig
+from vdg.config import VdgConfig
+from vdg.description import Description
 from vdg.language import load_language_model, load_tokenizer
 from vdg.prompts import IMAGE, INSTRUCTIONS, answer_ids, caption_prompt, pair_prompt
 

@@ -13,7 +13,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from vdg.backbones.base import Backbone, Batch, collate, with_lora
-from vdg.config import Description, VdgConfig
+from vdg.config import VdgConfig
+from vdg.description import Description
 from vdg.language import load_image_text_model, load_processor
 from vdg.prompts import answer_ids, conversation
 

@@ -62,13 +62,13 @@ def track(config: Config, assignments: Set = []) -> None:  # noqa: B006
     """Write into MLflow what it lacks of the run's finished stages; done again, it changes nothing."""
     from mlflow.exceptions import MlflowException
 
-    from cluster.app.pipeline import Pipeline
+    from cluster.app.graph import Graph
     from cluster.app.runner import tracking_uri
     from cluster.driver.tracking import Tracker
 
-    pipeline = Pipeline(configs.load(config, assignments))
-    run, uri = pipeline.config, tracking_uri(pipeline.config)
-    finished = [stage for stage in pipeline.stages if pipeline.output(stage).manifest() is not None]
+    graph = Graph(configs.load(config, assignments))
+    run, uri = graph.config, tracking_uri(graph.config)
+    finished = [stage for stage in graph.stages if graph.output(stage).manifest() is not None]
     if not finished:
         raise UserError(f"{run.name}: no stage is finished below {Output(run.root).uri}; `vdg run {config}` does them")
     tracker = Tracker(uri, run.tracking.experiment, run.name, run.model_dump(mode="json"), again=True)

@@ -22,11 +22,11 @@ def fetch_weights(
     every_node: Annotated[bool, typer.Option("--every-node", help="on each node of resources.ray.address")] = False,
 ) -> None:
     """Fetch the hub weights that a config names, and check that its packages and folders are there."""
-    from cluster.app.checks import weights_of
+    from cluster.app.graph import Graph
     from cluster.driver import fetch, session
 
     loaded = configs.load(config, assignments)
-    fields = {field: weights for _, field, weights in weights_of(loaded)}
+    fields = {field: weights for stage in Graph(loaded).stages for field, weights in stage.weights.items()}
     if every_node:
         session.start(loaded.resources.ray)
         found = fetch.fetch_on_every_node(list(fields.values()), cache)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jinja2
 
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from cluster.app.report import words
 from cluster.app.report.data import collect
 from cluster.app.report.plots import PALETTE, draw
@@ -13,7 +13,7 @@ from cluster.artifacts import Output
 TEMPLATE = "report.html.j2"
 
 
-def write_report(pipeline: Pipeline, folder: Output) -> None:
+def write_report(graph: Graph, folder: Output) -> None:
     """Write `report.html` into a run's folder; every stage of the run is finished."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -23,6 +23,6 @@ def write_report(pipeline: Pipeline, folder: Output) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {name: getattr(words, name) for name in ("count", "signed", "interval", "duration")}
-    report = collect(pipeline)
+    report = collect(graph)
     page = environment.get_template(TEMPLATE).render(report=report, charts=draw(report), palette=PALETTE)
     folder.write_bytes("report.html", page.encode())

@@ -13,11 +13,12 @@ from PIL import Image
 
 from cir.train import MODEL
 from cluster.app.config import PRESETS, RunConfig, load
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
 from cluster.app.report.results import Results, collect_results, headline
-from cluster.artifacts import MANIFEST, Output, Stage, below, filesystem
-from cluster.training.loop import reports_of
+from cluster.artifacts import MANIFEST, Output, below, filesystem
+from cluster.stage import Stage
+from cluster.training.loop import METRICS, reports_of
 from mining.gallery import read_images
 from mining.images import decode
 
@@ -82,13 +83,13 @@ class Report:
 
 
 class _Run:
-    """A pipeline whose stages are finished."""
+    """A graph whose stages are finished."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline, self.config = pipeline, pipeline.config
-        self.stages = {stage.instance: stage for stage in pipeline.stages}
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.config = graph, graph.config
+        self.stages = {stage.instance: stage for stage in graph.stages}
         self.manifests: dict[str, dict[str, Any]] = {
-            instance: pipeline.output(stage).read_json(MANIFEST) for instance, stage in self.stages.items()
+            instance: graph.output(stage).read_json(MANIFEST) for instance, stage in self.stages.items()
         }
 
     def find(self, kind: str) -> Stage | None:
@@ -98,18 +99,18 @@ class _Run:
 
     def output(self, instance: str) -> Output:
         """The output of an instance."""
-        return self.pipeline.output(self.stages[instance])
+        return self.graph.output(self.stages[instance])
 
 
-def collect(pipeline: Pipeline) -> Report:
+def collect(graph: Graph) -> Report:
     """Everything that the page shows. Reads the images shown and no others."""
-    run = _Run(pipeline)
+    run = _Run(graph)
     results = _results(run)
     mined, generated, retrieval = _mined(run), _generated(run, results), _retrieval(run, results)
     shown = [image for section in (mined, generated, retrieval) if section for image in section.image_ids()]
     return Report(
         name=run.config.name,
-        date=_finished(pipeline.output(pipeline.evaluation)),
+        date=_finished(graph.output(graph.evaluation)),
         results=results,
         mined=mined,
         generated=generated,
@@ -142,7 +143,7 @@ def _mined(run: _Run) -> Mined | None:
     if (stage := run.find("mine")) is None:
         return None
     total = run.manifests[stage.instance]["rows"]
-    return collect_mined(run.pipeline.output(stage), total, run.config.report.examples, _rng(run, 0))
+    return collect_mined(run.graph.output(stage), total, run.config.report.examples, _rng(run, 0))
 
 
 def _generated(run: _Run, results: Results) -> Generated | None:
@@ -150,7 +151,7 @@ def _generated(run: _Run, results: Results) -> Generated | None:
         return None
     top_fraction = run.config.train.variant(results.best.name).selection.top_fraction if results.best else None
     return collect_generated(
-        run.pipeline.output(stage),
+        run.graph.output(stage),
         run.output(f"ingest:{run.config.instruct.triplets}"),
         run.manifests[stage.instance],
         top_fraction,
@@ -185,7 +186,7 @@ def _thumbnail(content: bytes) -> str:
 
 
 def _curves(run: _Run) -> Curves:
-    logs = {i: _log(run.pipeline.output(s)) for i, s in run.stages.items() if s.kind in ("align", "instruct", "train")}
+    logs = {i: _log(run.output(i)) for i in run.stages if run.output(i).exists(METRICS)}
     variants = {v: [logs[f"train:{v}.s{seed}"] for seed in run.config.train.seeds] for v in run.config.train.variants}
     names = dict.fromkeys(n for log in logs.values() for point in log.values() for n in point if n.startswith("val_"))
     alone = {kind: _curve(kind, [logs[s.instance]], "loss") for kind in ("align", "instruct") if (s := run.find(kind))}

@@ -13,10 +13,11 @@ import pytest
 
 from cir.benchmarks.benchmark import Benchmark, Protocol
 from cir.config import EvaluateConfig
-from cir.evaluate import RANKINGS, evaluate_given
+from cir.evaluate import RANKINGS
 from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.monitor import Silent
+from tests.stages import evaluate_given
 
 COCO_IMAGES = 123_403
 

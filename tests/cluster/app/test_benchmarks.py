@@ -6,7 +6,7 @@ import pytest
 
 from cir.benchmarks import cirr
 from cluster.app import config as configs
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from tests.cir.benchmarks import official
 from tests.cluster.app.test_cli import fail, invoke
 
@@ -28,9 +28,9 @@ def test_random_embeddings_give_cirrs_closed_form(tmp_path: Path, ray_session: N
         f"evaluate.embeddings={file}",
     ]
     shown = invoke("evaluate", "grocery", *arguments(*given))
-    pipeline = Pipeline(configs.load("grocery", [*TRIPLETS_OFF, *given]))
-    assert [stage.instance for stage in pipeline.stages] == ["ingest:queries", "evaluate:all"]
-    output = pipeline.output(pipeline.evaluation)
+    graph = Graph(configs.load("grocery", [*TRIPLETS_OFF, *given]))
+    assert [stage.instance for stage in graph.stages] == ["ingest:queries", "evaluate:all"]
+    output = graph.output(graph.evaluation)
     found, count = official.means(output), len(benchmark.queries)
     restricted = benchmark.protocols[1]
     for suffix, images in (("", 2297), (f" ({restricted.label})", 2265)):
@@ -75,7 +75,7 @@ def test_missing_files_are_named_before_any_work(tmp_path: Path) -> None:
         f"root={tmp_path}/root",
     ]
     message = fail("evaluate", "grocery", *arguments(*given))
-    assert f"evaluate.annotations (val.json): {tmp_path}/annotations/val.json does not exist" in message
+    assert f"evaluate.annotations: {tmp_path}/annotations/val.json does not exist" in message
     assert f"{tmp_path}/COCO2017_unlabeled/annotations/image_info_unlabeled2017.json does not exist" in message
     assert not (tmp_path / "root").exists()
 
@@ -84,7 +84,7 @@ def test_the_same_models_are_scored_on_another_benchmark(tmp_path: Path) -> None
     folder = official.annotations("fashioniq")
     given = ["evaluate.benchmark=fashioniq", f"evaluate.annotations={folder}", f"evaluate.images={tmp_path}"]
     before, after = (
-        {stage.instance: stage.digest for stage in Pipeline(configs.load("grocery", assignments)).stages}
+        {stage.instance: stage.digest for stage in Graph(configs.load("grocery", assignments)).stages}
         for assignments in ([], [*TRIPLETS_OFF, *given])
     )
     changed = {instance for instance in before if before[instance] != after[instance]}
@@ -101,5 +101,5 @@ def test_the_same_models_are_scored_on_another_benchmark(tmp_path: Path) -> None
 )
 def test_text_rows_need_the_other_side_of_the_image_tower(text: str, shared: bool) -> None:
     tower = "embed.towers.photo={library: open_clip, model: ViT-B-32, weights: {hub: a/clip, revision: x}}"
-    pipeline = Pipeline(configs.load("grocery", [tower, f"train.text={text}"]))
-    assert (pipeline.evaluation.settings["text"] is not None) is shared
+    graph = Graph(configs.load("grocery", [tower, f"train.text={text}"]))
+    assert ("text" in graph.evaluation.settings) is shared

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.app.config import RunConfig, content_of, load
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph, Sources
 from cluster.errors import UserError
 
 TOWER = (
@@ -25,27 +25,16 @@ def blip(*assignments: str) -> RunConfig:
 
 
 def test_blip_takes_pixels_of_every_gallery_it_is_trained_on() -> None:
-    pipeline = Pipeline(blip())
-    features, parents = pipeline.features("blip", "photos", "catalogue", pixels=True)
-    assert features.online is not None
-    assert [output.uri for output in features.online.galleries] == [
-        pipeline.output(pipeline.gallery(name)).uri for name in ("photos", "catalogue")
-    ]
-    assert list(parents) == ["embeddings.photos", "embeddings.catalogue"]
-    assert pipeline.features("blip", "photos")[0].online is None
-    assert "embed:blip.photos" in {stage.instance for stage in pipeline.stages}
+    seen = Sources(blip()).seen("blip", "photos", "catalogue", pixels=True)
+    assert [stage.instance for stage in seen["embeddings"]] == ["embed:blip.photos", "embed:blip.catalogue"]
+    assert [stage.instance for stage in seen["galleries"]] == ["ingest:photos", "ingest:catalogue"]
+    assert Sources(blip()).seen("blip", "photos")["galleries"] == ()
+    assert "embed:blip.photos" in {stage.instance for stage in Graph(blip()).stages}
 
 
 def test_blip_needs_a_projected_tower() -> None:
     with pytest.raises(UserError, match=r"model 'blip' needs a train.tower with output: projected.*'photo' has output: pooled"):
         blip("train.tower=photo")
-
-
-def test_rand_augment_that_is_off_leaves_digests_as_they_were() -> None:
-    settings = Pipeline(load("grocery", [])).embeddings("photo", "photos").settings
-    assert "rand_augment" not in settings["views"]
-    on = Pipeline(load("grocery", ["embed.views.rand_augment=[2, 5]"])).embeddings("photo", "photos").settings
-    assert on["views"]["rand_augment"] == [2, 5]
 
 
 @pytest.mark.parametrize(("extends", "said"), [("a.yaml", "comes back to itself"), ("5", "found 5"), ("null", "found None")])

@@ -7,7 +7,7 @@ import yaml
 
 from cluster.app import config as configs
 from cluster.app import runner
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from mining import tables
 from mining.gallery import keys
 from tests.cir.benchmarks import official
@@ -30,14 +30,14 @@ def test_images_named_as_cirrs_are_not_mined(
     }
     content["mine"]["exclude"] = {"cirr": {"annotations": official.annotations("cirr")}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
-    pipeline = Pipeline(configs.load(str(tmp_path / "run.yaml"), []))
-    runner.run(pipeline, pipeline.select("mine", None, None))
-    mined = pipeline.output(pipeline.pairs)
+    graph = Graph(configs.load(str(tmp_path / "run.yaml"), []))
+    runner.run(graph, graph.select("mine", None, None))
+    mined = graph.output(graph["mine:photos"])
     manifest = mined.manifest()
     assert manifest is not None
     assert manifest["rejects"] == {"excluded_name": 2, "excluded_prefix": 1}
     assert {key.rpartition("/")[2] for key in mined.rejects()["key"].to_pylist()} == set(held_out)
-    known = {image_id: key for key, image_id in keys(pipeline.output(pipeline.gallery("photos"))).items()}
+    known = {image_id: key for key, image_id in keys(graph.output(graph["ingest:photos"])).items()}
     pairs = mined.read_parts(tables.PAIRS)
     assert len(pairs) == 500
     assert not set(held_out) & {known[image_id].rpartition("/")[2] for image_id in tables.images_of(pairs).tolist()}

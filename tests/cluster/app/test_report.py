@@ -16,11 +16,12 @@ from PIL import Image
 
 from cir.evaluate import RANKINGS
 from cluster.app import config as configs
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from cluster.app.report import write_report
 from cluster.app.report.results import collect_results, headline
 from cluster.app.report.words import duration, signed
-from cluster.artifacts import MANIFEST, Output, Stage
+from cluster.artifacts import MANIFEST, Output
+from cluster.stage import Stage
 from mining import tables
 
 SCRIPT = "<script>alert(1)</script> & make it oat"
@@ -31,7 +32,7 @@ GAIN = {"baseline": "supervised", "metric": "R@1", "mean": 5.5, "low": 3.2, "hig
 Photos = list[tuple[str, bytes]]
 
 
-def pipeline_of(folder: Path, variants: list[str], **sections: Any) -> Pipeline:
+def graph_of(folder: Path, variants: list[str], **sections: Any) -> Graph:
     """The grocery preset with some of its variants, two seeds, and its outputs in a folder."""
     content = configs.content_of("grocery")
     content["root"] = str(folder)
@@ -40,19 +41,19 @@ def pipeline_of(folder: Path, variants: list[str], **sections: Any) -> Pipeline:
     for section, fields in sections.items():
         content[section] = content.get(section, {}) | fields
     path.write_text(yaml.safe_dump(content))
-    return Pipeline(configs.load(str(path), []))
+    return Graph(configs.load(str(path), []))
 
 
-def write_outputs(pipeline: Pipeline, photos: Photos) -> None:
+def write_outputs(graph: Graph, photos: Photos) -> None:
     """Every output that the report reads, and a manifest for each stage."""
     writers: dict[str, Callable[..., None]] = {"mine": _pairs, "generate": _deltas, "evaluate": _evaluation}
     writers |= dict.fromkeys(("align", "instruct"), _log) | {"train": _model}
-    for stage in pipeline.stages:
-        output = pipeline.output(stage)
+    for stage in graph.stages:
+        output = graph.output(stage)
         if stage.kind == "ingest":
             _ingest(stage, output, photos)
         elif stage.kind in writers:
-            writers[stage.kind](pipeline, output)
+            writers[stage.kind](graph, output)
         output.write_json(MANIFEST, stage._describe(output, 61.0))
 
 
@@ -78,10 +79,10 @@ def triplet(i: int, images: list[int], deltas: list[str], source: str) -> dict[s
     return {"triplet_id": i, "reference_id": images[2 * i], "target_id": images[2 * i + 1], "deltas": deltas, "source": source}
 
 
-def _pairs(pipeline: Pipeline, output: Output) -> None:
+def _pairs(graph: Graph, output: Output) -> None:
     """Pairs of consecutive photos; of the walk, two groups of six whose pairs all hang on the anchor or on a neighbour."""
-    images = pipeline.output(pipeline.gallery("photos")).read_parts(tables.GALLERY, ["image_id"])["image_id"].to_pylist()
-    if pipeline.config.mine.method == "walk":
+    images = graph.output(graph["ingest:photos"]).read_parts(tables.GALLERY, ["image_id"])["image_id"].to_pylist()
+    if graph.config.mine.method == "walk":
         ranks = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0)]
         places = [(group, 6 * group + r, 6 * group + t, r, t) for group in range(2) for r, t in ranks]
     else:
@@ -96,8 +97,8 @@ def _pairs(pipeline: Pipeline, output: Output) -> None:
     output.write_json("similarities.json", {"edges": [-1, -0.5, 0, 0.5, 1], "gallery": density, "mined": density})
 
 
-def _deltas(pipeline: Pipeline, output: Output) -> None:
-    images = pipeline.output(pipeline.gallery("photos")).read_parts(tables.GALLERY, ["image_id"])["image_id"].to_pylist()
+def _deltas(graph: Graph, output: Output) -> None:
+    images = graph.output(graph["ingest:photos"]).read_parts(tables.GALLERY, ["image_id"])["image_id"].to_pylist()
     texts = [SCRIPT, "show kiwi", "show kiwi", "make it oat milk"] * 2
     rows = [triplet(i, images, [text], "vdg") for i, text in enumerate(texts)]
     scores = [{"triplet_id": i, "scorer": tables.SCORER, "value": float(np.log(0.9 - 0.1 * i))} for i in range(len(texts))]
@@ -106,22 +107,22 @@ def _deltas(pipeline: Pipeline, output: Output) -> None:
     output.write_rejects("part-00000.parquet", [{"key": "9", "stage": "generate", "reason": "empty_delta", "detail": ""}])
 
 
-def _log(pipeline: Pipeline, output: Output) -> None:
+def _log(graph: Graph, output: Output) -> None:
     """Step 20 was done twice, by a run that was cut off."""
     lines = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 9.0}, {"step": 20, "loss": 2.0, "val_mrr": 40.0}]
     output.write_bytes("metrics.jsonl", "\n".join(map(json.dumps, lines)).encode())
 
 
-def _model(pipeline: Pipeline, output: Output) -> None:
+def _model(graph: Graph, output: Output) -> None:
     """Of the eight generated triplets the most confident 85 % were used."""
-    _log(pipeline, output)
+    _log(graph, output)
     output.write_json("cir.json", {"pseudo_triplets": 7 if "semi" in output.uri else 0})
 
 
-def _evaluation(pipeline: Pipeline, output: Output) -> None:
+def _evaluation(graph: Graph, output: Output) -> None:
     """Of the 12 queries the supervised model has the first 4 right, semi the last 9: one in both, 8 gained, 3 lost."""
-    gallery = pipeline.output(pipeline.gallery("evaluate")).read_parts(tables.GALLERY, ["image_id"])["image_id"].to_numpy()
-    for name in pipeline.models:
+    gallery = graph.output(graph["ingest:evaluate"]).read_parts(tables.GALLERY, ["image_id"])["image_id"].to_numpy()
+    for name in graph.evaluation.models:
         right = np.arange(QUERIES) < 4 if name.startswith("supervised") else np.arange(QUERIES) >= 3
         columns = {
             "triplet_id": np.arange(QUERIES),
@@ -132,7 +133,7 @@ def _evaluation(pipeline: Pipeline, output: Output) -> None:
             "reference_first": np.zeros(QUERIES, bool),
         }
         output.write_table(f"rankings/{name}.parquet", pa.table(columns, schema=RANKINGS), RANKINGS)
-    variants = list(pipeline.config.train.variants)
+    variants = list(graph.config.train.variants)
     output.write_json("metrics.json", metrics_of(variants))
     output.write_json(
         "gain.json", {name: GAIN for name in variants if name != "supervised"} if "supervised" in variants else {}
@@ -149,11 +150,11 @@ def metrics_of(variants: list[str]) -> dict[str, Any]:
 _RECALLS = (("R@1", 0), ("R@5", 10), ("R@10", 15), ("exact R@1", -5))
 
 
-def report_of(pipeline: Pipeline, photos: Photos) -> str:
+def report_of(graph: Graph, photos: Photos) -> str:
     """The page, its outputs written before."""
-    write_outputs(pipeline, photos)
-    folder = Output(f"{pipeline.root}/runs/grocery")
-    write_report(pipeline, folder)
+    write_outputs(graph, photos)
+    folder = Output(f"{graph.root}/runs/grocery")
+    write_report(graph, folder)
     return folder.read_bytes("report.html").decode()
 
 
@@ -166,7 +167,7 @@ def text_of(page: str) -> str:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory, photos: Photos) -> str:
     """The report of a run with every variant."""
-    return report_of(pipeline_of(tmp_path_factory.mktemp("run"), list(METRICS)), photos)
+    return report_of(graph_of(tmp_path_factory.mktemp("run"), list(METRICS)), photos)
 
 
 def test_says_what_was_gained(page: str) -> None:
@@ -213,9 +214,9 @@ def test_is_safe_and_self_contained(page: str) -> None:
 
 
 def test_lists_every_stage(tmp_path: Path, photos: Photos) -> None:
-    pipeline = pipeline_of(tmp_path, ["supervised"], tracking={"uri": "http://me:secret@server"})
-    page = report_of(pipeline, photos)
-    for stage in pipeline.stages:
+    graph = graph_of(tmp_path, ["supervised"], tracking={"uri": "http://me:secret@server"})
+    page = report_of(graph, photos)
+    for stage in graph.stages:
         assert f"{stage.instance}</th><td><code>{stage.digest}" in page
     assert "secret" not in page
     assert "http://server" in page
@@ -223,8 +224,8 @@ def test_lists_every_stage(tmp_path: Path, photos: Photos) -> None:
 
 
 def test_sections_vanish(tmp_path: Path, photos: Photos) -> None:
-    pipeline = pipeline_of(tmp_path, ["supervised", "text_only"], evaluate={"attributes": None})
-    page = report_of(pipeline, photos)
+    graph = graph_of(tmp_path, ["supervised", "text_only"], evaluate={"attributes": None})
+    page = report_of(graph, photos)
     text = text_of(page)
     assert "The supervised model reaches R@1 57.6 with 12 labelled triplets; no generated ones were used." in text
     assert "Only the target itself is right." in text
@@ -235,14 +236,14 @@ def test_sections_vanish(tmp_path: Path, photos: Photos) -> None:
 
 
 def test_without_a_baseline(tmp_path: Path, photos: Photos) -> None:
-    text = text_of(report_of(pipeline_of(tmp_path, ["semi"]), photos))
+    text = text_of(report_of(graph_of(tmp_path, ["semi"]), photos))
     assert "The semi model reaches R@1 63.1" in text
     assert "there is no supervised model to compare" in text
     assert "Retrieval before and after" not in text
 
 
 def test_walked_groups_are_strips_of_six(tmp_path: Path, photos: Photos) -> None:
-    page = report_of(pipeline_of(tmp_path, ["supervised", "semi"], mine={"method": "walk"}), photos)
+    page = report_of(graph_of(tmp_path, ["supervised", "semi"], mine={"method": "walk"}), photos)
     section = page.partition('<section id="mined">')[2].partition("</section>")[0]
     assert section.count("<img") == 2 * 6
     assert section.count("anchor</small>") == 2
@@ -250,15 +251,15 @@ def test_walked_groups_are_strips_of_six(tmp_path: Path, photos: Photos) -> None
 
 def test_a_benchmark_is_shown_with_its_protocol(tmp_path: Path, photos: Photos) -> None:
     section = {"benchmark": "cirr", "annotations": "cirr", "images": "img_raw", "triplets": None, "attributes": None}
-    pipeline = pipeline_of(tmp_path, ["supervised", "semi"], evaluate=section)
-    write_outputs(pipeline, photos)
-    output = pipeline.output(pipeline.evaluation)
+    graph = graph_of(tmp_path, ["supervised", "semi"], evaluate=section)
+    write_outputs(graph, photos)
+    output = graph.output(graph.evaluation)
     names = ["R@1", "Rs@1", "Avg", "reference first", "R@1 (smaller gallery)"]
     row = {name: {"mean": 10.0 + i, "seeds": [10.0 + i] * 2} for i, name in enumerate(names)}
     output.write_json("metrics.json", {"supervised": row, "semi": row})
     output.write_json("protocols.json", [{"label": "", "description": "CIRR; the reference removed", "metrics": {}}])
-    folder = Output(f"{pipeline.root}/runs/grocery")
-    write_report(pipeline, folder)
+    folder = Output(f"{graph.root}/runs/grocery")
+    write_report(graph, folder)
     text = text_of(folder.read_bytes("report.html").decode())
     assert "CIRR; the reference removed. R@K is the share" in text
     assert "Model R@1 Rs@1 Avg Gain" in text  # other protocols are among all metrics
@@ -273,7 +274,7 @@ def test_a_benchmark_is_shown_with_its_protocol(tmp_path: Path, photos: Photos) 
     ],
 )
 def test_headline_is_honest(tmp_path: Path, mean: float, low: float, high: float, expected: str) -> None:
-    config = pipeline_of(tmp_path, ["supervised", "semi"]).config
+    config = graph_of(tmp_path, ["supervised", "semi"]).config
     rows = {"ingest:labelled": 800, "ingest:queries": 12}
     gains = {"semi": {"mean": mean, "low": low, "high": high}}
     pseudo = {"supervised": 0, "semi": 2950}

@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from cluster.app import config as configs
 from cluster.app import runner
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from cluster.errors import UserError
 from tests.cluster.app.test_cli import RUNNER, app, invoke
 
@@ -85,25 +85,25 @@ def config(world: Path, tower: Any, tiny_bert: dict[str, Any], language_model: A
 
 
 @pytest.fixture(scope="module")
-def finished(ray_session: None, config: str) -> Pipeline:
-    """The pipeline after `vdg run`."""
+def finished(ray_session: None, config: str) -> Graph:
+    """The graph after `vdg run`."""
     shown = invoke("run", config)
-    pipeline = Pipeline(configs.load(config, []))
+    graph = Graph(configs.load(config, []))
     for name in ("metrics.json", "report.html", "log.txt"):
-        assert runner.run_folder(pipeline.config).path(name) in shown
-    return pipeline
+        assert runner.run_folder(graph.config).path(name) in shown
+    return graph
 
 
-def children(pipeline: Pipeline) -> list[Any]:
+def children(graph: Graph) -> list[Any]:
     """The stage runs of the first driver's run, by name."""
-    client = MlflowClient(runner.tracking_uri(pipeline.config))
+    client = MlflowClient(runner.tracking_uri(graph.config))
     experiment = client.get_experiment_by_name("vdg")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     return [run for run in runs if "mlflow.parentRunId" in run.data.tags]
 
 
-def test_every_stage_has_a_manifest_and_the_report_exists(finished: Pipeline) -> None:
+def test_every_stage_has_a_manifest_and_the_report_exists(finished: Graph) -> None:
     assert all(finished.output(stage).manifest() for stage in finished.stages)
     folder = runner.run_folder(finished.config)
     metrics = folder.read_json("metrics.json")
@@ -115,7 +115,7 @@ def test_every_stage_has_a_manifest_and_the_report_exists(finished: Pipeline) ->
     assert "R@1" in folder.read_bytes("report.html").decode()
 
 
-def test_pseudo_triplets_carry_their_pairs(finished: Pipeline) -> None:
+def test_pseudo_triplets_carry_their_pairs(finished: Graph) -> None:
     from mining import tables
 
     pairs = finished.output(finished.pairs).read_parts(tables.PAIRS)
@@ -128,7 +128,7 @@ def test_pseudo_triplets_carry_their_pairs(finished: Pipeline) -> None:
         assert row["deltas"][0]
 
 
-def test_mlflow_names_what_each_model_was_made_from(finished: Pipeline) -> None:
+def test_mlflow_names_what_each_model_was_made_from(finished: Graph) -> None:
     runs = {run.info.run_name: run for run in children(finished)}
     assert set(runs) == {stage.instance for stage in finished.stages}
     model = runs["train:semi.s0"]
@@ -145,16 +145,14 @@ def test_mlflow_names_what_each_model_was_made_from(finished: Pipeline) -> None:
     assert all(run.info.status == "FINISHED" for run in runs.values())
 
 
-def test_the_same_command_again_does_nothing(finished: Pipeline, config: str) -> None:
+def test_the_same_command_again_does_nothing(finished: Graph, config: str) -> None:
     before = len(children(finished))
-    again = Pipeline(configs.load(config, []))
+    again = Graph(configs.load(config, []))
     runner.run(again, again.stages)
     assert len(children(finished)) == before
 
 
-def test_evaluation_on_other_queries_reuses_the_models_and_prints_json_alone(
-    finished: Pipeline, world: Path, config: str
-) -> None:
+def test_evaluation_on_other_queries_reuses_the_models_and_prints_json_alone(finished: Graph, world: Path, config: str) -> None:
     other = world / "other.json"
     other.write_text(json.dumps(json.loads((world / "triplets.json").read_text())[:10]))
     kept = runner.run_folder(finished.config).read_bytes("config.yaml")
@@ -167,7 +165,7 @@ def test_evaluation_on_other_queries_reuses_the_models_and_prints_json_alone(
     assert runner.run_folder(finished.config).read_bytes("config.yaml") == kept  # `vdg clean` still knows the run
 
 
-def test_the_report_is_written_again_from_finished_stages(finished: Pipeline, config: str) -> None:
+def test_the_report_is_written_again_from_finished_stages(finished: Graph, config: str) -> None:
     folder = runner.run_folder(finished.config)
     page = folder.read_bytes("report.html")
     folder.write_bytes("report.html", b"")
@@ -175,7 +173,7 @@ def test_the_report_is_written_again_from_finished_stages(finished: Pipeline, co
     assert folder.read_bytes("report.html") == page
 
 
-def test_sweep_shows_a_metric_for_each_point(finished: Pipeline, config: str) -> None:
+def test_sweep_shows_a_metric_for_each_point(finished: Graph, config: str) -> None:
     shown = invoke("sweep", config, "--grid", "train.hidden=4,8", "--folds", "2", "--metric", "val_R@10")
     rows = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
     assert [row[0].strip() for row in rows] == ["4", "8"]
@@ -185,9 +183,9 @@ def test_sweep_shows_a_metric_for_each_point(finished: Pipeline, config: str) ->
         assert float(mean) == pytest.approx(sum(values) / 2, abs=1e-3)
 
 
-def test_too_many_rejects_stop_the_run_and_name_the_first(finished: Pipeline, world: Path, config: str) -> None:
+def test_too_many_rejects_stop_the_run_and_name_the_first(finished: Graph, world: Path, config: str) -> None:
     broken = world / "broken.json"
     broken.write_text(json.dumps([{"reference": "ghost", "target": "ghost", "captions": ["x"]}]))
-    pipeline = Pipeline(configs.load(config, [f"evaluate.triplets={broken}"]))
+    graph = Graph(configs.load(config, [f"evaluate.triplets={broken}"]))
     with pytest.raises(UserError, match=r"ingest:queries: 1 of 1 rows were rejected.*unknown_image"):
-        runner.run(pipeline, pipeline.select("evaluate", None, None))
+        runner.run(graph, graph.select("evaluate", None, None))

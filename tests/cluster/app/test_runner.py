@@ -15,14 +15,15 @@ import ray
 
 from cluster.app import config as configs
 from cluster.app import runner
-from cluster.app.pipeline import Pipeline
-from cluster.artifacts import Output, Stage
+from cluster.app.graph import Graph
+from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.driver import lease
 from cluster.driver.failures import explained
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.parts import run_actors
+from tests.stages import simple
 
 PARTS = {f"part-{i}.parquet": 1 for i in range(4)}
 FIRST, *_, LAST = PARTS
@@ -62,18 +63,18 @@ def here(output: Output, monitor: Monitor) -> None:
     write(output, LAST, LARGE)
 
 
-def pipeline(root: Path, folder: Path) -> Pipeline:
-    return Pipeline(configs.load("grocery", [f"root={root}", f"tracking.uri=sqlite:///{folder}/mlflow.db"]))
+def graph(root: Path, folder: Path) -> Graph:
+    return Graph(configs.load("grocery", [f"root={root}", f"tracking.uri=sqlite:///{folder}/mlflow.db"]))
 
 
-def output_of(pipeline: Pipeline) -> Output:
-    return pipeline.output(Stage("mine:x", 1, {}, here))
+def output_of(graph: Graph) -> Output:
+    return graph.output(simple("mine:x", 1, {}, here))
 
 
-def run(pipeline: Pipeline, work: Callable[[Output, Monitor], None]) -> Output:
+def run(graph: Graph, work: Callable[[Output, Monitor], None]) -> Output:
     """Run one stage. Its output is the same folder whatever the work is."""
-    explained(runner.run)(pipeline, [Stage("mine:x", 1, {}, work)])
-    return output_of(pipeline)
+    explained(runner.run)(graph, [simple("mine:x", 1, {}, work)])
+    return output_of(graph)
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_named_and_what_is_finished_stays(ray_session: None, small_disk: Path, tmp_path: Path) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
-    small = pipeline(small_disk, tmp_path)
+    small = graph(small_disk, tmp_path)
     for work in (here, on_actors(LAST)):
         with pytest.raises(UserError, match=r"a disk is full: OSError.*No space left on device.*\n.*goes on from"):
             run(small, work)
@@ -123,7 +124,7 @@ def test_a_stopped_driver_gives_its_lease_back_and_is_followed(
         write(output, LAST)
 
     with pytest.raises(UserError, match="stopped; the same command goes on"):
-        run(pipeline(tmp_path / "root", tmp_path), stopped)
-    output = output_of(pipeline(tmp_path / "root", tmp_path))
+        run(graph(tmp_path / "root", tmp_path), stopped)
+    output = output_of(graph(tmp_path / "root", tmp_path))
     assert (output.parts(), output.manifest(), lease.read(output)) == ([FIRST], None, None)
-    assert run(pipeline(tmp_path / "root", tmp_path), on_actors(None)).parts() == list(PARTS)
+    assert run(graph(tmp_path / "root", tmp_path), on_actors(None)).parts() == list(PARTS)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from cluster.app import config as configs
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from cluster.app.submission import prepare
 from cluster.errors import UserError
 
@@ -21,8 +21,8 @@ def test_a_whole_run_and_its_config_as_text(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(job.config)
     sent = configs.load(str(tmp_path / "config.yaml"), [])
     assert sent.resources.ray.num_cpus is None
-    before = Pipeline(configs.load("grocery", [f"root={tmp_path}"]))
-    assert [s.digest for s in Pipeline(sent).stages] == [s.digest for s in before.stages]
+    before = Graph(configs.load("grocery", [f"root={tmp_path}"]))
+    assert [s.digest for s in Graph(sent).stages] == [s.digest for s in before.stages]
 
 
 def test_the_id_names_what_is_asked_for() -> None:

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from cluster.app import config as configs
-from cluster.app.pipeline import Pipeline
+from cluster.app.graph import Graph
 from cluster.app.runner import tracking_uri
 from tests.cluster.app.test_run import config, world  # noqa: F401
 from tests.cluster.local_cluster import PROJECT, LocalCluster, local_cluster
@@ -72,15 +72,15 @@ def test_both_models_train_with_two_workers_each(cluster: LocalCluster, config: 
     assert f"vdg logs {name}" in cluster.vdg(*command, status=2)[1]  # one is enough
     logs, _ = cluster.vdg("logs", name, "--follow")
     assert "SUCCEEDED" in cluster.vdg("status", name)[0], logs
-    pipeline = Pipeline(configs.load(config, settings))
-    manifests = [pipeline.output(stage).manifest() for stage in pipeline.stages]
+    graph = Graph(configs.load(config, settings))
+    manifests = [graph.output(stage).manifest() for stage in graph.stages]
     assert {manifest["code"]["ray_submission"] for manifest in manifests if manifest} == {name}
     assert all(manifests)
-    check_records(tracking_uri(pipeline.config), name)
+    check_records(tracking_uri(graph.config), name)
     again = cluster.vdg(*command)[1]
     assert f"{name} has succeeded" in again
-    for stage in pipeline.stages:
-        assert pipeline.output(stage).uri in again
+    for stage in graph.stages:
+        assert graph.output(stage).uri in again
 
 
 def check_records(uri: str, job: str) -> None:

@@ -13,7 +13,7 @@ from cluster.driver import lease
 from cluster.driver.lease import LEASE, Lease, hold
 from cluster.errors import UserError
 
-KILLED = "import os, sys; from cluster import lease; from cluster.artifacts import Output; "
+KILLED = "import os, sys; from cluster.driver import lease; from cluster.artifacts import Output; "
 KILLED += "held = lease.hold(Output(sys.argv[1])); held.__enter__(); os.kill(os.getpid(), 9)"
 
 

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cluster.artifacts import Output, Stage
+from cluster.artifacts import Output
 from cluster.driver.tracking import COMPLETE, Tracker
 from cluster.monitor import Monitor, Silent
+from cluster.stage import Stage
+from tests.stages import simple
 
 
 def nothing(output: Output, monitor: Monitor) -> None:
@@ -32,7 +34,7 @@ def pseudo_triplets() -> Stage:
     """The stage generate with all that it is made from."""
 
     def stage(instance: str, settings: dict, **parents: Stage) -> Stage:
-        return Stage(instance, 1, settings, nothing, parents)
+        return simple(instance, 1, settings, nothing, parents)
 
     gallery = stage("ingest:shop", {"rows": 20})
     embeddings = stage("embed:photo.shop", {"views": {"count": 2}}, gallery=gallery)
@@ -99,10 +101,10 @@ def train(output: Output, monitor: Monitor) -> None:
 @pytest.fixture
 def models() -> list[Stage]:
     """From labelled triplets over a generator and its pseudo triplets to a retrieval model."""
-    labelled = Stage("ingest:labelled", 1, {}, table)
-    vdg = Stage("instruct:vdg", 1, {}, train, {"triplets": labelled})
-    pseudo = Stage("generate:shop", 1, {}, table, {"vdg": vdg})
-    return [labelled, vdg, pseudo, Stage("train:semi.s1", 1, {}, train, {"triplets": labelled, "pseudo_triplets": pseudo})]
+    labelled = simple("ingest:labelled", 1, {}, table)
+    vdg = simple("instruct:vdg", 1, {}, train, {"triplets": labelled})
+    pseudo = simple("generate:shop", 1, {}, table, {"vdg": vdg})
+    return [labelled, vdg, pseudo, simple("train:semi.s1", 1, {}, train, {"triplets": labelled, "pseudo_triplets": pseudo})]
 
 
 def everything(tracker: Tracker) -> dict[str, object]:

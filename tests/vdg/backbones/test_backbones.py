@@ -14,12 +14,13 @@ from mining.features import Features
 from mining.images import render
 from mining.towers import ImageTower
 from tests import tiny
+from tests.stages import instruct
 from tests.vdg.conftest import write_embeddings
 from vdg.backbones import build
 from vdg.config import GenerateConfig, InstructConfig, VdgConfig
+from vdg.description import describe
 from vdg.generate import Generation, PartGenerator
 from vdg.images import Images, ImageSource
-from vdg.train import describe, instruct
 
 CONFIG = InstructConfig(training=TrainingConfig(steps=2, batch_size=4, learning_rate=1e-2))
 PART = "part-00000.parquet"

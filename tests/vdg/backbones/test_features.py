@@ -8,7 +8,8 @@ from cluster.errors import UserError
 from tests import tiny
 from vdg.backbones.base import collate
 from vdg.backbones.features import FeatureBackbone
-from vdg.config import Description, GenerateConfig
+from vdg.config import GenerateConfig
+from vdg.description import Description
 from vdg.prompts import answer_ids, pair_prompt
 
 TOKENS, DIM = 2, 8  # of the `embeddings` fixture

@@ -15,7 +15,8 @@ from tests import tiny
 from vdg.backbones import build, make_inputs
 from vdg.backbones.base import IGNORED
 from vdg.backbones.image_text import ImageTextBackbone, ImageTextInputs
-from vdg.config import Description, GenerateConfig
+from vdg.config import GenerateConfig
+from vdg.description import Description
 
 GREEDY = GenerateConfig(greedy=True, max_new_tokens=9)
 TEXTS = ["red", "a yellow bag with no label", "two apples"]

@@ -8,8 +8,10 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import save
 
-from cluster.artifacts import Output, Stage
+from cluster.artifacts import Output
 from cluster.monitor import Monitor, Silent
+from cluster.stage import Stage
+from tests.stages import simple
 
 SCHEMA = pa.schema([("n", pa.int64())])
 
@@ -35,7 +37,7 @@ def stages() -> dict[str, Stage]:
 
     def add(instance: str, **parents: str) -> None:
         work = _weights if instance.startswith(("instruct", "train")) else table
-        made[instance] = Stage(instance, 1, {"seed": 0}, work, {role: made[name] for role, name in parents.items()})
+        made[instance] = simple(instance, 1, {"seed": 0}, work, {role: made[name] for role, name in parents.items()})
 
     add("ingest:shop")
     add("ingest:labelled")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,10 +10,10 @@ from typer.testing import CliRunner, Result
 
 from cluster.app import config as configs
 from cluster.app.cli import app
-from cluster.app.pipeline import Pipeline
-from cluster.artifacts import Stage
+from cluster.app.graph import Graph
 from cluster.errors import UserError
 from cluster.monitor import Silent
+from cluster.stage import Stage
 from tests.cluster.app.commands.conftest import table
 
 
@@ -119,7 +118,7 @@ def test_an_mlflow_run_names_its_output(root: Path, stages: dict[str, Stage]) ->
         invoke(tracker.parent, root)
 
 
-def test_track_writes_what_is_missing_once(tmp_path: Path) -> None:
+def test_track_writes_what_is_missing_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assignment = f"root={tmp_path / 'root'}"
 
     def track() -> str:
@@ -127,8 +126,9 @@ def test_track_writes_what_is_missing_once(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="no stage is finished"):
         track()
-    pipeline = Pipeline(configs.load("grocery", [assignment]))
-    for stage in pipeline.stages[:2]:
-        replace(stage, work=table).run(pipeline.root, Silent())
+    graph = Graph(configs.load("grocery", [assignment]))
+    for stage in graph.stages[:2]:
+        monkeypatch.setattr(type(stage), "work", lambda self, output, run: table(output, run.monitor))
+        stage.run(graph.root, Silent())
     assert track().startswith("2 of 2 finished stages")
     assert track().startswith("0 of 2 finished stages")

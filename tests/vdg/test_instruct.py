@@ -8,12 +8,13 @@ import torch
 
 from cluster.config import TrainingConfig
 from mining.features import Features, read_mean
+from vdg.align import AlignTask
 from vdg.backbones.base import IGNORED, collate
 from vdg.backbones.features import prepare
 from vdg.config import AlignConfig, InstructConfig
-from vdg.data import AlignTask, InstructTask
+from vdg.description import describe
+from vdg.instruct import InstructTask
 from vdg.prompts import IMAGE
-from vdg.train import describe
 
 TOKENS, DIM = 2, 8  # of the `embeddings` fixture
 
@@ -85,6 +86,6 @@ def test_validation_loss_is_a_mean_over_tokens(embeddings, triplets, vdg, monkey
     module = task.build().eval()
     with torch.no_grad():
         whole = task.validate(module)["negative_val_loss"]
-        monkeypatch.setattr("vdg.data.VALIDATION_BATCH", 2)
+        monkeypatch.setattr("vdg.instruct.VALIDATION_BATCH", 2)
         assert task.validate(module)["negative_val_loss"] == pytest.approx(whole, abs=1e-5)
     assert _instruct(embeddings, triplets, vdg).validate(module) == {}

@@ -1,10 +1,15 @@
-"""Which code a driver runs, and as which Ray job: a manifest keeps both."""
+"""Which code made an output, as which Ray job, and on what: its manifest keeps all three."""
 
+import hashlib
 import json
 import os
+import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from cluster.artifacts import ENVIRONMENT, Output
+from cluster.devices import device, uses_bf16
 
 
 def code() -> dict[str, str]:
@@ -43,3 +48,13 @@ def _job_metadata() -> dict[str, str]:
     """What a submitted job carries, as Ray's job manager gives it to the entry point; empty in any other process."""
     metadata: dict[str, str] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     return metadata
+
+
+def record_environment(output: Output, precision: str) -> None:
+    """Called by each process that runs a model; the manifest lists what was found, `auto` precision resolved."""
+    import torch
+
+    processor = torch.cuda.get_device_name() if device() == "cuda" else f"{platform.machine()} CPU"
+    found = {"torch": version("torch"), "processor": processor, "precision": "bf16" if uses_bf16(precision) else "fp32"}
+    name = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]  # like processes write the same file
+    output.write_json(f"{ENVIRONMENT}/{name}.json", found)

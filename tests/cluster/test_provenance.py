@@ -5,7 +5,7 @@ import json
 import pytest
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from cluster.code import code, git_commit
+from cluster.provenance import code, git_commit
 
 
 def test_a_submitted_job_names_its_submission_and_the_commit_it_was_sent_from(monkeypatch: pytest.MonkeyPatch) -> None:

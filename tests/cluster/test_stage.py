@@ -4,36 +4,37 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cluster.artifacts import MANIFEST, REUSED, Output, Stage
-from cluster.earlier import earlier_output
+from cluster.artifacts import MANIFEST, REUSED, Output
 from cluster.monitor import Monitor, Silent
+from cluster.stage import Stage
+from tests.stages import simple
 
 
 def stage(source: Path, settings: dict[str, Any], instance: str = "embed:t.g") -> Stage:
     def work(output: Output, monitor: Monitor) -> None:
         output.write_json(REUSED, {"t.g-0": 3})
 
-    parent = Stage("ingest:g", 1, {}, work, sources={"images": str(source)})
-    return Stage(instance, 1, settings, work, {"gallery": parent})
+    parent = simple("ingest:g", 1, {}, work, sources={"images": str(source)})
+    return simple(instance, 1, settings, work, {"gallery": parent})
 
 
 def test_only_the_same_instance_and_settings_of_other_parents(tmp_path: Path) -> None:
     source, root = tmp_path / "images", str(tmp_path / "root")
     source.write_text("one")
     first = stage(source, {"crop": (1, 2)})
-    assert earlier_output(first, root) is None
+    assert first.earlier(root) is None
     manifest = first.run(root, Silent())
     assert manifest["reused"] == {"t.g-0": 3}
-    assert earlier_output(first, root) is None  # its own
+    assert first.earlier(root) is None  # its own
     source.write_text("two images")
     second = stage(source, {"crop": (1, 2)})
     assert second.digest != first.digest
-    found = earlier_output(second, root)
+    found = second.earlier(root)
     assert found is not None
     assert found[0] == first.output(root)
     assert found[1]["parents"]["gallery"]["digest"] == first.parents["gallery"].digest
-    assert earlier_output(stage(source, {"crop": (1, 3)}), root) is None
-    assert earlier_output(stage(source, {"crop": (1, 2)}, "embed:t.other"), root) is None
+    assert stage(source, {"crop": (1, 3)}).earlier(root) is None
+    assert stage(source, {"crop": (1, 2)}, "embed:t.other").earlier(root) is None
 
 
 def test_the_newest_is_taken_and_an_unfinished_one_is_not(tmp_path: Path) -> None:
@@ -47,6 +48,6 @@ def test_the_newest_is_taken_and_an_unfinished_one_is_not(tmp_path: Path) -> Non
         os.utime(made.output(root).path(MANIFEST), (index, index))
     Path(outputs[2].path(MANIFEST)).unlink()
     source.write_text("dddd")
-    found = earlier_output(stage(source, {}), root)
+    found = stage(source, {}).earlier(root)
     assert found is not None
     assert found[0] == outputs[1]

@@ -1,0 +1,252 @@
+"""A stage: a frozen dataclass whose fields say what its output depends on.
+
+| a field that is | means |
+|---|---|
+| a `Stage`, or a tuple or mapping of them | a parent: its digest counts, or its rule where the field is LOOKED_UP |
+| a config section, a number, a text, a flag | content |
+| a `Source` | an outside file or folder: its fingerprint counts |
+| `Resources` or a `Limit` | nothing of the content: another cluster, the same output |
+
+Digest, parents, checks, dry run, manifest and MLflow's record read the fields; nothing is listed a second time.
+"""
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+
+from cluster.artifacts import ENVIRONMENT, MANIFEST, REUSED, Output, digest_of, filesystem, fingerprint, output_of, outputs_of
+from cluster.config import Resources, content_of
+from cluster.errors import UserError
+from cluster.monitor import Monitor
+from cluster.provenance import code
+from cluster.weights import Weights, weights_in
+
+# Metadata of a field whose parents are read by id: how their rows are made counts, not which rows there are. What names the
+# ids, such as the labelled triplets, is another parent. A gallery that grows leaves such a stage as it is.
+LOOKED_UP = {"looked_up": True}
+
+
+class Limit(float):
+    """A bound on what a stage accepts. Never content: another bound, the same output."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An outside file or folder, and the config field that names it.
+
+    `kept`: rows of the output hold this path, so that it is content too.
+    """
+
+    field: str
+    path: str
+    kept: bool = False
+
+    def fingerprint(self) -> Any:
+        """Name, size and modification time of every file; None where this machine sees none.
+
+        None also for a store out of reach: who submits a run need not have the cluster's keys.
+        """
+        try:
+            found = fingerprint(self.path)
+        except (OSError, ValueError):
+            return None
+        return [Output(self.path).uri, found] if self.kept and found is not None else found
+
+    def problem(self) -> str:
+        """Why there is no fingerprint."""
+        try:
+            fingerprint(self.path)
+        except (OSError, ValueError) as error:
+            return f"{self.path} cannot be read: {error}"
+        return f"{self.path} does not exist; correct the path or bring the files"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run shares with the stage at work: where outputs live, and who watches."""
+
+    root: str
+    monitor: Monitor
+
+    def output(self, stage: "Stage") -> Output:
+        """Where a stage's output lives."""
+        return stage.output(self.root)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stage(ABC):
+    """One named instance of a stage, known before anything runs. Its kind is its class's name, unless the class gives one."""
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1  # counts changes of the class's code that change its output
+    table: ClassVar[str | None] = None  # what MLflow calls the table that it writes
+    model: ClassVar[str | None] = None  # what MLflow calls the model that it trains
+
+    name: str
+
+    def __init_subclass__(cls, kind: str | None = None) -> None:
+        """`kind` is for a class that is one of several of its kind."""
+        if kind is not None or Stage in cls.__bases__:
+            cls.kind = kind or cls.__name__.lower()
+
+    @abstractmethod
+    def work(self, output: Output, run: Run) -> None:
+        """Write the output; what an earlier run of it left there is kept where it is whole."""
+
+    @property
+    def instance(self) -> str:
+        """`<kind>:<name>`, such as `embed:photo.shop`."""
+        return f"{self.kind}:{self.name}"
+
+    @property
+    def reject_limit(self) -> float:
+        """Share of rejected rows above which the stage fails."""
+        return 0.0
+
+    def config_field(self, name: str) -> str:
+        """The config's name of a field that is a section."""
+        return name
+
+    def _flat(self) -> Iterator[tuple[str, Any, bool]]:
+        """(role, value, whether looked up) of every field; of one that holds several, each."""
+        for one in fields(self):
+            value, how = getattr(self, one.name), one.metadata == LOOKED_UP
+            if isinstance(value, Mapping):
+                yield from ((f"{one.name}.{key}", item, how) for key, item in value.items())
+            elif isinstance(value, tuple) and any(isinstance(item, Stage | Source) for item in value):
+                yield from ((f"{one.name}.{_name(item)}", item, how) for item in value)
+            elif value is not None and value != () and one.name != "name":
+                yield one.name, value, how
+
+    @cached_property
+    def parents(self) -> dict[str, "Stage"]:
+        """The stages that it is made from, by role."""
+        return {role: value for role, value, _ in self._flat() if isinstance(value, Stage)}
+
+    @cached_property
+    def sources(self) -> dict[str, Source]:
+        """The outside files, by the config's field."""
+        return {value.field: value for _, value, _ in self._flat() if isinstance(value, Source)}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All content, as JSON says it."""
+        plain = (Stage, Source, Resources, Limit)
+        return {role: _content(value) for role, value, _ in self._flat() if not isinstance(value, plain)}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """Of every outside file, by the config's field; None where this machine sees none."""
+        return {name: source.fingerprint() for name, source in self.sources.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """12 hex digits over everything that decides the content."""
+        parents = {r: s.rule if how else s.digest for r, s, how in self._flat() if isinstance(s, Stage)}
+        return digest_of({**self._code, "parents": parents, "sources": self.fingerprints})
+
+    @cached_property
+    def rule(self) -> str:
+        """As `digest`, over what decides how a row is made, whatever rows there are."""
+        return digest_of({**self._code, "parents": {role: parent.rule for role, parent in self.parents.items()}})
+
+    @property
+    def _code(self) -> dict[str, Any]:
+        return {"instance": self.instance, "class": type(self).__name__, "version": self.version, "settings": self.settings}
+
+    def output(self, root: str) -> Output:
+        """Where this instance's output lives."""
+        return output_of(root, self.instance, self.digest)
+
+    @cached_property
+    def weights(self) -> dict[str, Weights]:
+        """All pretrained weights that it loads, by the config's field."""
+        sections = ((self.config_field(role), value) for role, value, _ in self._flat() if isinstance(value, BaseModel))
+        return {field: weights for place, section in sections for field, weights in weights_in(section, place)}
+
+    def missing(self) -> dict[str, str]:
+        """The outside files that this machine does not see: the config's field -> what was found and what to do."""
+        return {name: source.problem() for name, source in self.sources.items() if self.fingerprints[name] is None}
+
+    def check(self) -> dict[str, str]:
+        """What is wrong before any work: the config's field -> what was found and what to do.
+
+        Missing sources and weights; a class adds what else its work would stumble over.
+        """
+        found = {field: weights.problem() for field, weights in self.weights.items()}
+        return self.missing() | {field: problem for field, problem in found.items() if problem is not None}
+
+    def earlier(self, root: str) -> tuple[Output, dict[str, Any]] | None:
+        """The newest finished output of the same instance, code and settings but of other parents, and its manifest."""
+        own, system = self.output(root), filesystem(root)[0]
+        wanted = json.loads(json.dumps({name: getattr(self, name) for name in ("instance", "version", "settings")}))
+        found = []
+        for output in outputs_of(root, self.kind):
+            manifest = output.manifest() if output != own else None
+            if manifest is not None and all(manifest[name] == value for name, value in wanted.items()):
+                found.append((system.get_file_info(output.path(MANIFEST)).mtime_ns, output, manifest))
+        return max(found, key=lambda entry: entry[0])[1:] if found else None
+
+    def run(self, root: str, monitor: Monitor) -> dict[str, Any]:
+        """Do the work unless a manifest shows it done. Returns the manifest.
+
+        Raises UserError when more rows were rejected than allowed; what was done stays for a later run.
+        """
+        output = self.output(root)
+        if (done := output.manifest()) is not None:
+            return done
+        started = time.monotonic()
+        self.work(output, Run(root, monitor))
+        output.sweep()
+        manifest = self._describe(output, time.monotonic() - started)
+        self._check_rejects(manifest, output)
+        output.write_json(MANIFEST, manifest)
+        return manifest
+
+    def _describe(self, output: Output, seconds: float) -> dict[str, Any]:
+        rows, hashes = output.part_rows(), output.hashes(output.files())
+        return {
+            "instance": self.instance,
+            "digest": self.digest,
+            "version": self.version,
+            "settings": self.settings,
+            "parents": {role: {"instance": p.instance, "digest": p.digest} for role, p in self.parents.items()},
+            "sources": {name: digest_of(found) for name, found in self.fingerprints.items()},
+            "rows": sum(rows.values()),
+            "rejects": dict(Counter(output.rejects()["reason"].to_pylist())),
+            "seconds": round(seconds, 1),
+            "code": code(),
+            "environment": [output.read_json(f"{ENVIRONMENT}/{name}") for name in output.names(ENVIRONMENT)],
+            **({"reused": output.read_json(REUSED)} if output.exists(REUSED) else {}),
+            "parts": {name: {"rows": n, "sha256": hashes[name]} for name, n in rows.items()},
+            "files": {name: found for name, found in hashes.items() if name not in rows},
+        }
+
+    def _check_rejects(self, manifest: dict[str, Any], output: Output) -> None:
+        rejected = sum(manifest["rejects"].values())
+        total = rejected + manifest["rows"]
+        if rejected > self.reject_limit * total:
+            example = output.rejects().slice(0, 1).to_pylist()[0]
+            raise UserError(
+                f"{self.instance}: {rejected} of {total} rows were rejected ({manifest['rejects']}), more than "
+                f"max_reject_fraction={self.reject_limit:g} allows; the first: {example['key']}: {example['reason']} "
+                f"({example['detail']}). All are in {output.path('rejects')}"
+            )
+
+
+def _name(item: Stage | Source) -> str:
+    return item.name if isinstance(item, Stage) else item.field
+
+
+def _content(value: Any) -> Any:
+    """A field's value as a digest takes it. TypeError for what JSON cannot say: a field that nobody knows how to compare."""
+    if isinstance(value, BaseModel):
+        return content_of(value)
+    return json.loads(json.dumps(value))

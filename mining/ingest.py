@@ -1,0 +1,188 @@
+"""The stage ingest: from outside sources to checked gallery, triplet and caption tables."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import chain
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from cluster.artifacts import Output
+from cluster.config import DecodeResources
+from cluster.errors import UserError
+from cluster.parts import run_parts
+from cluster.stage import LOOKED_UP, Limit, Run, Source, Stage
+from mining import tables
+from mining.config import GalleryConfig
+from mining.gallery import GROUPS, keys, part_name
+from mining.images import BadImage, decode
+from mining.labelled import read_captions, read_rows, read_triplets
+from mining.sources import IMAGE_SUFFIXES, LISTED_ROWS, BytesReader, list_images, reject
+
+if TYPE_CHECKING:
+    import ray.data
+
+_Row = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ingest(Stage):
+    """Something from outside, checked row by row; bad rows are rejected with a reason."""
+
+    version = 4
+    table = "dataset"
+    max_reject_fraction: Limit
+
+    @property
+    def reject_limit(self) -> float:
+        """As the config says."""
+        return self.max_reject_fraction
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class IngestGallery(Ingest):
+    """`ingest:<gallery>`: every image of a source, or its index, in parts of `shard_rows`."""
+
+    images: Source  # kept where the images are indexed in place
+    splits: tuple[Source, ...] = ()
+    shard_rows: int
+    max_pixels: int
+    resources: DecodeResources
+
+    def work(self, output: Output, run: Run) -> None:
+        """Check every image. Raises UserError when the source is missing or empty."""
+        self.write(output, run, GalleryConfig(images=self.images.path, split=[split.path for split in self.splits] or None))
+
+    def write(self, output: Output, run: Run, config: GalleryConfig) -> None:
+        """Check the images that `config` lists, and write the gallery table."""
+        index, rejects = list_images(config, self.images.field)
+        output.write_rejects("listing.parquet", rejects)
+        tables.check_unique((tables.stable_id(self.name, key) for key in _keys(index)), f"gallery {self.name}")
+        starts = range(0, len(index), self.shard_rows)
+        shards = {part_name(i): index.slice(start, self.shard_rows) for i, start in enumerate(starts)}
+        ingest = partial(
+            _ingest_shard, output=output, gallery=self.name, copy_images=not self.images.kept, max_pixels=self.max_pixels
+        )
+
+        def dataset(names: list[str]) -> "ray.data.Dataset":
+            """Tasks that check the images of these parts."""
+            import ray.data
+
+            blocks = [shards[n].append_column("part", pa.array([n] * len(shards[n]))) for n in names]
+            return ray.data.from_arrow(blocks).map_batches(
+                ingest,
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=self.resources.decode_cpus,
+                compute=ray.data.TaskPoolStrategy(size=self.resources.decode_tasks),
+            )
+
+        run_parts(output, {name: len(shard) for name, shard in shards.items()}, dataset, run.monitor, "image")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class IngestTriplets(Ingest):
+    """`ingest:<triplets>`: labelled triplets of one or several files, and their groups where the rows list the images.
+
+    Of the gallery only the images that the triplets name count: photos that come later leave the labels as they are.
+    """
+
+    gallery: Stage = field(metadata=LOOKED_UP)
+    files: tuple[Source, ...]
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """Of the files, and of the images that they name."""
+        files, gallery = super().fingerprints, self.gallery.sources
+        try:
+            names = _texts([read_rows(source.path) for source in self.files])
+        except UserError:  # it says so when it is ingested
+            return files
+        return files | {field: _named(source.fingerprint(), names) for field, source in gallery.items()}
+
+    def work(self, output: Output, run: Run) -> None:
+        """Raises UserError when two files have the same name, or a group of the same name."""
+        known, files = keys(run.output(self.gallery)), [source.path for source in self.files]
+        triplets, groups, rejects = (
+            list(chain.from_iterable(rows)) for rows in zip(*(read_triplets(file, known) for file in files), strict=True)
+        )
+        tables.check_unique((row["triplet_id"] for row in triplets), f"triplets of {', '.join(files)}")
+        tables.check_unique((row["group_id"] for row in groups), f"groups of {', '.join(files)}")
+        if groups:
+            output.write_table(GROUPS, pa.Table.from_pylist(groups, tables.GROUPS), tables.GROUPS)
+        _write_rows(output, triplets, rejects, tables.TRIPLETS, run)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class IngestCaptions(Ingest):
+    """`ingest:<captions>`: a file's image-caption pairs."""
+
+    gallery: Stage
+    file: Source
+    until: str | None = None
+
+    def work(self, output: Output, run: Run) -> None:
+        """Write them."""
+        captions, rejects = read_captions(self.file.path, keys(run.output(self.gallery)), self.until)
+        _write_rows(output, captions, rejects, tables.CAPTIONS, run)
+
+
+def _keys(index: pa.Table) -> Iterator[str]:
+    return (key for block in index.to_batches(LISTED_ROWS) for key in block["key"].to_pylist())
+
+
+def _ingest_shard(index: pa.Table, output: Output, gallery: str, copy_images: bool, max_pixels: int) -> dict[str, list[Any]]:
+    reader, rows, rejects = BytesReader(), [], []
+    part = index["part"][0].as_py()
+    for entry in index.to_pylist():
+        try:
+            rows.append(_gallery_row(reader, entry, gallery, copy_images, max_pixels))
+        except (BadImage, OSError) as error:
+            reason = error.reason if isinstance(error, BadImage) else "unreadable"
+            rejects.append(reject(entry["key"], reason, str(error)))
+    output.write_rejects(part, rejects)
+    output.write_table(part, pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)
+    return {"part": [part], "rows": [len(index)]}
+
+
+def _gallery_row(
+    reader: BytesReader, entry: dict[str, Any], gallery: str, copy_images: bool, max_pixels: int
+) -> dict[str, Any]:
+    content = reader.read(entry["uri"], entry["offset"], entry["length"])
+    image = decode(content, max_pixels)
+    place = {} if copy_images else {"uri": entry["uri"], "offset": entry["offset"], "length": len(content)}
+    return {
+        "image_id": tables.stable_id(gallery, entry["key"]),
+        "key": entry["key"],
+        "image": content if copy_images else None,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "width": image.width,
+        "height": image.height,
+        **place,
+    }
+
+
+def _write_rows(output: Output, rows: list[_Row], rejects: list[_Row], schema: pa.Schema, run: Run) -> None:
+    run.monitor.start(len(rows) + len(rejects), "row")
+    output.write_rejects(part_name(0), rejects)
+    output.write_table(part_name(0), pa.Table.from_pylist(rows, schema), schema)
+    run.monitor.advance(len(rows) + len(rejects))
+
+
+def _texts(node: Any) -> set[str]:
+    """Every text in rows: the names of their images among them."""
+    if isinstance(node, str):
+        return {node}
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return set().union(*map(_texts, children))
+
+
+def _named(found: Any, names: set[str]) -> Any:
+    """Of a fingerprint the image files that are named, and every other file: what an archive holds none can tell."""
+    if not isinstance(found, list):
+        return found
+    paths = ((PurePosixPath(entry[0]), entry) for entry in found if isinstance(entry, tuple))
+    return [entry for path, entry in paths if path.suffix.lower() not in IMAGE_SUFFIXES or str(path.with_suffix("")) in names]

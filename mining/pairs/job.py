@@ -1,0 +1,75 @@
+"""What every way to pair is given, and how it writes its pairs: in parts, each from its own pairs alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.artifacts import Output
+from mining import tables
+from mining.config import MineConfig
+from mining.features import unit_vectors
+from mining.gallery import part_name
+from mining.pairs.similarities import cosines
+
+# (reference rank, target rank) within a group of six, as in every full CIRR subset (PAPER.md section 2.1)
+PAIR_RANKS = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0))
+NEIGHBOURS = "neighbours.json"  # the index that found the neighbours, and its recall
+_RANKS = np.array(PAIR_RANKS)
+
+
+@dataclass(frozen=True)
+class Mining:
+    """What the task that mines is given."""
+
+    output: Output
+    embeddings: Output
+    labelled: Output | None
+    config: MineConfig
+    seed: int
+    excluded: np.ndarray  # ids of images that are not mined
+    shards: dict[str, np.ndarray]  # rows of the anchors of each part that is still to be walked from or matched
+
+    def vectors(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [n], unit vectors float32 [n, dim]) of the images that may be mined."""
+        return unit_vectors(self.embeddings, mean, self.excluded)
+
+
+def pairs_table(
+    ids: np.ndarray, references: np.ndarray, targets: np.ndarray, similarity: np.ndarray, columns: dict[str, Any]
+) -> pa.Table:
+    """Pairs table of rows of the gallery; what `columns` does not give of groups and ranks is null."""
+    reference_ids, target_ids = ids[references], ids[targets]
+    pair_ids = [tables.stable_id("pair", r, t) for r, t in zip(reference_ids.tolist(), target_ids.tolist(), strict=True)]
+    known = {"pair_id": pair_ids, "reference_id": reference_ids, "target_id": target_ids, "similarity": similarity, **columns}
+    nulls = [None] * len(references)
+    return pa.table([pa.array(known.get(f.name, nulls), f.type) for f in tables.PAIRS], schema=tables.PAIRS)
+
+
+def write_parts(job: Mining, pairs: int, part: Callable[[slice], pa.Table]) -> None:
+    """Write the parts that are missing, each from its own pairs alone."""
+    finished, rows = set(job.output.parts()), job.config.part_rows
+    for index, start in enumerate(range(0, pairs, rows)):
+        if part_name(index) not in finished:
+            job.output.write_table(part_name(index), part(slice(start, start + rows)), tables.PAIRS)
+
+
+def write_grouped(
+    job: Mining, ids: np.ndarray, vectors: np.ndarray, groups: np.ndarray, group: np.ndarray, place: np.ndarray
+) -> None:
+    """Write the pairs at some places of some groups."""
+
+    def part(here: slice) -> pa.Table:
+        references, targets = members(groups, group[here], place[here])
+        group_ids = [tables.stable_id("group", *images) for images in ids[groups[group[here]]].tolist()]
+        columns = {"group_id": group_ids, "reference_rank": _RANKS[place[here], 0], "target_rank": _RANKS[place[here], 1]}
+        return pairs_table(ids, references, targets, cosines(vectors, references, targets), columns)
+
+    write_parts(job, len(group), part)
+
+
+def members(groups: np.ndarray, group: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the references and targets at some places of some groups."""
+    return groups[group, _RANKS[place, 0]], groups[group, _RANKS[place, 1]]
