@@ -118,8 +118,8 @@ def test_every_stage_has_a_manifest_and_the_report_exists(finished: Graph) -> No
 def test_pseudo_triplets_carry_their_pairs(finished: Graph) -> None:
     from mining import tables
 
-    pairs = finished.output(finished.pairs).read_parts(tables.PAIRS)
-    pseudo = finished.output(finished.pseudo_triplets())
+    pairs = finished.output(finished["mine:photos"]).read_parts(tables.PAIRS)
+    pseudo = finished.output(finished["generate:photos"])
     written = pseudo.read_parts(tables.TRIPLETS)
     assert len(written) + len(pseudo.rejects()) == len(pairs)
     by_id = {row["pair_id"]: row for row in pairs.to_pylist()}
@@ -132,7 +132,7 @@ def test_mlflow_names_what_each_model_was_made_from(finished: Graph) -> None:
     runs = {run.info.run_name: run for run in children(finished)}
     assert set(runs) == {stage.instance for stage in finished.stages}
     model = runs["train:semi.s0"]
-    pseudo = finished.pseudo_triplets()
+    pseudo = finished["generate:photos"]
     assert {(i.dataset.name, i.dataset.digest) for i in model.inputs.dataset_inputs} >= {
         ("pseudo_triplets/photos", pseudo.digest)
     }
