@@ -156,7 +156,11 @@ class VariantConfig(Section):
 class TrainConfig(VariantConfig):
     """A base recipe and the variants of it that are trained, each with every seed."""
 
-    variants: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> fields that differ from the base recipe")
+    variants: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        json_schema_extra={"additionalProperties": {"anyOf": [{"type": "object"}, {"type": "null"}]}},
+        description="name -> fields that differ from the base recipe; null switches off one of a config that is extended",
+    )
     seeds: list[int] = Field([0], min_length=1, description="each variant is trained once with each")
 
     @field_validator("variants", mode="before")

@@ -17,7 +17,7 @@ HEAD = """# Config
 
 A config is a YAML file of these sections. `extends:` names presets or files that it is put over, section by section;
 `--set section.field=value` is put over both. Unknown fields are errors. `vdg show CONFIG` prints what comes out,
-`vdg schema` the JSON Schema of this page, with which an editor completes and checks a file:
+`vdg schema > vdg.schema.json` the JSON Schema of this page, with which an editor completes and checks a file that begins with
 
 ```yaml
 # yaml-language-server: $schema=vdg.schema.json

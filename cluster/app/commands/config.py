@@ -2,7 +2,7 @@
 
 import json
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -15,8 +15,18 @@ app = typer.Typer()
 
 @app.command()
 def schema() -> None:
-    """The JSON Schema of a config, for editors that complete and check YAML."""
-    print(json.dumps(configs.RunConfig.model_json_schema(), indent=1))
+    """The JSON Schema of a config file, for editors that complete and check YAML."""
+    print(json.dumps(_schema_of_files(), indent=1))
+
+
+def _schema_of_files() -> dict[str, Any]:
+    """That of a run's config, but a file may leave to others what it extends."""
+    schema = configs.RunConfig.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    said = "presets or files that this one is put over: a name, a path, or a list of them"
+    names = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "description": said}
+    return schema | {"properties": {"extends": names} | schema["properties"]}
 
 
 @app.command()
