@@ -19,7 +19,7 @@ def load_cir(model: Output) -> "Retrieval":
     """A trained model on the CPU, ready to compose queries."""
     from safetensors.torch import load
 
-    from cluster.checkpoints import WEIGHTS, load_trained
+    from cluster.training.checkpoints import WEIGHTS, load_trained
 
     module = _untrained(model)
     load_trained(module, load(model.read_bytes(WEIGHTS)))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cir.train import MODEL, RESULT
 from cluster.artifacts import Output
-from cluster.checkpoints import WEIGHTS
+from cluster.training.checkpoints import WEIGHTS
 from mining.embeddings import MEAN
 
 TEXT = "text.tower."  # where a trained text tower is in the model

@@ -1,14 +1,14 @@
 """The train stage: one variant with one seed."""
 
 from cir.config import TextTower, VariantConfig
-from cir.data import CirTask, TripletTask
-from cir.pixels import BlipTask
-from cir.selection import Pseudo
+from cir.select import Pseudo
+from cir.tasks.blip import BlipTask
+from cir.tasks.triplets import CirTask, TripletTask
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.training import train
+from cluster.training.loop import train
 from mining.embeddings import INFO
 from mining.features import Features, copy_mean
 

@@ -23,11 +23,11 @@ from mining.embeddings import view_of
 from mining.excluded import ORIGIN, Guard, find_excluded
 from mining.features import read_mean, unit_vectors
 from mining.gallery import part_name
-from mining.matched import Matcher
-from mining.matched_groups import draw_groups, thin
 from mining.neighbours import Neighbours, blocks_of
-from mining.similarities import cosines, labelled_rows, write_similarities
-from mining.walk import GROUP_SIZE, PAIR_RANKS, groups_of, pairs_of, shuffled, without_overlap
+from mining.pairs.matched import Matcher
+from mining.pairs.matched_groups import draw_groups, thin
+from mining.pairs.similarities import cosines, labelled_rows, write_similarities
+from mining.pairs.walk import GROUP_SIZE, PAIR_RANKS, groups_of, pairs_of, shuffled, without_overlap
 
 MINE_VERSION = 2
 PAIRS_VERSION = 1

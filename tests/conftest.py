@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import session
+from cluster.driver import session
 
 PHOTOS = Path(__file__).parent / "data" / "grocery"
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load
 
 from cluster.artifacts import Output
-from cluster.checkpoints import WEIGHTS
 from cluster.config import TrainingConfig
 from cluster.devices import uses_bf16
+from cluster.training.checkpoints import WEIGHTS
 from mining import tables
 from mining.features import Features, FeatureSource
 from vdg.backbones import build, make_inputs

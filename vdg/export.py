@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import Output
-from cluster.checkpoints import WEIGHTS
+from cluster.training.checkpoints import WEIGHTS
 from mining.embeddings import MEAN
 from vdg.config import DESCRIPTION, Description, read_description
 

@@ -11,7 +11,7 @@ from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.monitor import Monitor
 from cluster.parts import run_actors
-from cluster.training import stable_seed
+from cluster.training.loop import stable_seed
 from mining import tables
 from vdg.agreement import medoid
 from vdg.config import GenerateConfig, read_description

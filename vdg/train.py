@@ -4,7 +4,7 @@ from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.training import train
+from cluster.training.loop import train
 from cluster.weights import content_identity
 from mining import tables
 from mining.features import Features, copy_mean

@@ -14,9 +14,9 @@ from cluster.app.commands import config as config_commands
 from cluster.app.commands import doctor, jobs, lineage, weights
 from cluster.app.commands.options import Config, Set
 from cluster.artifacts import Output, filesystem
+from cluster.driver.failures import explained
+from cluster.driver.progress import answers, console
 from cluster.errors import UserError
-from cluster.failures import explained
-from cluster.progress import answers, console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.callback()(config_commands.common)
@@ -44,9 +44,9 @@ def run(
     stages = pipeline.select(None, None, until)
     if dry_run:
         return _show_plan(pipeline, stages)
-    from cluster.app import driver
+    from cluster.app import runner
 
-    driver.run(pipeline, stages, keep_config=True)
+    runner.run(pipeline, stages, keep_config=True)
     if until in (None, "evaluate"):
         _finish(pipeline)
 
@@ -57,9 +57,9 @@ def _stage_command(kind: str) -> Callable[..., None]:
         stages = pipeline.select(kind, only, None)
         if dry_run:
             return _show_plan(pipeline, stages)
-        from cluster.app import driver
+        from cluster.app import runner
 
-        driver.run(pipeline, stages)
+        runner.run(pipeline, stages)
 
     command.__doc__ = f"All instances of the stage {kind}, or those that match --only, and what they still need."
     return command
@@ -76,11 +76,11 @@ def evaluate(config: Config, assignments: Set = [], dry_run: DryRun = False, as_
     stages = pipeline.select("evaluate", None, None)
     if dry_run:
         return _show_plan(pipeline, stages)
-    from cluster.app import driver
+    from cluster.app import runner
 
-    driver.run(pipeline, stages)
+    runner.run(pipeline, stages)
     if as_json:
-        print(json.dumps(driver.metrics_of(pipeline), indent=1))
+        print(json.dumps(runner.metrics_of(pipeline), indent=1))
     else:
         _show_metrics(pipeline)
 
@@ -103,11 +103,11 @@ def _pipeline(config: str, assignments: list[str]) -> Any:
 
 
 def _finish(pipeline: Any) -> None:
-    from cluster.app import driver
+    from cluster.app import runner
     from cluster.app.report import write_report
 
-    folder = driver.run_folder(pipeline.config)
-    folder.write_json("metrics.json", driver.metrics_of(pipeline))
+    folder = runner.run_folder(pipeline.config)
+    folder.write_json("metrics.json", runner.metrics_of(pipeline))
     _show_metrics(pipeline)
     console.print(f"metrics: {folder.path('metrics.json')}")
     if pipeline.config.evaluate.scores_models:

@@ -19,8 +19,8 @@ from cluster.config import (
     read_yaml,
     validate,
 )
+from cluster.driver.session import RayConfig
 from cluster.errors import UserError
-from cluster.session import RayConfig
 from mining.config import EmbedConfig, IngestConfig, MineConfig
 from vdg.config import AlignConfig, GenerateConfig, InstructConfig, VdgConfig
 

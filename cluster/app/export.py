@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from cir.export import export_model
+from cluster.driver.lineage import Lineage, Made, problems
 from cluster.errors import UserError
-from cluster.lineage import Lineage, Made, problems
-from cluster.training import TRAINING
+from cluster.training.loop import TRAINING
 from vdg.export import export_generator
 
 EXPORTS = {"instruct": export_generator, "train": export_model}

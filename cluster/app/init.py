@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cluster.app.config import PRESETS, load
+from cluster.driver.progress import console
 from cluster.errors import UserError
-from cluster.progress import console
 from mining.config import GalleryConfig
 from mining.labelled import read_captions, read_triplets
 from mining.sources import list_images

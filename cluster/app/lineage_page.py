@@ -2,7 +2,7 @@
 
 from html import escape
 
-from cluster.lineage import Lineage, Made
+from cluster.driver.lineage import Lineage, Made
 
 WIDTH, HEIGHT, ACROSS, DOWN = 190, 44, 260, 64  # of a box, and from one box to the next, in pixels
 

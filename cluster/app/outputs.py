@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import yaml
 from pyarrow import fs as pafs
 
-from cluster import lease
 from cluster.app.checks import check_sources
 from cluster.app.config import RunConfig
 from cluster.app.pipeline import KINDS, Pipeline
 from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
+from cluster.driver import lease
 
 
 @dataclass(frozen=True)

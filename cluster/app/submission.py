@@ -10,14 +10,14 @@ import yaml
 from cluster.app import config as configs
 from cluster.app.checks import weights_of
 from cluster.app.config import RunConfig
-from cluster.app.driver import tracking_uri
 from cluster.app.pipeline import KINDS, Pipeline
+from cluster.app.runner import tracking_uri
 from cluster.artifacts import Output, Stage, digest_of
 from cluster.code import git_commit
 from cluster.config import override
+from cluster.driver.jobs import CONFIG, Job, check_paths, check_secrets
+from cluster.driver.session import RayConfig
 from cluster.errors import UserError
-from cluster.jobs import CONFIG, Job, check_paths, check_secrets
-from cluster.session import RayConfig
 
 
 def prepare(

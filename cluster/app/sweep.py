@@ -1,7 +1,7 @@
 """Cross-validation of one variant on the labelled triplets, for `vdg sweep`."""
 
 from cluster.app import config as configs
-from cluster.app import driver
+from cluster.app import runner
 from cluster.app.pipeline import Pipeline
 from cluster.errors import UserError
 
@@ -18,7 +18,7 @@ def cross_validate(config: str, assignments: list[str], variant: str, folds: int
         if variant not in loaded.train.variants:
             raise UserError(f"--variant {variant}: the config has {sorted(loaded.train.variants)}")
         pipeline = Pipeline(loaded)
-        driver.run(pipeline, pipeline.select("train", f"train:{variant}.s*", None))
+        runner.run(pipeline, pipeline.select("train", f"train:{variant}.s*", None))
         for seed in loaded.train.seeds:
             result = pipeline.output(pipeline.model(variant, seed)).read_json("result.json")
             if metric not in result:

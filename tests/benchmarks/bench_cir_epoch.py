@@ -16,11 +16,11 @@ import torch
 from timing import interleaved
 
 from cir.config import VariantConfig
-from cir.data import CirTask
-from cluster import session
+from cir.tasks.triplets import CirTask
 from cluster.artifacts import Output
 from cluster.config import EmbedResources
 from cluster.devices import device
+from cluster.driver import session
 from cluster.monitor import Silent
 from mining import tables
 from mining.config import EmbedConfig, TowerConfig, ViewsConfig

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from cluster import session
 from cluster.app.config import load
 from cluster.artifacts import Output
 from cluster.config import EmbedResources
 from cluster.devices import limit_threads
+from cluster.driver import session
 from cluster.monitor import Silent
 from mining.config import EmbedConfig, GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
 from mining.embed import embed_gallery

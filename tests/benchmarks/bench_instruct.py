@@ -13,10 +13,11 @@ import torch
 from safetensors.numpy import save
 from timing import THREADS, interleaved
 
-from cluster import engine, training
 from cluster.artifacts import Output
 from cluster.config import TrainingConfig
 from cluster.devices import device, uses_bf16
+from cluster.training import engine
+from cluster.training import loop as training
 from cluster.weights import Weights
 from mining import tables
 from mining.features import Features

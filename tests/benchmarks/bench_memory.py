@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
 
-from cluster import session
 from cluster.artifacts import Output
-from cluster.checkpoints import WEIGHTS
 from cluster.config import ActorResources, EmbedResources, TaskResources
+from cluster.driver import session
 from cluster.monitor import Silent
+from cluster.training.checkpoints import WEIGHTS
 from mining import tables
 from mining.config import EmbedConfig, GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig, WalkConfig
 from mining.embed import embed_gallery

@@ -7,7 +7,7 @@ from timing import interleaved
 from mining.config import WalkConfig
 from mining.features import centred
 from mining.neighbours import Neighbours, blocks_of
-from mining.walk import groups_of, pairs_of, shuffled, without_overlap
+from mining.pairs.walk import groups_of, pairs_of, shuffled, without_overlap
 
 ROWS, DIM, CLUSTERS, ROUNDS = 20_000, 512, 800, 3
 CONFIG = WalkConfig()

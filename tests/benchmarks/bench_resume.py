@@ -8,10 +8,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from cluster import session
 from cluster.app.config import load
 from cluster.artifacts import Output, Stage
 from cluster.config import EmbedResources
+from cluster.driver import session
 from cluster.monitor import Silent
 from mining.config import EmbedConfig, GalleryConfig, IngestConfig, ViewsConfig
 from mining.embed import embed_gallery

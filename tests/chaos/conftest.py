@@ -12,10 +12,10 @@ import pytest
 import yaml
 from safetensors.numpy import load
 
-from cluster import lease
 from cluster.app.pipeline import Pipeline
-from cluster.checkpoints import WEIGHTS
-from cluster.training import METRICS
+from cluster.driver import lease
+from cluster.training.checkpoints import WEIGHTS
+from cluster.training.loop import METRICS
 from mining import tables
 from tests.chaos.killing import assert_same_embeddings, assert_same_table
 

@@ -14,11 +14,11 @@ import psutil
 import pytest
 from rich.table import Table
 
-from cluster import lease
 from cluster.app import config as configs
 from cluster.app.pipeline import Pipeline
 from cluster.artifacts import Output
-from cluster.progress import console
+from cluster.driver import lease
+from cluster.driver.progress import console
 from tests.chaos.conftest import LIMIT, assert_same, start
 from tests.chaos.killing import find, kill_when
 

@@ -9,11 +9,11 @@ import psutil
 import pytest
 from pyarrow import fs as pafs
 
-from cluster import lease
 from cluster.app import config as configs
 from cluster.app.outputs import outputs, remove
 from cluster.app.pipeline import Pipeline
 from cluster.artifacts import Output, filesystem
+from cluster.driver import lease
 from cluster.errors import UserError
 from tests.chaos.conftest import LIMIT, assert_same, start
 from tests.chaos.killing import kill_when

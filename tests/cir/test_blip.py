@@ -18,7 +18,7 @@ from cir.compose import Composer, load_cir
 from cir.config import EvaluateConfig, VariantConfig
 from cir.evaluate import RANKINGS, evaluate
 from cir.models.blip import BlipRetrieval
-from cir.selection import Pseudo
+from cir.select import Pseudo
 from cir.train import cir_task, train_cir
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources

@@ -13,7 +13,7 @@ from cir.benchmarks import cirr, triplets
 from cir.benchmarks.triplets import check_attributes
 from cir.config import EvaluateConfig, TextTower
 from cir.evaluate import RANKINGS, evaluate
-from cir.selection import Pseudo
+from cir.select import Pseudo
 from cir.train import train_cir
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources

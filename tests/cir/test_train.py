@@ -11,7 +11,7 @@ from safetensors.torch import load
 
 from cir.compose import load_cir
 from cir.config import VariantConfig
-from cir.selection import Pseudo
+from cir.select import Pseudo
 from cir.train import train_cir
 from cluster.artifacts import Output
 from cluster.config import WorkerResources

@@ -16,11 +16,11 @@ from mining.embed import _schema, _to_table
 from mining.embeddings import INFO, MEAN
 from mining.features import centred
 from mining.indexes import kind_for
-from mining.matched import Matcher
 from mining.mine import CANDIDATES, NEIGHBOURS, mine_pairs, random_pairs
 from mining.neighbours import Neighbours, blocks_of
-from mining.similarities import SIMILARITIES
-from mining.walk import PAIR_RANKS, groups_of, shuffled, without_overlap
+from mining.pairs.matched import Matcher
+from mining.pairs.similarities import SIMILARITIES
+from mining.pairs.walk import PAIR_RANKS, groups_of, shuffled, without_overlap
 from tests.conftest import Recorder
 
 WALK = MineConfig(gallery="g", tower="t")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
 from cluster.artifacts import Output
-from cluster.checkpoints import WEIGHTS
+from cluster.training.checkpoints import WEIGHTS
 from mining.features import Features, copy_mean
 from vdg.backbones import build
 from vdg.config import DESCRIPTION

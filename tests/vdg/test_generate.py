@@ -11,10 +11,10 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
 from cluster.artifacts import Output
-from cluster.checkpoints import WEIGHTS
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
+from cluster.training.checkpoints import WEIGHTS
 from mining import tables
 from mining.features import Features, copy_mean, read_mean
 from tests.chaos.killing import assert_same_table, killing

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load
 
 from cluster.artifacts import Output
-from cluster.checkpoints import WEIGHTS
 from cluster.config import TrainingConfig, WorkerResources
 from cluster.errors import UserError
-from cluster.training import METRICS, train
+from cluster.training.checkpoints import WEIGHTS
+from cluster.training.loop import METRICS, train
 from mining import tables
 from mining.features import Features, read_mean
 from vdg.backbones import build, load_generator, make_inputs

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load
 
 from cluster.artifacts import Output
-from cluster.checkpoints import WEIGHTS, load_trained
+from cluster.training.checkpoints import WEIGHTS, load_trained
 from mining.embeddings import MEAN
 from mining.features import read_mean
 from vdg.backbones.base import Backbone, Inputs

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from cluster.app import config as configs
 from cluster.app.commands.options import Set
-from cluster.doctor import Setting, examine
-from cluster.progress import answers
+from cluster.driver.doctor import Setting, examine
+from cluster.driver.progress import answers
 
 app = typer.Typer()
 COLOURS = {"ok": "green", "warning": "yellow", "blocker": "red"}
@@ -38,7 +38,7 @@ def doctor(
 
 
 def _setting(config: str, assignments: list[str]) -> Setting:
-    from cluster.app.driver import tracking_uri
+    from cluster.app.runner import tracking_uri
 
     loaded = configs.load(config, assignments)
     return Setting(loaded.root, tracking_uri(loaded), loaded.resources.ray.address)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cluster import jobs
 from cluster.app.commands.options import Config, Set
+from cluster.driver import jobs
+from cluster.driver.progress import answers, console
 from cluster.errors import UserError
-from cluster.progress import answers, console
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

@@ -12,9 +12,9 @@ from rich.tree import Tree
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
 from cluster.artifacts import Output
+from cluster.driver.lineage import Lineage, Made, problems
+from cluster.driver.progress import answers, console
 from cluster.errors import UserError
-from cluster.lineage import Lineage, Made, problems
-from cluster.progress import answers, console
 
 app = typer.Typer()
 
@@ -62,9 +62,9 @@ def track(config: Config, assignments: Set = []) -> None:  # noqa: B006
     """Write into MLflow what it lacks of the run's finished stages; done again, it changes nothing."""
     from mlflow.exceptions import MlflowException
 
-    from cluster.app.driver import tracking_uri
     from cluster.app.pipeline import Pipeline
-    from cluster.tracking import Tracker
+    from cluster.app.runner import tracking_uri
+    from cluster.driver.tracking import Tracker
 
     pipeline = Pipeline(configs.load(config, assignments))
     run, uri = pipeline.config, tracking_uri(pipeline.config)
@@ -106,7 +106,7 @@ def _root(place: str, assignments: list[str]) -> tuple[str, str | None]:
         store = Path(place) / "mlflow.db"
         return place, f"sqlite:///{store.resolve()}" if store.is_file() else None
     config = configs.load(place, assignments)
-    from cluster.app.driver import tracking_uri
+    from cluster.app.runner import tracking_uri
 
     return config.root, tracking_uri(config)
 

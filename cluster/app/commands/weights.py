@@ -6,8 +6,8 @@ import typer
 
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
+from cluster.driver.progress import console
 from cluster.errors import UserError
-from cluster.progress import console
 
 app = typer.Typer()
 
@@ -22,8 +22,8 @@ def fetch_weights(
     every_node: Annotated[bool, typer.Option("--every-node", help="on each node of resources.ray.address")] = False,
 ) -> None:
     """Fetch the hub weights that a config names, and check that its packages and folders are there."""
-    from cluster import fetch, session
     from cluster.app.checks import weights_of
+    from cluster.driver import fetch, session
 
     loaded = configs.load(config, assignments)
     fields = {field: weights for _, field, weights in weights_of(loaded)}

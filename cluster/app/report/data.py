@@ -17,7 +17,7 @@ from cluster.app.pipeline import Pipeline
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
 from cluster.app.report.results import Results, collect_results, headline
 from cluster.artifacts import MANIFEST, Output, Stage, below, filesystem
-from cluster.training import reports_of
+from cluster.training.loop import reports_of
 from mining.gallery import read_images
 from mining.images import decode
 

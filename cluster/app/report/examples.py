@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from cir.evaluate import RANKINGS
 from cluster.artifacts import Output
 from mining import tables
-from mining.similarities import SIMILARITIES
+from mining.pairs.similarities import SIMILARITIES
 
 SAMPLE_ROWS = 20_000  # of a large table: whole parts, drawn by seed
 GROUP_SIZE = 6

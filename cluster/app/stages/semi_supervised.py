@@ -4,7 +4,7 @@ from typing import Any
 
 from cir.config import VariantConfig
 from cir.score import SCORE_VERSION, Scoring, score_round_trip
-from cir.selection import SELECT_VERSION, Pseudo, select_confident, with_own_deltas
+from cir.select import SELECT_VERSION, Pseudo, select_confident, with_own_deltas
 from cir.train import TRAIN_VERSION, train_cir
 from cluster.app.stages.pairs import Pairs
 from cluster.artifacts import Stage

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster import lease
 from cluster.app import config as configs
 from cluster.app.cli import app, main
 from cluster.artifacts import Output
+from cluster.driver import lease
 from cluster.errors import UserError
 
 RUNNER = CliRunner()

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from cluster.app import config as configs
-from cluster.app import driver
+from cluster.app import runner
 from cluster.app.pipeline import Pipeline
 from mining import tables
 from mining.gallery import keys
@@ -31,7 +31,7 @@ def test_images_named_as_cirrs_are_not_mined(
     content["mine"]["exclude"] = {"cirr": {"annotations": official.annotations("cirr")}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     pipeline = Pipeline(configs.load(str(tmp_path / "run.yaml"), []))
-    driver.run(pipeline, pipeline.select("mine", None, None))
+    runner.run(pipeline, pipeline.select("mine", None, None))
     mined = pipeline.output(pipeline.pairs)
     manifest = mined.manifest()
     assert manifest is not None

@@ -9,7 +9,7 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from cluster.app import config as configs
-from cluster.app import driver
+from cluster.app import runner
 from cluster.app.pipeline import Pipeline
 from cluster.errors import UserError
 from tests.cluster.app.test_cli import RUNNER, app, invoke
@@ -90,13 +90,13 @@ def finished(ray_session: None, config: str) -> Pipeline:
     shown = invoke("run", config)
     pipeline = Pipeline(configs.load(config, []))
     for name in ("metrics.json", "report.html", "log.txt"):
-        assert driver.run_folder(pipeline.config).path(name) in shown
+        assert runner.run_folder(pipeline.config).path(name) in shown
     return pipeline
 
 
 def children(pipeline: Pipeline) -> list[Any]:
     """The stage runs of the first driver's run, by name."""
-    client = MlflowClient(driver.tracking_uri(pipeline.config))
+    client = MlflowClient(runner.tracking_uri(pipeline.config))
     experiment = client.get_experiment_by_name("vdg")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
@@ -105,7 +105,7 @@ def children(pipeline: Pipeline) -> list[Any]:
 
 def test_every_stage_has_a_manifest_and_the_report_exists(finished: Pipeline) -> None:
     assert all(finished.output(stage).manifest() for stage in finished.stages)
-    folder = driver.run_folder(finished.config)
+    folder = runner.run_folder(finished.config)
     metrics = folder.read_json("metrics.json")
     assert set(metrics) == {"supervised", "semi", "best"}
     for row in metrics.values():
@@ -148,7 +148,7 @@ def test_mlflow_names_what_each_model_was_made_from(finished: Pipeline) -> None:
 def test_the_same_command_again_does_nothing(finished: Pipeline, config: str) -> None:
     before = len(children(finished))
     again = Pipeline(configs.load(config, []))
-    driver.run(again, again.stages)
+    runner.run(again, again.stages)
     assert len(children(finished)) == before
 
 
@@ -157,18 +157,18 @@ def test_evaluation_on_other_queries_reuses_the_models_and_prints_json_alone(
 ) -> None:
     other = world / "other.json"
     other.write_text(json.dumps(json.loads((world / "triplets.json").read_text())[:10]))
-    kept = driver.run_folder(finished.config).read_bytes("config.yaml")
+    kept = runner.run_folder(finished.config).read_bytes("config.yaml")
     before = len(children(finished))
     result = RUNNER.invoke(app, ["evaluate", config, "--set", f"evaluate.triplets={other}", "--json"], catch_exceptions=False)
     assert len(children(finished)) == before + 2  # the queries and the evaluation
     printed = json.loads(result.stdout)
     assert set(printed) == {"supervised", "semi", "best"}
     assert set(printed["semi"]["R@1"]) == {"mean", "seeds"}
-    assert driver.run_folder(finished.config).read_bytes("config.yaml") == kept  # `vdg clean` still knows the run
+    assert runner.run_folder(finished.config).read_bytes("config.yaml") == kept  # `vdg clean` still knows the run
 
 
 def test_the_report_is_written_again_from_finished_stages(finished: Pipeline, config: str) -> None:
-    folder = driver.run_folder(finished.config)
+    folder = runner.run_folder(finished.config)
     page = folder.read_bytes("report.html")
     folder.write_bytes("report.html", b"")
     invoke("report", config)
@@ -190,4 +190,4 @@ def test_too_many_rejects_stop_the_run_and_name_the_first(finished: Pipeline, wo
     broken.write_text(json.dumps([{"reference": "ghost", "target": "ghost", "captions": ["x"]}]))
     pipeline = Pipeline(configs.load(config, [f"evaluate.triplets={broken}"]))
     with pytest.raises(UserError, match=r"ingest:queries: 1 of 1 rows were rejected.*unknown_image"):
-        driver.run(pipeline, pipeline.select("evaluate", None, None))
+        runner.run(pipeline, pipeline.select("evaluate", None, None))

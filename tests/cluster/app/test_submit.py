@@ -9,8 +9,8 @@ import pytest
 from mlflow import MlflowClient
 
 from cluster.app import config as configs
-from cluster.app.driver import tracking_uri
 from cluster.app.pipeline import Pipeline
+from cluster.app.runner import tracking_uri
 from tests.cluster.app.test_run import config, world  # noqa: F401
 from tests.cluster.local_cluster import PROJECT, LocalCluster, local_cluster
 

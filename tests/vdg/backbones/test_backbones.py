@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load
 
 from cluster.artifacts import Output
-from cluster.checkpoints import WEIGHTS
 from cluster.config import TrainingConfig, WorkerResources
+from cluster.training.checkpoints import WEIGHTS
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.features import Features

@@ -109,7 +109,7 @@ def test_export_writes_the_model_and_its_card(root: Path, stages: dict[str, Stag
 
 
 def test_an_mlflow_run_names_its_output(root: Path, stages: dict[str, Stage]) -> None:
-    from cluster.tracking import Tracker
+    from cluster.driver.tracking import Tracker
 
     tracker = Tracker(f"sqlite:///{root}/mlflow.db", "vdg", "run", {})
     assert tracker.complete(stages["mine:shop"], str(root))

@@ -8,14 +8,14 @@ from typing import Any
 
 import yaml
 
-from cluster import lease, session
 from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.pipeline import Pipeline
 from cluster.artifacts import Output, Stage, below, filesystem
+from cluster.driver import lease, session
+from cluster.driver.progress import StageProgress, console
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.progress import StageProgress, console
 
 
 def run(pipeline: Pipeline, stages: list[Stage], keep_config: bool = False) -> None:
@@ -30,7 +30,7 @@ def run(pipeline: Pipeline, stages: list[Stage], keep_config: bool = False) -> N
     check(config, todo)
     for stage in todo:
         lease.check(pipeline.output(stage))
-    from cluster.tracking import Tracker
+    from cluster.driver.tracking import Tracker
 
     tracker = Tracker(tracking_uri(config), config.tracking.experiment, config.name, config.model_dump(mode="json"))
     if keep_config:

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pytest
 import ray
 
-from cluster import lease
 from cluster.app import config as configs
-from cluster.app import driver
+from cluster.app import runner
 from cluster.app.pipeline import Pipeline
 from cluster.artifacts import Output, Stage
 from cluster.config import ActorResources
+from cluster.driver import lease
+from cluster.driver.failures import explained
 from cluster.errors import UserError
-from cluster.failures import explained
 from cluster.monitor import Monitor
 from cluster.parts import run_actors
 
@@ -72,7 +72,7 @@ def output_of(pipeline: Pipeline) -> Output:
 
 def run(pipeline: Pipeline, work: Callable[[Output, Monitor], None]) -> Output:
     """Run one stage. Its output is the same folder whatever the work is."""
-    explained(driver.run)(pipeline, [Stage("mine:x", 1, {}, work)])
+    explained(runner.run)(pipeline, [Stage("mine:x", 1, {}, work)])
     return output_of(pipeline)
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from cir.config import PseudoSelection
-from cir.selection import Pseudo, chosen, select, select_confident, with_own_deltas
+from cir.select import Pseudo, chosen, select, select_confident, with_own_deltas
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.monitor import Silent

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load
 
 from cluster.artifacts import Output
-from cluster.checkpoints import WEIGHTS
 from cluster.config import TrainingConfig, WorkerResources
-from cluster.engine import learning_rate_factor
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.training import METRICS, TRAINING, sample_rows, train
+from cluster.training.checkpoints import WEIGHTS
+from cluster.training.engine import learning_rate_factor
+from cluster.training.loop import METRICS, TRAINING, sample_rows, train
 from tests.conftest import Recorder
 
 LOCAL = WorkerResources(workers=0)

@@ -3,7 +3,7 @@
 import pytest
 from rich.table import Table
 
-from cluster.progress import answers, console
+from cluster.driver.progress import answers, console
 
 FOREIGN = "[/tmp/x] [abc] :car:"
 

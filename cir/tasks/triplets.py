@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from cir import metrics
 from cir.config import Validation, VariantConfig
-from cir.selection import Pseudo, chosen
+from cir.select import Pseudo, chosen
 from cluster.artifacts import Output
 from mining import tables
 from mining.embeddings import INFO
@@ -57,7 +57,7 @@ def held_out(triplet_ids: np.ndarray, validation: Validation) -> np.ndarray:
 
 @dataclass
 class TripletTask(ABC):
-    """The `cluster.training.Task` of one variant, whatever its model takes. Holds settings and paths, loads lazily.
+    """The `cluster.training.loop.Task` of one variant, whatever its model takes. Holds settings and paths, loads lazily.
 
     An epoch is the labelled triplets; with pseudo triplets each labelled row brings one of them, drawn with replacement,
     uniformly (PAPER 3.3) or by weight, so |B| = |B'|. With `pseudo_only` the epoch is the pseudo triplets.

@@ -19,8 +19,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cluster.artifacts import Output, Stage
+from cluster.driver.tracking import COMPLETE, Tracker
 from cluster.monitor import Monitor, Silent
-from cluster.tracking import COMPLETE, Tracker
 
 
 def nothing(output: Output, monitor: Monitor) -> None:
@@ -72,11 +72,11 @@ def test_a_store_lost_in_the_middle_is_logged_once_and_work_goes_on(
     run = tracker.begin(pseudo_triplets, str(tmp_path))
     run.metrics(1, {"loss": 1.0})
     run.client = tracker.client = MlflowClient("http://127.0.0.1:9")  # nothing listens there
-    with caplog.at_level(logging.WARNING, "cluster.tracking"):
+    with caplog.at_level(logging.WARNING, "cluster.driver.tracking"):
         run.metrics(2, {"loss": 0.5})
         run.metrics(3, {"loss": 0.4})
         run.finish({"rows": 3, "rejects": {}, "seconds": 1.0})
-    assert [record.name for record in caplog.records].count("cluster.tracking") == 1
+    assert [record.name for record in caplog.records].count("cluster.driver.tracking") == 1
     later = tracker.begin(pseudo_triplets, str(tmp_path))
     later.metrics(1, {"loss": 1.0})
     later.fail()

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cir.data import TripletTask
+from cir.tasks.triplets import TripletTask
 from mining.features import Pixels
 
 

@@ -14,11 +14,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
-from cluster import records
 from cluster.artifacts import Stage
 from cluster.code import git_commit
+from cluster.driver import records
 from cluster.errors import UserError
-from cluster.training import METRICS, reports_of
+from cluster.training.loop import METRICS, reports_of
 
 log = logging.getLogger(__name__)
 RETRY_AFTER = 60.0  # seconds without an attempt after a failure: waiting for a dead server would hold up the work

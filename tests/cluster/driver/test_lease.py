@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster import lease
 from cluster.artifacts import Output
+from cluster.driver import lease
+from cluster.driver.lease import LEASE, Lease, hold
 from cluster.errors import UserError
-from cluster.lease import LEASE, Lease, hold
 
 KILLED = "import os, sys; from cluster import lease; from cluster.artifacts import Output; "
 KILLED += "held = lease.hold(Output(sys.argv[1])); held.__enter__(); os.kill(os.getpid(), 9)"

@@ -7,8 +7,8 @@ from collections.abc import Generator
 
 import numpy as np
 
-from mining.matched import Matcher
-from mining.walk import GROUP_SIZE, PAIR_RANKS
+from mining.pairs.matched import Matcher
+from mining.pairs.walk import GROUP_SIZE, PAIR_RANKS
 
 OFFERED = 1.5  # pairs of the drawn groups for each that is kept: six of a group's nine, on average
 LEAST_PAIRS = 2  # a group with fewer is no group

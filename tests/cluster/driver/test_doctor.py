@@ -6,8 +6,8 @@ from threading import Thread
 
 import pytest
 
-from cluster import doctor
-from cluster.doctor import Setting
+from cluster.driver import doctor
+from cluster.driver.doctor import Setting
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from cluster.driver.fetch import fetch, fetch_on_every_node
 from cluster.errors import UserError
-from cluster.fetch import fetch, fetch_on_every_node
 from cluster.weights import Weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -6,8 +6,8 @@ import pytest
 import ray
 import ray.data
 
+from cluster.driver.failures import explained
 from cluster.errors import UserError
-from cluster.failures import explained
 
 
 class Mistaken:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster import jobs
+from cluster.driver import jobs
 from cluster.errors import UserError
 
 

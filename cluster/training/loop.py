@@ -19,12 +19,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from cluster.artifacts import Output, filesystem
-from cluster.checkpoints import BEST, WEIGHTS, State, check_world, cut_off, read_state, resume, save_checkpoint
 from cluster.config import TrainingConfig, WorkerResources
-from cluster.engine import build_engine, forward_backward, process_group
 from cluster.environment import record_environment
 from cluster.errors import UserError
 from cluster.monitor import Monitor
+from cluster.training.checkpoints import BEST, WEIGHTS, State, check_world, cut_off, read_state, resume, save_checkpoint
+from cluster.training.engine import build_engine, forward_backward, process_group
 
 METRICS = "metrics.jsonl"  # one line {"step", name: value, ...} a report
 TRAINING = "training.json"  # workers of the last checkpoint, steps at which it went on from the weights alone, best report

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cir.config import Validation, VariantConfig
-from cir.data import CirTask, held_out
-from cir.selection import Pseudo
+from cir.select import Pseudo
+from cir.tasks.triplets import CirTask, held_out
 from mining.features import Features, centred
 from tests.cir import world
 

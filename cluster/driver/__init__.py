@@ -1,0 +1,1 @@
+"""What a driver needs around its stages: Ray, leases, progress, failures, jobs, MLflow."""

@@ -1,0 +1,1 @@
+"""The ways to pair a gallery's images, and how alike the pairs are."""
