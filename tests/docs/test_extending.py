@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from torchvision.models import resnet18
@@ -15,7 +16,8 @@ from cir.benchmarks import official as benchmarks
 from cir.config import VariantConfig
 from cir.models import composed
 from cir.models.text import load_text_encoder
-from mining import towers
+from cluster.monitor import Silent
+from mining import tables, towers
 from mining.config import TowerConfig
 from tests import tiny
 from tests.cir import world
@@ -52,6 +54,29 @@ def run(heading: str) -> dict[str, Any]:
         defined |= {key: value for key, value in names.items() if key not in there}
     assert defined
     return defined
+
+
+def test_a_stage(tmp_path: Path) -> None:
+    stage = pytest.importorskip("cluster.stage", exc_type=ImportError).Stage
+
+    class Mined(stage):
+        """Three pairs of one reference and one of another."""
+
+        def work(self, output: Any, run: Any) -> None:
+            row = {"group_id": None, "reference_rank": None, "target_rank": None}
+            found = [(0, 7, 0.5), (1, 7, 0.9), (2, 7, 0.7), (3, 8, 0.1)]
+            rows = [{**row, "pair_id": i, "reference_id": r, "target_id": i, "similarity": s} for i, r, s in found]
+            output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.PAIRS), tables.PAIRS)
+
+    thin, mined = run("A stage")["Thin"], Mined(name="photos")
+    mined.run(str(tmp_path), Silent())
+    made = {most: thin(name="photos", pairs=mined, most=most) for most in (1, 2)}
+    assert made[1].instance == "thin:photos"
+    assert made[1].digest != made[2].digest
+    manifest = made[2].run(str(tmp_path), Silent())
+    assert manifest["parents"] == {"pairs": {"instance": "mined:photos", "digest": mined.digest}}
+    assert made[2].output(str(tmp_path)).read_parts(tables.PAIRS)["pair_id"].to_pylist() == [1, 2, 3]
+    assert made[2].run(str(tmp_path), Silent()) == manifest
 
 
 def test_a_tower_library(tmp_path: Path) -> None:
