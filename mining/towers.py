@@ -1,7 +1,7 @@
 """Frozen image towers of timm, open_clip and transformers behind one call: uint8 pixels to vectors."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ class ImageTower(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.bfloat16 if uses_bf16(config.precision) else torch.float32
-        model, mean, std = _LOADERS[config.library](config)
+        load, self._run = LIBRARIES[config.library]
+        model, mean, std = load(config)
         self.model: Any = model.eval().requires_grad_(False).to(self.dtype)
         self.mean, self.std = config.mean or mean, config.std or std
         self.to(device())
@@ -38,7 +39,7 @@ class ImageTower(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels are normalised here, on the device."""
         images = normalised(pixels.to(device(), non_blocking=True), self.mean, self.std)
-        values = _FORWARD[self.config.library](self.model, images.to(self.dtype), self.config.output)
+        values = self._run(self.model, images.to(self.dtype), self.config.output)
         return values.float() if values.ndim == 3 else values.float().unsqueeze(1)
 
 
@@ -204,5 +205,9 @@ def _forward_transformers(model: Any, images: torch.Tensor, output: str) -> torc
     return vision(pixel_values=images).pooler_output
 
 
-_LOADERS = {"timm": _load_timm, "open_clip": _load_open_clip, "transformers": _load_transformers}
-_FORWARD = {"timm": _forward_timm, "open_clip": _forward_open_clip, "transformers": _forward_transformers}
+# TowerConfig.library -> how its models are loaded, and how one runs: images [B, 3, size, size] to [B, dim] or [B, tokens, dim]
+LIBRARIES: dict[str, tuple[Callable[[TowerConfig], _Loaded], Callable[[Any, torch.Tensor, str], torch.Tensor]]] = {
+    "timm": (_load_timm, _forward_timm),
+    "open_clip": (_load_open_clip, _forward_open_clip),
+    "transformers": (_load_transformers, _forward_transformers),
+}

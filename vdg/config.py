@@ -18,9 +18,9 @@ class VdgConfig(Section):
         description="features: any causal language model of transformers (`file` may name a GGUF); "
         "image_text: any of its image-text-to-text models that has a processor and a chat template"
     )
-    lora_rank: int = Field(64, gt=0)
+    lora_rank: int = Field(64, gt=0, description="rank of the low-rank update of each target layer")
     lora_alpha: int = Field(16, gt=0, description="LoRA is scaled by alpha / rank")
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout before LoRA, in training")
     lora_targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1, description="the model's query and value layers")
     prompt: Literal["paper", "short"] = Field("paper", description="the paper's two-image prompt, or one of ten words")
     projection: Literal["linear", "mlp"] = Field("linear", description="features: one linear layer, or two as LLaVA's")
@@ -52,8 +52,8 @@ class GenerateConfig(Section):
 
     batch_size: int = Field(64, gt=0, description="pairs decoded together")
     greedy: bool = Field(False, description="take the likeliest token; temperature and top_k are not used")
-    temperature: float = Field(0.2, gt=0)
-    top_k: int = Field(50, gt=0)
+    temperature: float = Field(0.2, gt=0, description="of the sampling")
+    top_k: int = Field(50, gt=0, description="likeliest tokens that are sampled from")
     precision: Literal["fp32", "bf16", "auto"] = Field("auto", description="auto: bf16 where the processor is fast at it")
     max_new_tokens: int = Field(32, gt=0, description="end of text included; a text cut off here loses its last token")
     samples: int = Field(1, gt=0, description="above 1: sample so many deltas a pair and keep the one that agrees best")

@@ -1,5 +1,6 @@
 """Composed retrieval: text encoder, fusion and temperature, trained against frozen target features."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class ComposedRetrieval(Retrieval):
         super().__init__()
         self.config = config
         self.text: TextEncoder | None = encoder
-        self.fusion = _fusion(config, dim, encoder.width)
+        self.fusion = FUSIONS[config.fusion](config, dim, encoder.width)
         self.log_scale = nn.Parameter(torch.full((1,), FIRST_LOG_SCALE)) if config.learns_temperature else None
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
@@ -70,11 +71,17 @@ class ComposedRetrieval(Retrieval):
         return self.losses(pairs, batch["supervised"])
 
 
-def _fusion(config: VariantConfig, dim: int, text_width: int) -> nn.Module:
-    if config.fusion == "residual":
-        return ResidualFusion(dim, text_width, config.hidden, config.image_hidden, config.dropout)
+def _combiner(config: VariantConfig, dim: int, text_width: int) -> nn.Module:
     check_widths(dim, text_width)
     return Combiner(dim, config.hidden, config.dropout)
+
+
+def _residual(config: VariantConfig, dim: int, text_width: int) -> nn.Module:
+    return ResidualFusion(dim, text_width, config.hidden, config.image_hidden, config.dropout)
+
+
+# VariantConfig.fusion -> what builds it, from the config and the widths of images and texts
+FUSIONS: dict[str, Callable[[VariantConfig, int, int], nn.Module]] = {"combiner": _combiner, "residual": _residual}
 
 
 def check_widths(dim: int, text_width: int) -> None:

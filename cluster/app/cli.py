@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from cluster.app import config as configs
+from cluster.app.commands import config as config_commands
 from cluster.app.commands import doctor, jobs, lineage, weights
 from cluster.app.commands.options import Config, Set
 from cluster.artifacts import Output, filesystem
@@ -18,6 +19,8 @@ from cluster.driver.progress import answers, console
 from cluster.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.callback()(config_commands.common)
+app.add_typer(config_commands.app)
 app.add_typer(doctor.app)
 app.add_typer(jobs.app)
 app.add_typer(lineage.app)

@@ -121,7 +121,7 @@ class TrackingConfig(Section):
     """Where MLflow records runs. Never part of a digest."""
 
     uri: str | None = Field(None, description="MLflow tracking URI; None: SQLite in the root")
-    experiment: str = "vdg"
+    experiment: str = Field("vdg", description="name of MLflow's experiment")
 
 
 class RunResources(Section):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import Field
 
 from cluster.config import Section
 from cluster.errors import UserError
@@ -23,8 +24,10 @@ WORKER_ENVIRONMENT = {
 class RayConfig(Section):
     """Where Ray runs. Never part of a digest."""
 
-    address: str | None = None  # of a running cluster; None: the cluster that runs this job, else Ray starts on this machine
-    num_cpus: int | None = None  # logical CPUs of a local Ray; None takes what the machine has
+    address: str | None = Field(
+        None, description="of a running cluster; None: the cluster that runs this job, else Ray starts on this machine"
+    )
+    num_cpus: int | None = Field(None, description="logical CPUs of a local Ray; None: what the machine has")
 
 
 def start(config: RayConfig, log_file: Path | None = None) -> None:

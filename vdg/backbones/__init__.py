@@ -8,13 +8,15 @@ from cluster.artifacts import Output
 from cluster.config import TrainingConfig
 from cluster.devices import uses_bf16
 from cluster.training.checkpoints import WEIGHTS, load_trained
+from mining.embeddings import MEAN
 from mining.features import read_mean
 from vdg.backbones.base import Backbone, Inputs
-from vdg.backbones.features import FeatureBackbone, FeatureInputs
-from vdg.backbones.image_text import ImageTextBackbone, ImageTextInputs
+from vdg.backbones.features import FeatureBackbone
+from vdg.backbones.image_text import ImageTextBackbone
 from vdg.description import Description, read_description
 
-_BACKBONES: dict[str, type[FeatureBackbone] | type[ImageTextBackbone]] = {
+# VdgConfig.backbone -> what builds it, from a description, a precision, and whether it is shared out over the ranks
+BACKBONES: dict[str, type[FeatureBackbone] | type[ImageTextBackbone]] = {
     "features": FeatureBackbone,
     "image_text": ImageTextBackbone,
 }
@@ -22,15 +24,12 @@ _BACKBONES: dict[str, type[FeatureBackbone] | type[ImageTextBackbone]] = {
 
 def build(description: Description, dtype: torch.dtype = torch.float32, partitioned: bool = False) -> Backbone:
     """The generator to train, its frozen model in `dtype` and, if `partitioned`, shared out over the ranks (ZeRO-3)."""
-    return _BACKBONES[description.vdg.backbone](description, dtype, partitioned)
+    return BACKBONES[description.vdg.backbone](description, dtype, partitioned)
 
 
 def make_inputs(description: Description, mean: np.ndarray | None = None, max_tokens: int = 32) -> Inputs:
     """What makes the generator's batches; `mean` [dim] is that of the training gallery's features, where it has any."""
-    if description.vdg.backbone == "image_text":
-        return ImageTextInputs(description, max_tokens)
-    assert mean is not None
-    return FeatureInputs(description, mean, max_tokens)
+    return BACKBONES[description.vdg.backbone].inputs(description, mean, max_tokens)
 
 
 def load_generator(model: Output, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Backbone, Inputs]:
@@ -42,7 +41,7 @@ def load_generator(model: Output, device: str = "cpu", dtype: torch.dtype = torc
     generator = build(description, dtype)
     load_trained(generator, load(model.read_bytes(WEIGHTS)))
     generator.merge()
-    mean = read_mean(model) if description.vdg.backbone == "features" else None
+    mean = read_mean(model) if model.exists(MEAN) else None
     return generator.to(device, dtype).eval(), make_inputs(description, mean)
 
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from cluster.errors import UserError
 from vdg.config import GenerateConfig, VdgConfig
+from vdg.description import Description
 from vdg.prompts import clean
 
 IGNORED = -100  # target of positions that predict no token of the answer
@@ -35,6 +37,11 @@ class Backbone(nn.Module, ABC):
         """`language_model`: what answers and is decoded, frozen but for its LoRA."""
         super().__init__()
         self.config, self.tokenizer, self.language_model = config, tokenizer, language_model
+
+    @classmethod
+    @abstractmethod
+    def inputs(cls, description: Description, mean: np.ndarray | None, max_tokens: int) -> Inputs:
+        """What makes its batches; `mean` float32 [dim] is that of the training gallery's features, where it sees features."""
 
     @abstractmethod
     def model_inputs(self, batch: Batch) -> dict[str, Tensor]:

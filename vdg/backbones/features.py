@@ -85,6 +85,12 @@ class FeatureBackbone(Backbone):
         super().__init__(config, load_tokenizer(config.language_model), model)
         self.projection = _projection(config, description.dim, width)
 
+    @classmethod
+    def inputs(cls, description: Description, mean: np.ndarray | None, max_tokens: int) -> FeatureInputs:
+        """Prompts with a place for each image embedding."""
+        assert mean is not None
+        return FeatureInputs(description, mean, max_tokens)
+
     def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Embeddings; padding is on the right, so causal attention needs no mask and positions count from 0."""
         embeddings = self.embed(batch["ids"], batch["features"])

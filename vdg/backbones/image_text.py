@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -89,6 +90,11 @@ class ImageTextBackbone(Backbone):
         frozen: Any = load_image_text_model(config.language_model, dtype, partitioned)
         model = with_lora(frozen, config, _language_layers(frozen, config))
         super().__init__(config, load_processor(config.language_model).tokenizer, model)
+
+    @classmethod
+    def inputs(cls, description: Description, mean: np.ndarray | None, max_tokens: int) -> ImageTextInputs:
+        """What the model's own processor makes."""
+        return ImageTextInputs(description, max_tokens)
 
     def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """All but the targets; pixels in the model's precision."""

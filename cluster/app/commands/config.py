@@ -1,0 +1,50 @@
+"""`vdg schema`, `vdg show` and `vdg --version`: what a config may say, what one comes to, and for which version."""
+
+import json
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from cluster.app import config as configs
+from cluster.app.commands.options import Config, Set
+
+app = typer.Typer()
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a config file, for editors that complete and check YAML."""
+    print(json.dumps(_schema_of_files(), indent=1))
+
+
+def _schema_of_files() -> dict[str, Any]:
+    """That of a run's config, but a file may leave to others what it extends."""
+    schema = configs.RunConfig.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    said = "presets or files that this one is put over: a name, a path, or a list of them"
+    names = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "description": said}
+    return schema | {"properties": {"extends": names} | schema["properties"]}
+
+
+@app.command()
+def show(config: Config, assignments: Set = []) -> None:  # noqa: B006
+    """A config in YAML as a run takes it: with all that it extends, and the defaults of what it leaves out."""
+    content = configs.load(config, assignments).model_dump(mode="json")
+    print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120), end="")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"vdg {version('visual-delta')}")
+        raise typer.Exit
+
+
+def common(
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    """Options of `vdg` itself."""
