@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from cir.benchmarks.official import Annotations
+from cir.benchmarks.official import OFFICIAL, Annotations
 from cir.config import VariantConfig
 from cir.models import composed
 from cir.models.text import load_text_encoder
@@ -33,7 +33,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 @pytest.fixture(autouse=True)
 def _registered_for_one_test() -> Iterator[None]:
-    registries: list[dict[str, Any]] = [towers.LIBRARIES, backbones.BACKBONES, composed.FUSIONS, benchmarks.OFFICIAL]
+    registries: list[dict[str, Any]] = [towers.LIBRARIES, backbones.BACKBONES, composed.FUSIONS, OFFICIAL]
     before = [dict(registry) for registry in registries]
     yield
     for registry, content in zip(registries, before, strict=True):
