@@ -22,11 +22,12 @@ RESULT = "result.json"
 class Train(Stage):
     """`train:<variant>.s<seed>`: a composed-retrieval model: its config, the centring mean, the best weights, their metrics."""
 
-    version = 4
+    version = 5
     model = "composed retrieval"
     triplets: Stage
     embeddings: tuple[Stage, ...] = field(metadata=LOOKED_UP)  # of the triplets' images
     galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where pixels are seen in training
+    center: Stage
     pseudo_triplets: Stage | None = None
     scores: Stage | None = None
     config: VariantConfig
@@ -49,7 +50,7 @@ class Train(Stage):
     def work(self, output: Output, run: Run) -> None:
         """Raises UserError before anything is loaded when the inputs do not fit the variant."""
         config, triplets = self.config, run.output(self.triplets)
-        features = features_of(run, self.embeddings, self.galleries)
+        features = features_of(run, self.embeddings, self.galleries, self.center)
         pseudo = pseudo_of(run, self.pseudo_triplets, self.scores) if self.pseudo_triplets and config.pseudo else None
         info = features.embeddings.read_json(INFO)
         _check_inputs(triplets, pseudo, config, info["tokens"])
@@ -66,7 +67,7 @@ class Train(Stage):
         if config.model == "blip" and features.online is not None:
             content["tower"] = features.online.tower.model_dump(mode="json")
         output.write_json(MODEL, content)
-        copy_mean(features.embeddings, output)
+        copy_mean(features, output)
         task = cir_task(
             features, triplets, pseudo, config
         )  # a fresh one: the checks filled the other's caches, which would travel

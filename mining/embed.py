@@ -17,7 +17,7 @@ from cluster.parts import run_parts
 from cluster.stage import Run, Stage
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
-from mining.embeddings import INFO, MEAN, gallery_part, plain_parts, read_part, view_of, view_part
+from mining.embeddings import INFO, gallery_part, plain_parts, view_of, view_part
 from mining.gallery import image_bytes
 from mining.images import BadImage, render
 from mining.reuse import Earlier, count_reused, note_reused, open_earlier
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Embed(Stage):
-    """`embed:<tower>.<gallery>`: the embeddings of `views.count` views of every image, `info.json`, the plain view's mean.
+    """`embed:<tower>.<gallery>`: the embeddings of `views.count` views of every image, and `info.json`.
 
     Of embeddings of an earlier state of the gallery those of images that are the same are taken over: of a grown gallery
     only the new images go through the tower, and `reused.json` counts the others.
     """
 
-    version = 3
+    version = 4
     table = "embeddings"
     gallery: Stage
     tower: TowerConfig
@@ -193,17 +193,9 @@ def _to_table(ids: np.ndarray, view: int, values: np.ndarray) -> pa.Table:
 
 
 def _summarise(output: Output, views: ViewsConfig) -> None:
-    """Write `info.json` and the mean over images and tokens of the plain view, part by part."""
-    from safetensors.numpy import save
-
+    """Write `info.json`."""
     tokens, dim = _shape(output)
     output.write_json(INFO, {"tokens": tokens, "dim": dim, "views": views.count})
-    total, count = np.zeros(dim), 0
-    for name in plain_parts(output):
-        values = read_part(output, name)[1].astype(np.float64)
-        total += values.sum((0, 1))
-        count += values.shape[0] * values.shape[1]
-    output.write_bytes(MEAN, save({"mean": (total / count).astype(np.float32)}))
 
 
 def _shape(output: Output) -> tuple[int, int]:

@@ -10,10 +10,9 @@ import pyarrow.compute as pc
 from cluster.artifacts import Output
 from mining import tables
 from mining.embeddings import gallery_part, plain_parts, read_part
-from mining.features import centred, unit_vectors
+from mining.features import ORIGIN, centred, unit_vectors
 
 LISTING = "excluded.parquet"  # tables.EXCLUDED, beside a gallery of the benchmark's images where they are given
-ORIGIN = np.zeros(1, np.float32)  # near duplicates are told by the raw cosine, as the walk tells them
 Reject = dict[str, str]
 
 

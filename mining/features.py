@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cluster.artifacts import Output
+from cluster.artifacts import Output, fingerprint
 from cluster.errors import UserError
 from cluster.stage import Run, Stage
 from mining.config import TowerConfig, ViewsConfig
@@ -18,13 +18,13 @@ from mining.gallery import read_images
 from mining.images import render
 from mining.scratch import shared
 
+ORIGIN = np.zeros(1, np.float32)  # what a raw cosine is centred by
 ONLINE_VIEWS = 2**15  # as many different views as the schema's int16 can name
 
 
 class FeatureSource(Protocol):
     """Raw tower outputs of a set of images."""
 
-    mean: np.ndarray  # float32 [dim], of the training gallery
     tokens: int
     dim: int
     views: int  # number of different views, the plain one included
@@ -49,12 +49,19 @@ class Online:
 class Features:
     """Where features come from; travels to the workers, which open it.
 
-    `more` are embeddings of further galleries by the same tower; the mean is that of the first gallery alone.
+    `more` are embeddings of further galleries by the same tower; `center` holds the mean, where one is needed.
     """
 
     embeddings: Output
     online: Online | None = None
     more: tuple[Output, ...] = ()
+    center: Output | None = None
+
+    @property
+    def mean(self) -> np.ndarray:
+        """What features are centred by, float32 [dim]."""
+        assert self.center is not None, "whoever centres features says by what"
+        return read_mean(self.center)
 
     @property
     def _outputs(self) -> tuple[Output, ...]:
@@ -78,16 +85,17 @@ class Features:
             raise _without_embeddings(missing, where, self.embeddings)
 
 
-def features_of(run: Run, embeddings: Sequence[Stage], galleries: Sequence[Stage] = ()) -> Features:
+def features_of(
+    run: Run, embeddings: Sequence[Stage], galleries: Sequence[Stage] = (), center: Stage | None = None
+) -> Features:
     """Features from some embed stages; from pixels of `galleries` in training, where there are any.
 
     The first's tower and views are those of all.
     """
     first, *more = map(run.output, embeddings)
-    if not galleries:
-        return Features(first, more=tuple(more))
     made: Any = embeddings[0]
-    return Features(first, Online(tuple(map(run.output, galleries)), made.tower, made.views), tuple(more))
+    online = Online(tuple(map(run.output, galleries)), made.tower, made.views) if galleries else None
+    return Features(first, online, tuple(more), run.output(center) if center else None)
 
 
 class CachedFeatures:
@@ -99,12 +107,11 @@ class CachedFeatures:
     def __init__(self, embeddings: tuple[Output, ...], image_ids: np.ndarray, views: int) -> None:
         info = embeddings[0].read_json(INFO)
         self.tokens, self.dim, self.views = info["tokens"], info["dim"], views
-        self.mean = read_mean(embeddings[0])
         self.image_ids = image_ids
         self._values = self._joined(embeddings)
 
     def _joined(self, embeddings: tuple[Output, ...]) -> np.ndarray:
-        key = repr((embeddings, self.views)).encode() + self.mean.tobytes() + self.image_ids.tobytes()
+        key = repr((list(map(_identity, embeddings)), self.views)).encode() + self.image_ids.tobytes()
         return np.load(shared(key, ".npy", partial(self._join, embeddings)), mmap_mode="r")
 
     def _join(self, embeddings: tuple[Output, ...], path: Path) -> None:
@@ -160,7 +167,6 @@ class OnlineFeatures:
     def __init__(self, embeddings: Output, online: Online, image_ids: np.ndarray) -> None:
         info = embeddings.read_json(INFO)
         self.tokens, self.dim, self.views = info["tokens"], info["dim"], ONLINE_VIEWS
-        self.mean = read_mean(embeddings)
         self.online, self.pixels = online, Pixels(online, image_ids)
 
     @cached_property
@@ -194,16 +200,22 @@ def _places(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return places
 
 
+def _identity(output: Output) -> tuple[str, object]:
+    """An output and the state of its files: one that was made again in the same place is another."""
+    return output.uri, fingerprint(output.uri)
+
+
 def read_mean(output: Output) -> np.ndarray:
-    """The centring mean float32 [dim] kept in an embeddings or model output."""
+    """The centring mean float32 [dim] kept in the output of center or of a model."""
     from safetensors.numpy import load
 
     return load(output.read_bytes(MEAN))["mean"]
 
 
-def copy_mean(source: Output, to: Output) -> None:
-    """Keep a gallery's mean beside a model trained on it: it is used unchanged on any other gallery."""
-    to.write_bytes(MEAN, source.read_bytes(MEAN))
+def copy_mean(features: Features, to: Output) -> None:
+    """Keep the mean beside a model trained on centred features: it is used unchanged on any other gallery."""
+    assert features.center is not None
+    to.write_bytes(MEAN, features.center.read_bytes(MEAN))
 
 
 def centred(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -230,5 +242,5 @@ def unit_vectors(output: Output, mean: np.ndarray, without: np.ndarray | None = 
             vectors[first : first + len(values)] = centred(values, mean)
             first += len(values)
 
-    key = repr(("unit", output)).encode() + read_mean(output).tobytes() + mean.tobytes() + ids.tobytes()
+    key = repr(("unit", _identity(output))).encode() + mean.tobytes() + ids.tobytes()
     return ids, np.load(shared(key, ".npy", write), mmap_mode="r")

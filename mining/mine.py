@@ -41,12 +41,13 @@ class Mine(Stage):
     groups are drawn in one go.
     """
 
-    version = 3
+    version = 4
     table = "pairs"
     embeddings: Stage
     config: MineConfig
     seed: int
     labelled: Stage | None = None  # triplets whose similarities matched pairs imitate
+    center: Stage | None = None  # of those triplets' images
     gallery: Stage | None = None  # of the embeddings; needed where something is excluded
     excluded: Mapping[str, Stage] = field(default_factory=dict)  # benchmark -> names and hashes of its val and test images
     looks: Mapping[str, Stage] = field(default_factory=dict)  # benchmark -> embeddings of them, where the images are given
@@ -70,7 +71,8 @@ class Mine(Stage):
         shards = self._missing_shards(output, images)
         left = images if shards is None else sum(map(len, shards.values()))
         run.monitor.start(images, "image", images - left)
-        job = Mining(output, embeddings, labelled, self.config, self.seed, excluded, shards or {})
+        center = run.output(self.center) if self.center else None
+        job = Mining(output, embeddings, labelled, center, self.config, self.seed, excluded, shards or {})
         task: Any = ray.remote(**self.resources.ray_options())(_mine)
         for searched in task.remote(job, self.resources.cpus):
             run.monitor.advance(ray.get(searched))
@@ -137,7 +139,7 @@ def _mine(job: Mining, cpus: float) -> Iterator[int]:
     yield from METHODS[job.config.method](job)
     if not sum(job.output.part_rows().values()):
         raise UserError(f"mine: no pairs found among the images of '{job.config.gallery}'; relax mine.{job.config.method}")
-    write_similarities(job.output, job.embeddings, job.excluded, job.labelled, job.seed)
+    write_similarities(job.output, job.embeddings, job.center, job.excluded, job.labelled, job.seed)
 
 
 def _limit_threads(cpus: float) -> None:

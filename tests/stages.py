@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save
+
 from cir.benchmarks.benchmark import Benchmark
 from cir.benchmarks.official import Annotations
 from cir.config import EvaluateConfig, PseudoSelection, TextTower, VariantConfig
@@ -24,8 +27,9 @@ from cluster.monitor import Monitor, Silent
 from cluster.stage import Limit, Run, Source, Stage
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig
 from mining.embed import Embed
+from mining.embeddings import MEAN, plain_parts, read_part
 from mining.excluded import Guard
-from mining.features import Features
+from mining.features import Features, Online
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets
 from mining.mine import Mine
 from vdg.align import Align
@@ -71,6 +75,19 @@ def seen(images: ImageSource) -> dict[str, tuple[Stage, ...]]:
     how = {"tower": online.tower, "views": online.views} if online else {}
     embeddings = tuple(given(output, **how) for output in (images.embeddings, *images.more))
     return {"embeddings": embeddings, "galleries": tuple(map(given, online.galleries)) if online else ()}
+
+
+def centred_by_own(embeddings: Output, online: Online | None = None) -> Features:
+    """Features that are centred by the mean of their own plain view, which lies beside them."""
+    if not embeddings.exists(MEAN):
+        values = np.concatenate([read_part(embeddings, part)[1] for part in plain_parts(embeddings)]).astype(np.float32)
+        embeddings.write_bytes(MEAN, save({"mean": values.mean(axis=(0, 1))}))
+    return Features(embeddings, online, center=embeddings)
+
+
+def center_of(features: Features) -> Given:
+    assert features.center is not None
+    return given(features.center)
 
 
 def ingest_gallery(
@@ -131,6 +148,7 @@ def mine_pairs(
         name="g",
         embeddings=given(embeddings),
         labelled=maybe(labelled),
+        center=given(embeddings) if labelled else None,  # a test keeps the mean there
         gallery=given(guard.gallery) if guard else None,
         excluded={one.benchmark: given(one.images) for one in benchmarks},
         looks={one.benchmark: given(one.embeddings) for one in benchmarks if one.embeddings},
@@ -150,9 +168,16 @@ def align(
     resources: WorkerResources,
     monitor: Monitor,
 ) -> None:
-    Align(name="vdg", captions=given(captions), **seen(features), vdg=vdg, align=config, seed=seed, resources=resources).work(
-        output, running(monitor)
-    )
+    Align(
+        name="vdg",
+        captions=given(captions),
+        **seen(features),
+        center=center_of(features),
+        vdg=vdg,
+        align=config,
+        seed=seed,
+        resources=resources,
+    ).work(output, running(monitor))
 
 
 def instruct(
@@ -170,6 +195,7 @@ def instruct(
         name="vdg",
         triplets=given(triplets),
         **seen(images),
+        center=maybe(images.center) if isinstance(images, Features) else None,
         aligned=maybe(aligned),
         vdg=vdg,
         instruct=config,
@@ -215,6 +241,7 @@ def train_cir(
         name=f"variant.s{seed}",
         triplets=given(triplets),
         **seen(features),
+        center=center_of(features),
         pseudo_triplets=given(pseudo.triplets) if pseudo else None,
         scores=maybe(pseudo.round_trip) if pseudo else None,
         config=config,

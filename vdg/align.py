@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 class Align(Stage):
     """`align:vdg`: the weights of the projection, and what builds it again."""
 
-    version = 3
+    version = 4
     captions: Stage
     embeddings: tuple[Stage, ...] = field(metadata=LOOKED_UP)  # of the captions' images
     galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where the tower runs online
+    center: Stage
     vdg: VdgConfig
     align: AlignConfig
     seed: int
@@ -42,7 +43,7 @@ class Align(Stage):
 
     def work(self, output: Output, run: Run) -> None:
         """Raises UserError before anything is loaded when there is no caption, or an image has no embeddings."""
-        captions, features = run.output(self.captions), features_of(run, self.embeddings, self.galleries)
+        captions, features = run.output(self.captions), features_of(run, self.embeddings, self.galleries, self.center)
         require_rows(captions, "captions")
         images = captions.read_parts(tables.CAPTIONS, ["image_id"])["image_id"].to_numpy()
         features.check(images, f"align.captions ({captions.uri})")
@@ -81,7 +82,7 @@ class AlignTask:
     def _inputs(self) -> "FeatureInputs":
         from vdg.backbones.features import FeatureInputs
 
-        return FeatureInputs(self.description, self._source.mean, self.config.max_tokens)
+        return FeatureInputs(self.description, self.features.mean, self.config.max_tokens)
 
     @property
     def size(self) -> int:

@@ -46,4 +46,4 @@ def write_description(output: Output, description: Description, images: ImageSou
     """Write it, and of features the mean that centres them."""
     output.write_json(DESCRIPTION, description.model_dump(mode="json"))
     if isinstance(images, Features):
-        copy_mean(images.embeddings, output)
+        copy_mean(images, output)

@@ -30,7 +30,7 @@ class Generate(Stage):
     Pairs whose delta is empty, or says no change if so asked, are rejected.
     """
 
-    version = 3
+    version = 4
     table = "pseudo_triplets"
     pairs: Stage
     vdg: Instruct
@@ -57,7 +57,7 @@ class Generate(Stage):
     def work(self, output: Output, run: Run) -> None:
         """Raises UserError when the model is no trained generator, or its language model is missing, before an actor starts."""
         pairs, model = run.output(self.pairs), run.output(self.vdg)
-        images = images_of(run, self.embeddings, self.galleries)
+        images = images_of(run, self.embeddings, self.galleries, None)
         read_description(model).vdg.language_model.location()
         images.check(_image_ids(pairs), f"mine: {pairs.uri}")
         job = Generation(output, images, pairs, model, self.config, self.seed)

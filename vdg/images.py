@@ -68,10 +68,12 @@ class Images:
             )
 
 
-def images_of(run: Run, embeddings: Sequence[Stage], galleries: Sequence[Stage], crop: bool = True) -> "Features | Images":
+def images_of(
+    run: Run, embeddings: Sequence[Stage], galleries: Sequence[Stage], center: Stage | None, crop: bool = True
+) -> "Features | Images":
     """What a generator sees of some stages' images: their features where they were embedded, else their pixels."""
     if embeddings:
-        return features_of(run, embeddings, galleries)
+        return features_of(run, embeddings, galleries, center)
     return Images(tuple(map(run.output, galleries)), crop)
 
 

@@ -30,11 +30,12 @@ VALIDATION_BATCH = 32
 class Instruct(Stage):
     """`instruct:vdg`: the generator's weights, from the aligned projection where there is one, and what builds it again."""
 
-    version = 3
+    version = 4
     model = "visual delta generator"
     triplets: Stage
     embeddings: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of the triplets' images, for backbone 'features'
     galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where pixels are seen in training
+    center: Stage | None = None  # of features
     aligned: Stage | None = None
     vdg: VdgConfig
     instruct: InstructConfig
@@ -48,7 +49,7 @@ class Instruct(Stage):
     def work(self, output: Output, run: Run) -> None:
         """Raises UserError before anything is loaded when an image is missing or the aligned projection does not fit."""
         triplets = run.output(self.triplets)
-        images = images_of(run, self.embeddings, self.galleries, self.instruct.crop)
+        images = images_of(run, self.embeddings, self.galleries, self.center, self.instruct.crop)
         require_rows(triplets, "triplets")
         images.check(tables.images_of(triplets.read_parts(tables.TRIPLETS)), f"instruct.triplets ({triplets.uri})")
         self.vdg.language_model.location()
@@ -113,7 +114,7 @@ class InstructTask:
     def _inputs(self) -> "Inputs":
         from vdg.backbones import make_inputs
 
-        return make_inputs(self.description, getattr(self._source, "mean", None), self.config.max_tokens)
+        return make_inputs(self.description, getattr(self.images, "mean", None), self.config.max_tokens)
 
     @property
     def size(self) -> int:

@@ -175,7 +175,7 @@ class TripletTask(ABC):
         """(ids [n], prepared plain features [n, dim]) of the images named in the labelled triplets."""
         ids = tables.images_of(self._labelled)
         plain = self.features.open_plain(ids)
-        return ids, self._prepared(plain.take(ids, np.zeros(len(ids), np.int64)), plain.mean)
+        return ids, self._prepared(plain.take(ids, np.zeros(len(ids), np.int64)), self.features.mean)
 
     def _prepared(self, values: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """[n, 1, dim] as queries are compared with it: [n, dim], centred when the config says so."""
@@ -251,7 +251,7 @@ class CirTask(TripletTask):
         return self._taken(image_ids, np.zeros(len(image_ids), np.int64))
 
     def _taken(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
-        return self._prepared(self._source.take(image_ids, views), self._source.mean)
+        return self._prepared(self._source.take(image_ids, views), self.features.mean)
 
     def _held_out_references(self, image_ids: np.ndarray) -> np.ndarray:
         ids, values = self._gallery

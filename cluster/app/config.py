@@ -227,7 +227,7 @@ class RunConfig(Section):
         for name, gallery in self._galleries_named():
             found.append((f"ingest.{name}.gallery", gallery, galleries))
         found += [("mine.gallery", self.mine.gallery, galleries), ("mine.tower", self.mine.tower, towers)]
-        found += [("train.tower", self.train.tower, towers)]
+        found += [("train.tower", self.train.tower, towers), ("train.triplets", self.train.triplets, triplets)]
         found += [("vdg.tower", self.vdg.tower, towers)] if self.vdg.tower else []
         found += [("instruct.triplets", self.instruct.triplets, triplets)]
         found += [("mine.triplets", self.mine.triplets, triplets)] if self.mine.triplets else []

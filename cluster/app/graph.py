@@ -20,6 +20,7 @@ from cluster.app.config import RunConfig
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.stage import Limit, Source, Stage
+from mining.center import Center
 from mining.config import CaptionsConfig, ExcludeConfig, ViewsConfig
 from mining.embed import Embed
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets
@@ -28,7 +29,7 @@ from vdg.align import Align
 from vdg.generate import Generate
 from vdg.instruct import Instruct
 
-FLOW: tuple[type[Stage], ...] = (IngestGallery, Embed, Mine, Align, Instruct, Generate, Score, Select, Train, Evaluate)
+FLOW: tuple[type[Stage], ...] = (IngestGallery, Embed, Center, Mine, Align, Instruct, Generate, Score, Select, Train, Evaluate)
 KINDS = tuple(stage.kind for stage in FLOW)
 Made = TypeVar("Made", bound=Stage)
 
@@ -220,6 +221,16 @@ class Sources:
             )
         )
 
+    def center(self, tower: str, triplets: str) -> Center:
+        """`center:<tower>.<triplets>`: one for all models that see labelled images through this tower."""
+        return self._once(
+            Center(
+                name=f"{tower}.{triplets}",
+                triplets=self.triplets(triplets),
+                embeddings=self.embeddings(tower, self.ingest.triplets[triplets].gallery),
+            )
+        )
+
     def seen(self, tower: str | None, *galleries: str, pixels: bool = False) -> Seen:
         """What a tower, or without one a model of its own, sees of some galleries; with `pixels` the images too.
 
@@ -263,6 +274,7 @@ def mined(config: RunConfig, sources: Sources) -> Mine:
         name=mine.gallery,
         embeddings=sources.embeddings(mine.tower, mine.gallery),
         labelled=sources.triplets(mine.triplets) if mine.triplets else None,
+        center=sources.center(mine.tower, mine.triplets) if mine.triplets else None,
         gallery=sources.gallery(mine.gallery) if excluded else None,
         excluded=excluded,
         looks=looks,
@@ -279,15 +291,20 @@ class Generator:
         self.config, self.sources, self.tower = config, sources, config.vdg.tower
 
     @property
+    def _center(self) -> Center | None:
+        return self.sources.center(self.tower, self.config.instruct.triplets) if self.tower else None
+
+    @property
     def aligned(self) -> Align | None:
         """`align:vdg`, where the config has stage 1."""
         config, section = self.config, self.config.align
-        if section is None:
+        if section is None or self._center is None:
             return None
         return Align(
             name="vdg",
             captions=self.sources.captions(section.captions),
             **self.sources.seen(self.tower, config.ingest.captions[section.captions].gallery),
+            center=self._center,
             vdg=config.vdg,
             align=section,
             seed=config.seed,
@@ -302,6 +319,7 @@ class Generator:
             name=f"vdg{_suffix(round_)}",
             triplets=triplets,
             **self.sources.seen(self.tower, *galleries),
+            center=self._center,
             aligned=self.aligned,
             vdg=config.vdg,
             instruct=config.instruct,
@@ -379,6 +397,7 @@ class Rounds:
             name=f"{name}{'' if used == own else f'.r{used}'}.s{seed}",
             triplets=self._with_own_deltas(variant.triplets) if variant.own_deltas else self.sources.triplets(variant.triplets),
             **self.sources.seen(config.train.tower, *galleries, pixels=variant.model == "blip"),
+            center=self.sources.center(config.train.tower, config.train.triplets),
             pseudo_triplets=self.pseudo_triplets(used) if variant.pseudo else None,
             scores=self._judged(used, variant) if variant.pseudo else None,
             config=variant,

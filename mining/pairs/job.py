@@ -10,7 +10,7 @@ import pyarrow as pa
 from cluster.artifacts import Output
 from mining import tables
 from mining.config import MineConfig
-from mining.features import unit_vectors
+from mining.features import read_mean, unit_vectors
 from mining.gallery import part_name
 from mining.pairs.similarities import cosines
 
@@ -27,10 +27,17 @@ class Mining:
     output: Output
     embeddings: Output
     labelled: Output | None
+    center: Output | None  # of the labelled images
     config: MineConfig
     seed: int
     excluded: np.ndarray  # ids of images that are not mined
     shards: dict[str, np.ndarray]  # rows of the anchors of each part that is still to be walked from or matched
+
+    @property
+    def mean(self) -> np.ndarray:
+        """What matched pairs are centred by, float32 [dim]."""
+        assert self.center is not None, "matched pairs have labelled ones to imitate"
+        return read_mean(self.center)
 
     def vectors(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n], unit vectors float32 [n, dim]) of the images that may be mined."""

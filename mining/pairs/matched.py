@@ -11,7 +11,6 @@ import numpy as np
 from cluster.errors import UserError
 from mining import tables
 from mining.config import IndexConfig, MatchedConfig
-from mining.features import read_mean
 from mining.neighbours import Block, Neighbours
 from mining.pairs.job import NEIGHBOURS, Mining, pairs_table
 from mining.pairs.similarities import cosines, labelled_rows
@@ -93,7 +92,7 @@ def write_matched(job: Mining) -> Iterator[int]:
     """Pairs of each shard of anchors, by its own seed. Yields the number of anchors searched, shard by shard."""
     if not job.shards:
         return
-    ids, cosine = job.vectors(read_mean(job.embeddings))
+    ids, cosine = job.vectors(job.mean)
     matcher = matcher_of(job, ids, cosine)
     for name, anchors in job.shards.items():
         drawn = matcher.draw(anchors, np.random.default_rng([job.seed, tables.stable_id(name)]))

@@ -7,7 +7,6 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from mining.features import read_mean
 from mining.pairs.job import PAIR_RANKS, Mining, members, write_grouped
 from mining.pairs.matched import Matcher, matcher_of
 from mining.pairs.similarities import cosines
@@ -19,7 +18,7 @@ LEAST_PAIRS = 2  # a group with fewer is no group
 
 def write_groups(job: Mining) -> Iterator[int]:
     """Drawn in one go. Yields the number of anchors searched or not needed, block by block."""
-    ids, cosine = job.vectors(read_mean(job.embeddings))
+    ids, cosine = job.vectors(job.mean)
     matcher, rng = matcher_of(job, ids, cosine), np.random.default_rng(job.seed)
     drawn = yield from draw_groups(matcher, rng.permutation(len(ids)), job.config.matched.pairs, rng)
     groups = without_overlap(drawn, len(ids), job.config.walk)

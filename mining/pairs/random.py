@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.errors import UserError
-from mining.excluded import ORIGIN
+from mining.features import ORIGIN
 from mining.pairs.job import Mining, pairs_table, write_parts
 from mining.pairs.similarities import cosines
 

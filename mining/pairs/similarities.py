@@ -6,7 +6,7 @@ import pyarrow as pa
 from cluster.artifacts import Output
 from mining import tables
 from mining.embeddings import plain_parts, read_ids
-from mining.features import Features, FeatureSource, centred
+from mining.features import ORIGIN, Features, FeatureSource, centred, read_mean
 
 SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs
 HISTOGRAM_BINS = 40
@@ -36,14 +36,18 @@ def _rows(ids: np.ndarray, pairs: pa.Table) -> np.ndarray:
     return rows[:, (ids[rows] == wanted).all(axis=0)]
 
 
-def write_similarities(output: Output, embeddings: Output, excluded: np.ndarray, labelled: Output | None, seed: int) -> None:
-    """Write densities over [-1, 1] of the centred cosine: of random pairs of the images, labelled and mined pairs.
+def write_similarities(
+    output: Output, embeddings: Output, center: Output | None, excluded: np.ndarray, labelled: Output | None, seed: int
+) -> None:
+    """Write densities over [-1, 1] of the cosine: of random pairs of the images, labelled and mined pairs.
 
-    Images of the ids `excluded` are not counted. Only the features of the images drawn are read.
+    Centred where there is a `center`. Images of the ids `excluded` are not counted. Only the features of the images drawn
+    are read.
     """
     ids = np.concatenate([read_ids(embeddings, part) for part in plain_parts(embeddings)])
     ids = ids[np.isin(ids, excluded, invert=True)]
     rng, mined = np.random.default_rng(seed), output.read_parts(tables.PAIRS, IDS)
+    mean = read_mean(center) if center else ORIGIN
     rows = {
         "gallery": rng.integers(len(ids), size=(2, HISTOGRAM_PAIRS)),
         "labelled": labelled_rows(ids, labelled),
@@ -53,16 +57,16 @@ def write_similarities(output: Output, embeddings: Output, excluded: np.ndarray,
     edges, densities = np.linspace(-1, 1, HISTOGRAM_BINS + 1), {}
     for name, pairs in rows.items():
         if pairs.size:
-            values = _centred_cosines(features, *ids[pairs])
+            values = _centred_cosines(features, mean, *ids[pairs])
             densities[name] = np.histogram(values, edges, density=True)[0].tolist()
     output.write_json(SIMILARITIES, {"edges": edges.tolist(), **densities})
 
 
-def _centred_cosines(features: FeatureSource, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _centred_cosines(features: FeatureSource, mean: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Cosines float32 [m] of images by their ids."""
     values = np.empty(len(left), np.float32)
     for first in range(0, len(left), COSINES):
         here = slice(first, first + COSINES)
         vectors = (features.take(ids[here], np.zeros(len(ids[here]), int)).mean(axis=1) for ids in (left, right))
-        values[here] = np.einsum("nd,nd->n", *(centred(v, features.mean) for v in vectors))
+        values[here] = np.einsum("nd,nd->n", *(centred(v, mean) for v in vectors))
     return values

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Output
 from mining.config import WalkConfig
-from mining.excluded import ORIGIN
+from mining.features import ORIGIN
 from mining.neighbours import Neighbours
 from mining.pairs.job import NEIGHBOURS, PAIR_RANKS, Mining, write_grouped
 

@@ -22,8 +22,8 @@ from cluster.devices import device
 from cluster.driver import session
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
-from mining.features import Features, Online
-from tests.stages import embed_gallery
+from mining.features import Online
+from tests.stages import centred_by_own, embed_gallery
 
 PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train" / "part-00000.parquet"
 TOWER = TowerConfig(
@@ -62,9 +62,9 @@ def build(folder: Path) -> tuple[CirTask, CirTask]:
     triplets.write_table("part-00000.parquet", pa.Table.from_pylist(labelled, tables.TRIPLETS), tables.TRIPLETS)
     views = ViewsConfig(count=2)
     embed_gallery(embeddings, gallery, TOWER, views)
-    cached = CirTask(Features(embeddings), triplets, None, VARIANT)
+    cached = CirTask(centred_by_own(embeddings), triplets, None, VARIANT)
     online = Online((gallery,), TOWER, ViewsConfig(online=True))
-    return cached, replace(cached, features=Features(embeddings, online))
+    return cached, replace(cached, features=centred_by_own(embeddings, online))
 
 
 def epoch(task: CirTask) -> Callable[[], float]:

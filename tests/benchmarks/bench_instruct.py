@@ -20,7 +20,7 @@ from cluster.training import engine
 from cluster.training import loop as training
 from cluster.weights import Weights
 from mining import tables
-from mining.features import Features
+from tests.stages import centred_by_own
 from vdg.config import InstructConfig, VdgConfig
 from vdg.description import describe
 from vdg.instruct import InstructTask
@@ -47,7 +47,7 @@ def make_task(folder: str) -> InstructTask:
     ]
     triplets.write_table("part-00000.parquet", pa.Table.from_pylist(found, tables.TRIPLETS), tables.TRIPLETS)
     config = TrainingConfig(steps=STEPS, batch_size=BATCH, learning_rate=5e-4, precision="auto")
-    features = Features(embeddings)
+    features = centred_by_own(embeddings)
     return InstructTask(features, triplets, None, describe("instruct", features, VDG), InstructConfig(training=config))
 
 

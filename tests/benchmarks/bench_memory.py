@@ -30,8 +30,8 @@ from cluster.monitor import Silent
 from cluster.training.checkpoints import WEIGHTS
 from mining import tables
 from mining.config import GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig, WalkConfig
-from mining.features import Features, copy_mean
-from tests.stages import embed_gallery, generate, ingest_gallery, mine_pairs
+from mining.features import copy_mean
+from tests.stages import centred_by_own, embed_gallery, generate, ingest_gallery, mine_pairs
 from vdg.backbones import build
 from vdg.config import GenerateConfig, VdgConfig
 from vdg.description import DESCRIPTION, describe
@@ -69,7 +69,7 @@ def _stages(source: Path, work: Path) -> Iterator[tuple[str, Callable[[], None]]
     _sample(mined, sample)
     pseudo, model = Output(str(work / "pseudo")), _generator(embeddings, work)
     how = GenerateConfig(max_new_tokens=8, batch_size=32), 0, ActorResources(), Silent()
-    yield "generate", lambda: generate(pseudo, Features(embeddings), sample, model, *how)
+    yield "generate", lambda: generate(pseudo, centred_by_own(embeddings), sample, model, *how)
 
 
 def _sample(mined: Output, sample: Output) -> None:
@@ -86,9 +86,9 @@ def _generator(embeddings: Output, work: Path) -> Output:
 
     weights, output = language_model(work / "language_model"), Output(str(work / "model"))
     vdg = VdgConfig(language_model=weights, tokens_per_feature=2, prompt="short", lora_rank=4)
-    description = describe("instruct", Features(embeddings), vdg)
+    description = describe("instruct", centred_by_own(embeddings), vdg)
     output.write_json(DESCRIPTION, description.model_dump(mode="json"))
-    copy_mean(embeddings, output)
+    copy_mean(centred_by_own(embeddings), output)
     trained = {name: p.detach() for name, p in build(description).named_parameters() if p.requires_grad}
     output.write_bytes(WEIGHTS, save(trained))
     return output

@@ -12,7 +12,7 @@ import psutil
 import pyarrow as pa
 
 from cluster.artifacts import Output
-from mining.embed import read_part
+from mining.embeddings import read_part
 
 POLL = 0.005
 

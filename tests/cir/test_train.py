@@ -152,4 +152,4 @@ def test_patch_tokens_are_refused(trainer: Trainer, tiny_bert: dict[str, Any], t
     patches = Output(str(tmp_path / "patches"))
     patches.write_json("info.json", {"tokens": 49, "dim": 16, "views": 1})
     with pytest.raises(UserError, match="one feature vector an image, the embeddings have 49"):
-        trainer(world.variant(tiny_bert), features=Features(patches))
+        trainer(world.variant(tiny_bert), features=Features(patches, center=patches))

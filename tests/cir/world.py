@@ -14,7 +14,7 @@ from cluster.weights import Weights
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.features import Features, Online
-from tests.stages import embed_gallery
+from tests.stages import centred_by_own, embed_gallery
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow"]
 SHAPES = ["ball", "cube", "cone", "ring"]
@@ -62,7 +62,7 @@ def embeddings(folder: Path, dim: int = DIM) -> Output:
 
 def features(folder: Path) -> Features:
     """Cached features of the gallery."""
-    return Features(embeddings(folder))
+    return centred_by_own(embeddings(folder))
 
 
 def gallery(folder: Path) -> Output:
@@ -101,7 +101,7 @@ def blip_features(folder: Path, tower: TowerConfig) -> Features:
     output = Output(str(folder / "projected"))
     embed_gallery(output, images, tower, ViewsConfig())
     views = ViewsConfig(crop=(0.9, 1.0), flip=0.5, jitter=0.0, rand_augment=(2, 5))
-    return Features(output, Online((images,), tower, views))
+    return centred_by_own(output, Online((images,), tower, views))
 
 
 def blip_variant(**changes: Any) -> VariantConfig:
@@ -195,4 +195,4 @@ def photo_features(folder: Path, photos: list[tuple[str, bytes]], views: int) ->
     images.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)
     output = Output(str(folder / "photo-embeddings"))
     embed_gallery(output, images, tower, ViewsConfig(count=views))
-    return Features(output, Online((images,), tower, ViewsConfig(online=True)))
+    return centred_by_own(output, Online((images,), tower, ViewsConfig(online=True)))

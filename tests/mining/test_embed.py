@@ -10,7 +10,7 @@ from cluster.monitor import Monitor
 from cluster.weights import Weights
 from mining.config import GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
 from mining.embeddings import plain_parts, read_part
-from mining.features import Features, Online, read_mean
+from mining.features import Features, Online
 from mining.gallery import keys
 from tests.chaos.killing import assert_same_embeddings, killing
 from tests.stages import embed_gallery, ingest_gallery
@@ -45,9 +45,8 @@ def plain(output: Output) -> tuple[np.ndarray, np.ndarray]:
 def test_every_view_of_every_image_once(gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor) -> None:
     output = embed(gallery, tower, tmp_path / "e", monitor)
     assert len(output.parts()) == 9
-    ids, values = plain(output)
+    ids, _ = plain(output)
     assert sorted(ids) == sorted(keys(gallery).values())
-    assert np.allclose(read_mean(output), values.mean(axis=(0, 1)), atol=1e-4)
     first, augmented = (read_part(output, f"part-00000.v{view}.parquet")[1] for view in (0, 1))
     assert not np.allclose(first, augmented)
     assert monitor.advanced == 24 + 3 * 24
@@ -93,7 +92,6 @@ def test_a_shard_of_bad_images_alone_gives_an_empty_part(
     gallery = ingest(photo_folder, tmp_path / "gallery", monitor)
     output = embed(gallery, tower, tmp_path / "e", monitor, ViewsConfig())
     assert list(output.part_rows().values()) == [0, 10, 4]
-    assert np.allclose(read_mean(output), plain(output)[1].mean(axis=(0, 1)), atol=1e-4)
     assert not len(output.rejects())
 
 
@@ -142,4 +140,3 @@ def test_tokens_are_kept_apart(gallery: Output, tower: TowerConfig, tmp_path: Pa
     output = embed(gallery, tokens, tmp_path / "e", monitor, ViewsConfig())
     _, values = plain(output)
     assert values.shape[:2] == (24, 4)
-    assert read_mean(output).shape == values.shape[2:]

@@ -11,8 +11,9 @@ from cluster.errors import UserError
 from mining.config import TowerConfig, ViewsConfig
 from mining.embed import _schema, _to_table
 from mining.embeddings import INFO, MEAN
-from mining.features import Features, Online, centred, unit_vectors
+from mining.features import Online, centred, unit_vectors
 from mining.scratch import UNUSED_SECONDS
+from tests.stages import centred_by_own
 
 IMAGES, VIEWS, TOKENS, DIM = 12, 3, 2, 8
 VALUES = np.random.default_rng(0).normal(size=(IMAGES, VIEWS, TOKENS, DIM)).astype(np.float16)
@@ -40,7 +41,7 @@ def embeddings(tmp_path: Path) -> Output:
 
 
 def test_every_view_is_joined_once_for_all_who_open_it(embeddings: Output, joined: Path) -> None:
-    first, second = (Features(embeddings).open(IDS[[5, 1, 5]]) for _ in range(2))
+    first, second = (centred_by_own(embeddings).open(IDS[[5, 1, 5]]) for _ in range(2))
     views = np.array([2, 0])
     for source in (first, second):
         assert np.array_equal(source.take(IDS[[5, 1]], views), VALUES[[5, 1], views].astype(np.float32))
@@ -50,27 +51,27 @@ def test_every_view_is_joined_once_for_all_who_open_it(embeddings: Output, joine
 
 def test_the_plain_view_is_joined_alone_even_where_the_tower_runs_online(embeddings: Output, joined: Path) -> None:
     online = Online((), TowerConfig(library="timm", model="unused"), ViewsConfig(online=True))
-    source = Features(embeddings, online).open_plain(IDS[:4])
+    source = centred_by_own(embeddings, online).open_plain(IDS[:4])
     assert np.array_equal(source.take(IDS[1:3], np.zeros(2, int)), VALUES[1:3, 0].astype(np.float32))
     assert [np.load(path).shape for path in joined.glob("*.npy")] == [(4, 1, TOKENS, DIM)]
 
 
 def test_embeddings_made_again_in_the_same_place_are_joined_again(embeddings: Output) -> None:
-    Features(embeddings).open_plain(IDS)
+    centred_by_own(embeddings).open_plain(IDS)
     for part, rows in enumerate(np.array_split(np.arange(IMAGES), 2)):
         values = -VALUES[rows, 0]
         embeddings.write_table(f"part-0000{part}.v0.parquet", _to_table(IDS[rows], 0, values), _schema(values))
     embeddings.write_bytes(MEAN, save({"mean": -VALUES[:, 0].astype(np.float32).mean(axis=(0, 1))}))
-    assert np.array_equal(Features(embeddings).open_plain(IDS).take(IDS, np.zeros(IMAGES, int)), -VALUES[:, 0])
+    assert np.array_equal(centred_by_own(embeddings).open_plain(IDS).take(IDS, np.zeros(IMAGES, int)), -VALUES[:, 0])
 
 
 def test_features_know_only_the_images_they_were_opened_with(embeddings: Output) -> None:
     with pytest.raises(KeyError, match="was not opened"):
-        Features(embeddings).open(IDS[:4]).take(IDS[4:5], np.zeros(1, int))
+        centred_by_own(embeddings).open(IDS[:4]).take(IDS[4:5], np.zeros(1, int))
 
 
 def test_images_without_embeddings_are_named(embeddings: Output) -> None:
-    features = Features(embeddings)
+    features = centred_by_own(embeddings)
     features.check(IDS, "train.triplets")
     with pytest.raises(
         UserError, match=r"train\.triplets: 2 image\(s\) have no embeddings in .*, such as image_id 1: .*rejects"
@@ -81,11 +82,11 @@ def test_images_without_embeddings_are_named(embeddings: Output) -> None:
 
 
 def test_joined_files_that_nobody_opened_for_a_day_are_removed(embeddings: Output, joined: Path) -> None:
-    mapped, _ = (Features(embeddings).open(ids) for ids in (IDS[:3], IDS[:4]))
+    mapped, _ = (centred_by_own(embeddings).open(ids) for ids in (IDS[:3], IDS[:4]))
     for path in joined.glob("*.npy"):
         os.utime(path, (0, path.stat().st_mtime - UNUSED_SECONDS - 1))
-    Features(embeddings).open(IDS[:4])  # used again
-    Features(embeddings).open(IDS[:5])
+    centred_by_own(embeddings).open(IDS[:4])  # used again
+    centred_by_own(embeddings).open(IDS[:5])
     assert sorted(np.load(path).shape[0] for path in joined.glob("*.npy")) == [4, 5]
     assert np.array_equal(mapped.take(IDS[:3], np.zeros(3, int)), VALUES[:3, 0])
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from cluster.artifacts import Output
 from cluster.training.checkpoints import WEIGHTS
-from mining.features import Features, copy_mean
+from mining.features import copy_mean
+from tests.stages import centred_by_own
 from vdg.backbones import build
 from vdg.description import DESCRIPTION, describe
 from vdg.export import export_generator
@@ -19,7 +20,7 @@ def test_the_lora_loads_with_peft_alone(embeddings, vdg, language_model, tmp_pat
     torch.manual_seed(0)
     model, folder = Output(str(tmp_path / "model")), tmp_path / "exported"
     folder.mkdir()
-    description = describe("instruct", Features(embeddings), vdg())
+    description = describe("instruct", centred_by_own(embeddings), vdg())
     generator = build(description).eval()
     for name, parameter in generator.named_parameters():
         if "lora_B" in name:  # zero at the start: it would hide a LoRA that is not loaded
@@ -27,7 +28,7 @@ def test_the_lora_loads_with_peft_alone(embeddings, vdg, language_model, tmp_pat
     trained = {name: p.detach() for name, p in generator.named_parameters() if p.requires_grad}
     model.write_bytes(WEIGHTS, save(trained))
     model.write_json(DESCRIPTION, description.model_dump(mode="json"))
-    copy_mean(embeddings, model)
+    copy_mean(centred_by_own(embeddings), model)
 
     notes = export_generator(model, folder)
     base = AutoModelForCausalLM.from_pretrained(language_model.location())

@@ -16,9 +16,9 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.training.checkpoints import WEIGHTS
 from mining import tables
-from mining.features import Features, copy_mean, read_mean
+from mining.features import copy_mean, read_mean
 from tests.chaos.killing import assert_same_table, killing
-from tests.stages import generate
+from tests.stages import centred_by_own, generate
 from vdg.agreement import medoid
 from vdg.backbones import build, load_generator
 from vdg.config import GenerateConfig
@@ -33,9 +33,9 @@ PARTS = ["part-00000.parquet", "part-00001.parquet"]
 def model(embeddings, vdg, tmp_path: Path) -> Output:
     """A generator as `instruct` leaves it, untrained."""
     output = Output(str(tmp_path / "model"))
-    description = describe("instruct", Features(embeddings), vdg())
+    description = describe("instruct", centred_by_own(embeddings), vdg())
     output.write_json(DESCRIPTION, description.model_dump(mode="json"))
-    copy_mean(embeddings, output)
+    copy_mean(centred_by_own(embeddings), output)
     torch.manual_seed(0)
     module = build(description)
     output.write_bytes(WEIGHTS, save({name: p.detach() for name, p in module.named_parameters() if p.requires_grad}))
@@ -48,7 +48,7 @@ def run(tmp_path: Path, embeddings: Output, pairs: Output, model: Output, monito
 
     def run_stage() -> Output:
         output = Output(str(tmp_path / "pseudo"))
-        generate(output, Features(embeddings), pairs, model, CONFIG, 0, ActorResources(), monitor)
+        generate(output, centred_by_own(embeddings), pairs, model, CONFIG, 0, ActorResources(), monitor)
         return output
 
     return run_stage
@@ -92,7 +92,7 @@ def test_a_killed_actor_is_replaced_and_the_deltas_are_the_same(embeddings, pair
 
     def write(output: Output) -> None:
         config = CONFIG.model_copy(update={"max_new_tokens": 24})
-        generate(output, Features(embeddings), small, model, config, 0, ActorResources(), monitor)
+        generate(output, centred_by_own(embeddings), small, model, config, 0, ActorResources(), monitor)
 
     write(whole)
     with killing("PartGenerator", lambda: len(broken.parts()) > 2):
@@ -103,12 +103,14 @@ def test_a_killed_actor_is_replaced_and_the_deltas_are_the_same(embeddings, pair
 def test_another_seed_makes_other_deltas(embeddings, pairs, model, tmp_path):
     outputs = [Output(str(tmp_path / str(seed))) for seed in range(2)]
     for seed, output in enumerate(outputs):
-        PartGenerator(Generation(output, Features(embeddings), pairs, model, CONFIG, seed), 1)({"part": np.array(PARTS[:1])})
+        PartGenerator(Generation(output, centred_by_own(embeddings), pairs, model, CONFIG, seed), 1)(
+            {"part": np.array(PARTS[:1])}
+        )
     assert outputs[0].read_bytes(PARTS[0]) != outputs[1].read_bytes(PARTS[0])
 
 
 def _job(output: Output, embeddings: Output, pairs: Output, model: Output, **fields: Any) -> Generation:
-    return Generation(output, Features(embeddings), pairs, model, CONFIG.model_copy(update=fields), 0)
+    return Generation(output, centred_by_own(embeddings), pairs, model, CONFIG.model_copy(update=fields), 0)
 
 
 def test_the_models_own_mean_centres_another_gallery(embeddings, pairs, model, tmp_path):
@@ -117,7 +119,7 @@ def test_the_models_own_mean_centres_another_gallery(embeddings, pairs, model, t
     actor = PartGenerator(job, 1)
     actor({"part": np.array(PARTS[:1])})
     asked = pairs.read_table(PARTS[0], tables.PAIRS)
-    source = Features(embeddings).open(np.arange(12))
+    source = centred_by_own(embeddings).open(np.arange(12))
     images = [source.take(asked[name].to_numpy(), np.zeros(7, int)) for name in ("reference_id", "target_id")]
     generator, inputs = load_generator(model, dtype=actor.generator.projection.weight.dtype)
     texts, _ = generator.generate(inputs.pairs(*images), job.config, 0)
@@ -127,7 +129,7 @@ def test_the_models_own_mean_centres_another_gallery(embeddings, pairs, model, t
 
 def test_an_empty_delta_is_rejected(embeddings, pairs, model, tmp_path):
     output = Output(str(tmp_path / "out"))
-    actor = PartGenerator(Generation(output, Features(embeddings), pairs, model, CONFIG, 0), 1)
+    actor = PartGenerator(Generation(output, centred_by_own(embeddings), pairs, model, CONFIG, 0), 1)
     actor.generator.generate = lambda batch, *_: (["red"] * (len(batch["ids"]) - 1) + [""], [-1.0] * len(batch["ids"]))
     assert actor({"part": np.array(PARTS[:1])}) == {"part": PARTS[:1], "rows": [7]}
     assert len(output.read_table(PARTS[0], tables.TRIPLETS)) == len(output.read_table(f"scores/{PARTS[0]}", tables.SCORES)) == 4
@@ -179,7 +181,7 @@ def test_samples_see_the_cached_views_in_turn(embeddings, pairs, model, tmp_path
     actor = PartGenerator(_job(Output(str(tmp_path / "out")), embeddings, pairs, model, **fields), 1)
     calls = _watched(actor)
     actor({"part": np.array(PARTS[:1])})
-    source = Features(embeddings).open(np.arange(12))
+    source = centred_by_own(embeddings).open(np.arange(12))
     asked = pairs.read_table(PARTS[0], tables.PAIRS)
     for (*_, seen), view in zip(calls, (0, 1, 0), strict=True):
         images = [source.take(asked[name].to_numpy(), np.full(7, view)) for name in ("reference_id", "target_id")]
@@ -206,7 +208,7 @@ def test_a_model_without_description_is_refused_before_an_actor_starts(embedding
     with pytest.raises(UserError, match=r"vdg\.json"):
         generate(
             Output(str(tmp_path / "o")),
-            Features(embeddings),
+            centred_by_own(embeddings),
             pairs,
             Output(str(tmp_path / "x")),
             CONFIG,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cluster.config import TrainingConfig
-from mining.features import Features, read_mean
+from mining.features import read_mean
+from tests.stages import centred_by_own
 from vdg.align import AlignTask
 from vdg.backbones.base import IGNORED, collate
 from vdg.backbones.features import prepare
@@ -39,7 +40,7 @@ def test_prepared_features_are_centred_to_norm_sqrt_dim(vdg):
 
 
 def _instruct(embeddings, triplets, vdg, held_out: float = 0.0) -> InstructTask:
-    features = Features(embeddings)
+    features = centred_by_own(embeddings)
     config = InstructConfig(training=TRAINING, held_out=held_out)
     return InstructTask(features, triplets, None, describe("instruct", features, vdg()), config)
 
@@ -49,7 +50,7 @@ def test_instruct_batch_holds_both_images_of_each_triplet(embeddings, triplets, 
     batch = task.batch(ROWS, np.random.default_rng(0))
     assert batch["features"].shape == (4, 2, TOKENS, DIM)
     assert ((batch["ids"] == IMAGE).sum(1) == 2 * TOKENS * 3).all()
-    source, mean = Features(embeddings).open(np.arange(12)), read_mean(embeddings)
+    source, mean = centred_by_own(embeddings).open(np.arange(12)), read_mean(embeddings)
     for place, images in enumerate((ROWS % 12, (ROWS * 5 + 3) % 12)):
         views = [prepare(source.take(images, np.full(4, view)), mean, vdg()) for view in range(2)]
         matches = [[torch.allclose(batch["features"][row, place], view[row]) for view in views] for row in range(4)]
@@ -57,7 +58,7 @@ def test_instruct_batch_holds_both_images_of_each_triplet(embeddings, triplets, 
 
 
 def test_batches_depend_on_the_generator_alone(embeddings, triplets, captions, vdg):
-    features = Features(embeddings)
+    features = centred_by_own(embeddings)
     align = AlignTask(features, captions, describe("align", features, vdg()), AlignConfig(training=TRAINING))
     for task in (_instruct(embeddings, triplets, vdg), align):
         first = task.batch(ROWS, np.random.default_rng(4))

@@ -16,8 +16,8 @@ from cluster.errors import UserError
 from cluster.training.checkpoints import WEIGHTS
 from cluster.training.loop import METRICS, train
 from mining import tables
-from mining.features import Features, read_mean
-from tests.stages import align, instruct
+from mining.features import read_mean
+from tests.stages import align, centred_by_own, instruct
 from vdg.backbones import build, load_generator, make_inputs
 from vdg.backbones.base import Backbone
 from vdg.config import AlignConfig, GenerateConfig, InstructConfig
@@ -45,17 +45,17 @@ def _losses(output: Output) -> dict[int, float]:
 
 def test_align_then_instruct_then_generate(embeddings, captions, triplets, vdg, tmp_path, monitor):
     aligned, model = Output(str(tmp_path / "aligned")), Output(str(tmp_path / "model"))
-    align(aligned, Features(embeddings), captions, vdg(), ALIGN, 0, LOCAL, monitor)
+    align(aligned, centred_by_own(embeddings), captions, vdg(), ALIGN, 0, LOCAL, monitor)
     assert set(load(aligned.read_bytes(WEIGHTS))) == {"projection.weight"}
 
-    instruct(model, Features(embeddings), triplets, aligned, vdg(), _config(held_out=0.3), 0, LOCAL, monitor)
+    instruct(model, centred_by_own(embeddings), triplets, aligned, vdg(), _config(held_out=0.3), 0, LOCAL, monitor)
     weights = load(model.read_bytes(WEIGHTS))
     assert {name.split(".")[0] for name in weights} == {"projection", "language_model"}
     assert all("lora_" in name for name in weights if name != "projection.weight")
     assert model.read_bytes("mean.safetensors") == embeddings.read_bytes("mean.safetensors")
     assert "negative_val_loss" in json.loads(model.read_bytes(METRICS).decode().splitlines()[-1])
 
-    description = describe("instruct", Features(embeddings), vdg())
+    description = describe("instruct", centred_by_own(embeddings), vdg())
     trained = build(description).eval()
     trained.load_state_dict(weights, strict=False)
     images = np.random.default_rng(0).normal(size=(2, 5, TOKENS, DIM)).astype(np.float32)
@@ -74,8 +74,8 @@ def _task(features, triplets, aligned, vdg, config, kind=InstructTask, **fields)
 @pytest.mark.parametrize("projection", ["linear", "mlp"])
 def test_instruct_starts_from_the_aligned_projection(projection, embeddings, captions, triplets, vdg, tmp_path, monitor):
     aligned, config = Output(str(tmp_path / "aligned")), vdg(projection=projection)
-    align(aligned, Features(embeddings), captions, config, ALIGN, 0, LOCAL, monitor)
-    module = _task(Features(embeddings), triplets, aligned, config, _config()).build()
+    align(aligned, centred_by_own(embeddings), captions, config, ALIGN, 0, LOCAL, monitor)
+    module = _task(centred_by_own(embeddings), triplets, aligned, config, _config()).build()
     found = {f"projection.{name}": value for name, value in module.projection.state_dict().items()}
     expected = load(aligned.read_bytes(WEIGHTS))
     assert found.keys() == expected.keys()
@@ -85,18 +85,18 @@ def test_instruct_starts_from_the_aligned_projection(projection, embeddings, cap
 def test_instruction_learns(embeddings, triplets, vdg, tmp_path, monitor):
     output = Output(str(tmp_path / "model"))
     config = _config(steps=60, checkpoint_every=60)
-    instruct(output, Features(embeddings), triplets, None, vdg(), config, 0, LOCAL, monitor)
+    instruct(output, centred_by_own(embeddings), triplets, None, vdg(), config, 0, LOCAL, monitor)
     losses = _losses(output)
     assert losses[60] < 0.7 * losses[10]
 
 
 def test_an_aligned_projection_that_does_not_fit_is_refused(embeddings, captions, triplets, vdg, tmp_path, monitor):
     aligned = Output(str(tmp_path / "aligned"))
-    align(aligned, Features(embeddings), captions, vdg(), ALIGN, 0, LOCAL, monitor)
+    align(aligned, centred_by_own(embeddings), captions, vdg(), ALIGN, 0, LOCAL, monitor)
     for field, other in {"tokens_per_feature": 2, "projection": "mlp"}.items():
         model, changed = Output(str(tmp_path / "m")), vdg(**{field: other})
         with pytest.raises(UserError, match=field):
-            instruct(model, Features(embeddings), triplets, aligned, changed, _config(), 0, LOCAL, monitor)
+            instruct(model, centred_by_own(embeddings), triplets, aligned, changed, _config(), 0, LOCAL, monitor)
 
 
 def test_a_folder_without_a_generator_is_refused(tmp_path):
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_stopped(embeddings, triplets, vdg
             return super().batch(rows, rng)
 
     whole, resumed = Output(str(tmp_path / "whole")), Output(str(tmp_path / "resumed"))
-    config, features = _config(), Features(embeddings)
+    config, features = _config(), centred_by_own(embeddings)
     instruct(whole, features, triplets, None, vdg(), config, 0, LOCAL, monitor)
     worker = WorkerResources(workers=1, max_failures=0)
     with pytest.raises(Exception, match="killed"):
@@ -144,7 +144,7 @@ def undrawn(embeddings, tmp_path):
         for i in range(24)
     ]
     output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.TRIPLETS), tables.TRIPLETS)
-    return Features(embeddings), output
+    return centred_by_own(embeddings), output
 
 
 @dataclass

@@ -12,8 +12,9 @@ import torch
 from cir.config import Validation, VariantConfig
 from cir.select import Pseudo
 from cir.tasks.triplets import CirTask, held_out
-from mining.features import Features, centred
+from mining.features import centred
 from tests.cir import world
+from tests.stages import centred_by_own
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_features_are_centred_with_the_training_gallerys_mean(tmp_path: Path, ti
     source = task.features.open(world.IDS)
     ids = batch(task)["target_id"].numpy()
     raw = source.take(ids, np.zeros(4, int))[:, 0]
-    np.testing.assert_allclose(batch(task)["target"], centred(raw, source.mean), rtol=1e-6)
+    np.testing.assert_allclose(batch(task)["target"], centred(raw, task.features.mean), rtol=1e-6)
     task = replace(task, config=world.variant(tiny_bert, augment_target=False, center=False))
     np.testing.assert_array_equal(batch(task)["target"], raw)
 
@@ -165,7 +166,7 @@ def test_cached_and_online_features_give_the_same_loss(
     rows = world.triplet_rows(16, 0)
     for i, row in enumerate(rows):
         row |= {"reference_id": ids[i], "target_id": ids[i - 5]}
-    task = CirTask(Features(features.embeddings), world.triplets(tmp_path / "t", rows), None, world.variant(tiny_bert))
+    task = CirTask(centred_by_own(features.embeddings), world.triplets(tmp_path / "t", rows), None, world.variant(tiny_bert))
     online = replace(task, features=features)
     online._source.draw_views = task._source.draw_views  # the cached views are two of the many that online ones are drawn from
     torch.manual_seed(0)

@@ -1,5 +1,8 @@
 """The graph that a config gives, where the generator's backbone decides what it needs."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from cluster.app.config import RunConfig, load
@@ -21,7 +24,7 @@ def parents(stage: Stage) -> set[str]:
 
 def test_a_generator_of_features_sees_through_its_tower() -> None:
     graph = Graph(grocery())
-    assert parents(graph["instruct:vdg"]) == {"ingest:labelled", "embed:photo.photos", "align:vdg"}
+    assert parents(graph["instruct:vdg"]) == {"ingest:labelled", "embed:photo.photos", "center:photo.labelled", "align:vdg"}
     assert parents(graph["generate:photos"]) == {"mine:photos", "instruct:vdg", "embed:photo.photos"}
 
 
@@ -71,7 +74,12 @@ ROUND_TRIP = "train.variants.semi.selection={scorers: [round_trip], top_fraction
 
 def test_a_second_round_learns_from_deltas_that_a_model_of_the_first_finds_right() -> None:
     graph = Graph(grocery("rounds.count=2", ROUND_TRIP))
-    assert parents(graph["instruct:vdg.r2"]) == {"select:vdg.r2", "embed:photo.photos", "align:vdg"}
+    assert parents(graph["instruct:vdg.r2"]) == {
+        "select:vdg.r2",
+        "embed:photo.photos",
+        "center:photo.labelled",
+        "align:vdg",
+    }
     confident = next(stage for stage in graph.stages if stage.instance == "select:vdg.r2")
     assert parents(confident) == {"ingest:labelled", "generate:photos", "score:photos.semi.r1.s0"}
     early, late = graph["train:semi.r1.s0"], graph["train:semi.s0"]
@@ -117,3 +125,29 @@ def test_rejects_of_generate_have_a_limit_of_their_own() -> None:
     assert made.reject_limit == 0.7
     assert made.digest == Graph(grocery())["generate:photos"].digest
     assert Graph(config)["mine:photos"].reject_limit != 0.7
+
+
+def test_photos_that_come_later_leave_what_knows_only_labels_as_it_is(photo_folder: Path, tmp_path: Path) -> None:
+    names = sorted(path.stem for path in photo_folder.iterdir())
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps([{"reference": names[0], "target": names[1], "captions": ["in red"]}]))
+    given = [f"ingest.galleries.photos.images={photo_folder}", f"ingest.triplets.labelled.file={labels}"]
+
+    def digests() -> dict[str, str]:
+        return {stage.instance: stage.digest for stage in Graph(grocery(*given)).stages}
+
+    first = digests()
+    (photo_folder / "later.jpg").write_bytes((photo_folder / f"{names[2]}.jpg").read_bytes())
+    grown = digests()
+    changed = {instance for instance in first if first[instance] != grown[instance]}
+    semi = {f"train:{variant}.s{seed}" for variant in ("semi", "shuffled") for seed in range(3)}
+    assert changed - {instance for instance in changed if "oracle" in instance} == {
+        "ingest:photos",
+        "embed:photo.photos",
+        "mine:photos",
+        "generate:photos",
+        "evaluate:all",
+        *semi,
+    }
+    (photo_folder / f"{names[0]}.jpg").write_bytes((photo_folder / f"{names[2]}.jpg").read_bytes())
+    assert digests()["train:supervised.s0"] != first["train:supervised.s0"]

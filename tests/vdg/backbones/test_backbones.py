@@ -14,7 +14,7 @@ from mining.features import Features
 from mining.images import render
 from mining.towers import ImageTower
 from tests import tiny
-from tests.stages import instruct
+from tests.stages import centred_by_own, instruct
 from tests.vdg.conftest import write_embeddings
 from vdg.backbones import build
 from vdg.config import GenerateConfig, InstructConfig, VdgConfig
@@ -28,7 +28,7 @@ PART = "part-00000.parquet"
 
 def _features(folder: Output, tower: TowerConfig, photos) -> Features:
     pixels = np.stack([render(content, tower, ViewsConfig(), (0, 0)) for _, content in photos[:12]])
-    return Features(write_embeddings(folder, ImageTower(tower)(torch.from_numpy(pixels)).cpu().numpy()[None]))
+    return centred_by_own(write_embeddings(folder, ImageTower(tower)(torch.from_numpy(pixels)).cpu().numpy()[None]))
 
 
 @pytest.fixture
