@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.config import Section, TrainingConfig, validate
+from cluster.config import PARTIAL, Section, TrainingConfig, validate
 from cluster.weights import Weights
 
 
@@ -158,7 +158,7 @@ class TrainConfig(VariantConfig):
 
     variants: dict[str, dict[str, Any]] = Field(
         min_length=1,
-        json_schema_extra={"additionalProperties": {"anyOf": [{"type": "object"}, {"type": "null"}]}},
+        json_schema_extra={**PARTIAL, "additionalProperties": {"anyOf": [{"type": "object"}, {"type": "null"}]}},
         description="name -> fields that differ from the base recipe; null switches off one of a config that is extended",
     )
     seeds: list[int] = Field([0], min_length=1, description="each variant is trained once with each")

@@ -1,9 +1,9 @@
 """Config files: YAML sections checked by pydantic, with overrides from the command line."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -16,11 +16,15 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from cluster.errors import UserError
 
 CONTENT = "content"  # context of a dump that decides a digest
-NOT_CONTENT: dict[str, Any] = {"content": False}  # `json_schema_extra` of a field that never decides what comes out
+# `json_schema_extra` of a field: it never decides what comes out, it holds a path, or both
+NOT_CONTENT: dict[str, Any] = {"content": False}
+PATH: dict[str, Any] = {"path": True}
+PARTIAL: dict[str, Any] = {"partial": True}  # it maps names to fields of the section that it is in
 
 
 class Section(BaseModel):
@@ -33,9 +37,57 @@ class Section(BaseModel):
         dumped: dict[str, Any] = dump(self)
         if info.context == CONTENT:
             for name, field in type(self).model_fields.items():
-                if field.json_schema_extra == NOT_CONTENT:
+                if _says(field, NOT_CONTENT):
                     del dumped[name]
         return dumped
+
+
+def _says(field: FieldInfo, mark: dict[str, Any]) -> bool:
+    return isinstance(field.json_schema_extra, dict) and mark.items() <= field.json_schema_extra.items()
+
+
+def path_field(description: str, default: Any = ..., **extra: Any) -> Any:
+    """A field that holds a path, or several."""
+    return Field(default, json_schema_extra={**PATH, **extra}, description=description)
+
+
+def in_folder(model: type[BaseModel], content: Any, folder: Path) -> Any:
+    """A file's content with its relative paths taken from a folder; `model` says which fields are paths."""
+    if not isinstance(content, dict):
+        return content
+    placed = dict(content)
+    for name, field in model.model_fields.items():
+        if name not in content:
+            continue
+        section = next((kind for kind in _kinds(field.annotation) if _is_section(kind)), None)
+        section = model if _says(field, PARTIAL) else section
+        value, several = content[name], get_origin(field.annotation) is dict
+        if _says(field, PATH):
+            placed[name] = _placed(value, folder)
+        elif section is not None and several and isinstance(value, dict):
+            placed[name] = {key: in_folder(section, item, folder) for key, item in value.items()}
+        elif section is not None:
+            placed[name] = in_folder(section, value, folder)
+    return placed
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """A type, and those that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _placed(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_placed(item, folder) for item in value]
+    if not isinstance(value, str) or "://" in value or value.startswith(("~", "{")):
+        return value
+    return str(folder / value)
 
 
 def content_of(section: BaseModel) -> dict[str, Any]:

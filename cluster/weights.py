@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from cluster.artifacts import fingerprint
-from cluster.config import CONTENT, Section
+from cluster.config import CONTENT, Section, path_field
 from cluster.errors import UserError
 
 
@@ -28,7 +28,7 @@ class Weights(Section):
 
     hub: str | None = Field(None, description="name on the Hugging Face hub")
     revision: str | None = Field(None, description="commit of the hub repository; pin it")
-    folder: str | None = Field(None, description="local folder, the same on every node")
+    folder: str | None = path_field("local folder, the same on every node", None)
     package: str | None = Field(None, description="importable name of an installed Python package")
     file: str | None = Field(None, description="file inside the package or folder")
     sha256: str | None = Field(None, description="checked before the file is loaded")

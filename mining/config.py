@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from cluster.config import NOT_CONTENT, Section
+from cluster.config import NOT_CONTENT, Section, path_field
 from cluster.weights import Weights
 
 
@@ -16,9 +16,9 @@ def _listed(paths: str | list[str] | None) -> list[str]:
 class GalleryConfig(Section):
     """Where a gallery's images come from."""
 
-    images: str = Field(description="folder of images, or tar or Parquet files, or a folder of those; any filesystem URI")
-    split: str | list[str] | None = Field(
-        None, description="JSON list of the names to take, or mapping of name to path; several files are joined; None: all"
+    images: str = path_field("folder of images, or tar or Parquet files, or a folder of those; any filesystem URI")
+    split: str | list[str] | None = path_field(
+        "JSON list of the names to take, or mapping of name to path; several files are joined; None: all", None
     )
     copy_images: bool = Field(True, description="copy the bytes into the gallery, or index them where they are")
 
@@ -32,8 +32,8 @@ class TripletsConfig(Section):
     """Labelled triplets over one gallery."""
 
     gallery: str = Field(description="name of the gallery that holds the images")
-    file: str | list[str] = Field(
-        description="JSON list or Parquet: reference, target, captions (or caption), optional group or CIRR's img_set; "
+    file: str | list[str] = path_field(
+        "JSON list or Parquet: reference, target, captions (or caption), optional group or CIRR's img_set; "
         "several files are joined"
     )
 
@@ -47,8 +47,8 @@ class CaptionsConfig(Section):
     """A file of image-caption pairs over one gallery."""
 
     gallery: str = Field(description="name of the gallery that holds the images")
-    file: str = Field(
-        description="JSON list or Parquet of image (or key) and caption, LLaVA's JSON of conversations, a WebDataset's tar, "
+    file: str = path_field(
+        "JSON list or Parquet of image (or key) and caption, LLaVA's JSON of conversations, a WebDataset's tar, "
         "or a folder of Parquet or tar files"
     )
     until: str | None = Field(None, description="keep the text before this separator, such as ':'")
@@ -179,9 +179,9 @@ class RandomConfig(Section):
 class ExcludeConfig(Section):
     """A benchmark whose val and test images are kept out of the pairs."""
 
-    annotations: str = Field(description="folder of the benchmark's own annotation files")
-    images: str | None = Field(
-        None, description="its images, as in ingest.galleries; None: their names alone are excluded, not what they show"
+    annotations: str = path_field("folder of the benchmark's own annotation files")
+    images: str | None = path_field(
+        "its images, as in ingest.galleries; None: their names alone are excluded, not what they show", None
     )
 
 

@@ -16,7 +16,9 @@ from cluster.config import (
     Section,
     TaskResources,
     WorkerResources,
+    in_folder,
     override,
+    path_field,
     read_yaml,
     validate,
 )
@@ -63,7 +65,7 @@ class TrainSection(TrainConfig):
 
 def _path(description: str) -> Any:
     """A field that says where something lies, which never decides what comes out: its stage fingerprints what is there."""
-    return Field(None, json_schema_extra=NOT_CONTENT, description=description)
+    return path_field(description, None, **NOT_CONTENT)
 
 
 class EvaluateSection(EvaluateConfig):
@@ -143,7 +145,7 @@ class RunConfig(Section):
     """A whole run."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$", description="names the folder of the report and the MLflow run")
-    root: str = Field("outputs", description="folder or URI that holds every output")
+    root: str = path_field("folder or URI that holds every output", "outputs")
     seed: int = Field(0, ge=0, description="of mining, the generator and its deltas; retrieval has train.seeds")
     ingest: IngestConfig
     embed: EmbedConfig
@@ -248,6 +250,8 @@ def load(config: str, assignments: list[str]) -> RunConfig:
 def content_of(config: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The content of a config file or preset, put over the presets and files that it `extends`, later ones over earlier.
 
+    A relative path in a file starts at the file, one in a preset at the current folder.
+
     Raises UserError where there is no such file or preset, and where it extends itself (`above`: those that extend it).
     """
     if config in above:
@@ -261,6 +265,10 @@ def content_of(config: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{config}: extends: found {bases!r}, expected a preset's name, a YAML file, or a list of them")
+    if not is_preset:
+        folder = Path(config).resolve().parent
+        content = in_folder(RunConfig, content, folder)
+        bases = [str(folder / base) if base.endswith((".yaml", ".yml")) else base for base in bases]
     layers = [content_of(base, (*above, config)) for base in bases]
     return _in_project(reduce(merge, [*layers, content]))
 

@@ -12,6 +12,7 @@ from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
 from cluster.artifacts import Output, below, filesystem
+from cluster.config import in_folder
 from cluster.driver import lease, session
 from cluster.driver.progress import StageProgress, console
 from cluster.errors import UserError
@@ -35,7 +36,7 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
 
     tracker = Tracker(tracking_uri(config), config.tracking.experiment, config.name, config.model_dump(mode="json"))
     if keep_config:
-        kept = config.model_dump(mode="json") | {"root": Output(config.root).uri}  # it is read from any folder
+        kept = in_folder(RunConfig, config.model_dump(mode="json"), Path.cwd())  # it is read from any folder
         content = yaml.safe_dump(kept, sort_keys=False)
         run_folder(config).write_bytes("config.yaml", content.encode())
     console.print(f"{config.name}: {len(todo)} of {len(stages)} stages to do; library logs go to {log}")

@@ -1,9 +1,10 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import Field
 
-from cluster.config import Section, override, read_yaml, validate
+from cluster.config import PARTIAL, Section, in_folder, override, path_field, read_yaml, validate
 from cluster.errors import UserError
 
 
@@ -54,3 +55,32 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(UserError, match="not valid YAML"):
         read_yaml(tmp_path / "broken.yaml")
+
+
+class Files(Section):
+    one: str = path_field("a file")
+    several: str | list[str] = path_field("files", "x")
+    name: str = "n"
+
+
+class Whole(Section):
+    files: dict[str, Files]
+    first: Files | None = None
+    variants: dict[str, dict[str, Any]] = Field({}, json_schema_extra=PARTIAL)
+
+
+def test_relative_paths_start_at_the_file_that_names_them(tmp_path: Path) -> None:
+    content = {
+        "files": {"a": {"one": "x.json", "several": ["y", "/z", "s3://b/w"], "name": "n.json"}},
+        "first": {"one": "~/x"},
+        "variants": {"v": {"first": {"one": "v.json"}}, "off": None},
+        "unknown": 3,
+    }
+    assert in_folder(Whole, content, tmp_path) == {
+        "files": {"a": {"one": f"{tmp_path}/x.json", "several": [f"{tmp_path}/y", "/z", "s3://b/w"], "name": "n.json"}},
+        "first": {"one": "~/x"},
+        "variants": {"v": {"first": {"one": f"{tmp_path}/v.json"}}, "off": None},
+        "unknown": 3,
+    }
+    for odd in (None, 3, [], {"files": None, "first": [1]}):
+        assert in_folder(Whole, odd, tmp_path) == odd

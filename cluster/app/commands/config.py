@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ import yaml
 
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
+from cluster.config import in_folder
 
 app = typer.Typer()
 
@@ -32,7 +34,7 @@ def _schema_of_files() -> dict[str, Any]:
 @app.command()
 def show(config: Config, assignments: Set = []) -> None:  # noqa: B006
     """A config in YAML as a run takes it: with all that it extends, and the defaults of what it leaves out."""
-    content = configs.load(config, assignments).model_dump(mode="json")
+    content = in_folder(configs.RunConfig, configs.load(config, assignments).model_dump(mode="json"), Path.cwd())
     print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120), end="")
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from cluster.app import config as configs
 from cluster.app.graph import Graph
@@ -76,7 +75,6 @@ def test_no_path_of_the_config_carries_a_password() -> None:
 
 
 def test_a_relative_weights_folder_is_named(tmp_path: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump({"extends": "grocery", "vdg": {"language_model": {"package": None, "folder": "llama"}}}))
+    given = [f"vdg.language_model.{name}=null" for name in ("package", "file", "sha256")]
     with pytest.raises(UserError, match=r"vdg.language_model.folder: llama is relative"):
-        prepare(str(config), ["vdg.language_model.file=null", "vdg.language_model.sha256=null"], None, None, True, {})
+        prepare("grocery", ["vdg.language_model.folder=llama", *given], None, None, True, {})

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from cluster.app import config as configs
+from cluster.config import in_folder
 from tests.cluster.app.test_cli import invoke
 
 
@@ -17,7 +18,8 @@ def test_the_schema_takes_what_show_prints_and_show_prints_a_config_of_its_own(p
     path = tmp_path / "shown.yaml"
     path.write_text(invoke("show", preset))
     jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(invoke("schema")))
-    assert configs.load(str(path), []) == configs.load(preset, [])
+    shown, named = (configs.load(config, []).model_dump(mode="json") for config in (str(path), preset))
+    assert shown == in_folder(configs.RunConfig, named, Path.cwd())
 
 
 @pytest.mark.parametrize("file", configs.PRESETS.rglob("*.yaml"), ids=lambda file: file.stem)
