@@ -1,13 +1,14 @@
 """The unit of resume in a Ray Data stage: one input shard gives one output part."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
-
-import ray.data
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.monitor import Monitor
+
+if TYPE_CHECKING:
+    import ray.data
 
 WAVE_PARTS = 256  # parts of one Ray Data execution: some minutes of work on a cluster
 
@@ -15,7 +16,7 @@ WAVE_PARTS = 256  # parts of one Ray Data execution: some minutes of work on a c
 def run_parts(
     output: Output,
     parts: Mapping[str, int],
-    dataset: Callable[[list[str]], ray.data.Dataset],
+    dataset: Callable[[list[str]], "ray.data.Dataset"],
     monitor: Monitor,
     unit: str,
 ) -> None:
@@ -46,7 +47,9 @@ def run_actors(
 ) -> None:
     """As `run_parts`, on a pool of actors made as `actor(job, cpus)`, each called with one row {"part"} at a time."""
 
-    def dataset(names: list[str]) -> ray.data.Dataset:
+    def dataset(names: list[str]) -> "ray.data.Dataset":
+        import ray.data
+
         return ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names)).map_batches(
             actor,
             fn_constructor_args=(job, resources.cpus),

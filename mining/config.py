@@ -20,6 +20,7 @@ class GalleryConfig(Section):
     split: str | list[str] | None = path_field(
         "JSON list of the names to take, or mapping of name to path; several files are joined; None: all", None
     )
+    without: str | None = path_field("JSON list of the names to leave out, such as those of test queries", None)
     copy_images: bool = Field(True, description="copy the bytes into the gallery, or index them where they are")
 
     @property

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.artifacts import Output
 from cluster.config import DecodeResources
@@ -20,7 +21,7 @@ from mining.config import GalleryConfig
 from mining.gallery import GROUPS, keys, part_name
 from mining.images import BadImage, decode
 from mining.labelled import read_captions, read_rows, read_triplets
-from mining.sources import IMAGE_SUFFIXES, LISTED_ROWS, BytesReader, list_images, reject
+from mining.sources import IMAGE_SUFFIXES, LISTED_ROWS, BytesReader, list_images, read_names, reject
 
 if TYPE_CHECKING:
     import ray.data
@@ -48,6 +49,7 @@ class IngestGallery(Ingest):
 
     images: Source  # kept where the images are indexed in place
     splits: tuple[Source, ...] = ()
+    without: Source | None = None  # the names to leave out
     shard_rows: int
     max_pixels: int
     resources: DecodeResources
@@ -60,6 +62,8 @@ class IngestGallery(Ingest):
         """Check the images that `config` lists, and write the gallery table."""
         index, rejects = list_images(config, self.images.field)
         output.write_rejects("listing.parquet", rejects)
+        if self.without is not None:
+            index = index.filter(pc.invert(pc.is_in(index["key"], pa.array(list(read_names(self.without.path)), pa.string()))))
         tables.check_unique((tables.stable_id(self.name, key) for key in _keys(index)), f"gallery {self.name}")
         starts = range(0, len(index), self.shard_rows)
         shards = {part_name(i): index.slice(start, self.shard_rows) for i, start in enumerate(starts)}

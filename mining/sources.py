@@ -34,7 +34,7 @@ def list_images(config: GalleryConfig, field: str) -> tuple[pa.Table, list[dict[
     Raises UserError when the source is missing or holds no image, or a Parquet file has other columns. A key is the path
     inside the source without suffix.
     """
-    names = {name: path for file in config.splits for name, path in _read_names(file).items()} if config.splits else None
+    names = {name: path for file in config.splits for name, path in read_names(file).items()} if config.splits else None
     split = ", ".join(config.splits)
     rejects: list[dict[str, str]] = []
     rows = _table(_listed(config.images, names, field, rejects))
@@ -78,7 +78,7 @@ def read_json(file: str) -> Any:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from error
 
 
-def _read_names(file: str) -> dict[str, str | None]:
+def read_names(file: str) -> dict[str, str | None]:
     """Names of a split file, each with its path where the file gives one."""
     content = read_json(file)
     if isinstance(content, list) and all(isinstance(name, str) for name in content):

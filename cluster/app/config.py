@@ -73,22 +73,10 @@ class EvaluateSection(EvaluateConfig):
 
     images: str | None = _path("as in ingest.galleries; not read where embeddings are given")
     split: str | None = _path("of 'triplets': as in ingest.galleries")
-    triplets: str | None = Field(
-        None,
-        json_schema_extra=NOT_CONTENT,
-        description="of 'triplets', the queries: reference, target, captions, optional group",
-    )
-    attributes: str | None = Field(
-        None,
-        json_schema_extra=NOT_CONTENT,
-        description="of 'triplets', JSON of key to attributes: every image with the target's is right",
-    )
+    triplets: str | None = _path("of 'triplets', the queries: reference, target, captions, optional group")
+    attributes: str | None = _path("of 'triplets', JSON of key to attributes: every image with the target's is right")
     annotations: str | None = _path("folder of a benchmark's own files, laid out as they are published")
-    embeddings: str | None = Field(
-        None,
-        json_schema_extra=NOT_CONTENT,
-        description="Parquet of a benchmark's query and gallery vectors (kind, key, vector): scored without a model",
-    )
+    embeddings: str | None = _path("Parquet of a benchmark's vectors (kind, key, vector), scored without a model")
 
     @model_validator(mode="after")
     def _fields_fit_the_benchmark(self) -> Self:

@@ -77,12 +77,17 @@ class Graph:
         chosen = [
             stage
             for stage in self.stages
-            if kind in (None, stage.kind) and fnmatch(stage.instance, only or "*") and KINDS.index(stage.kind) <= last
+            if kind in (None, stage.kind) and _matches(stage, only or "*") and KINDS.index(stage.kind) <= last
         ]
         if not chosen:
             raise UserError(f"no stage instance matches {only or kind}; `--dry-run` lists them")
         needed = {ancestor.instance for stage in chosen for ancestor in _with_ancestors(stage)}
         return [stage for stage in self.stages if stage.instance in needed]
+
+
+def _matches(stage: Stage, pattern: str) -> bool:
+    """By instance, or by instance and digest as `vdg ls` prints them."""
+    return fnmatch(stage.instance, pattern) or fnmatch(f"{stage.instance}-{stage.digest}", pattern)
 
 
 def _with_ancestors(stage: Stage) -> Iterator[Stage]:
@@ -116,15 +121,17 @@ class Sources:
             return self._evaluated()
         source, field = self.ingest.galleries[name], f"ingest.galleries.{name}"
         images = Source(f"{field}.images", source.images, kept=not source.copy_images)
-        return self._gallery(name, images, _each(f"{field}.split", source.splits))
+        without = None if source.without is None else Source(f"{field}.without", source.without)
+        return self._gallery(name, images, _each(f"{field}.split", source.splits), without)
 
-    def _gallery(self, name: str, images: Source, splits: tuple[Source, ...]) -> Stage:
+    def _gallery(self, name: str, images: Source, splits: tuple[Source, ...], without: Source | None = None) -> Stage:
         options = self.ingest
         return self._once(
             IngestGallery(
                 name=name,
                 images=images,
                 splits=splits,
+                without=without,
                 shard_rows=options.shard_rows,
                 max_pixels=options.max_pixels,
                 max_reject_fraction=self.limit,

@@ -1,84 +1,176 @@
-"""`vdg init`: an annotated config for one's own images and triplets, checked against them."""
+"""`vdg init`: a config for one's own images and triplets, checked against them, with test queries that nothing else sees."""
 
+import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cluster.app.config import PRESETS, load
+from cluster.app.config import PRESETS, content_of, load
 from cluster.driver.progress import console
 from cluster.errors import UserError
+from mining import tables
 from mining.config import GalleryConfig
 from mining.labelled import read_captions, read_triplets
 from mining.sources import list_images
 
-LEAST_TRIPLETS = 50  # fewer cannot be split into folds that say anything
+FEW_TRIPLETS = 50  # fewer cannot be split into folds that say anything
+HELD_OUT = 0.2  # share of the labelled triplets that become test queries where none are given
+LEAST_QUERIES = 5
+_Row = dict[str, Any]
 
 
 def write_config(folder: Path, images: str, triplets: str, queries: str | None, captions: str | None) -> Path:
-    """Write `folder/vdg.yaml`, with absolute paths. Raises UserError when data is missing or names do not match.
+    """Write `folder/vdg.yaml`, and beside it the names of the test queries' images.
 
-    Never overwrites a config.
+    Without `queries` a fifth of the labelled triplets is held out by image: no image of a test query is in a triplet that is
+    trained on. Raises UserError when data is missing or names do not match. Never overwrites a config.
     """
     path = folder / "vdg.yaml"
     if path.exists() or folder.is_file():
         raise UserError(f"{path if path.exists() else folder}: already exists; remove it or choose another folder")
-    counts = _check(images, triplets, queries, captions)
-    console.print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
-    environment = Environment(loader=FileSystemLoader(PRESETS), undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # YAML knows no surrogate pairs
-    text = environment.get_template("own.yaml.j2").render(
-        name=re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "own",
-        images=_absolute(images),
-        triplets=_absolute(triplets),
-        queries=_absolute(queries or triplets),
-        captions=_absolute(captions) if captions else None,
-        pairs=max(4 * counts["labelled triplets"], 1000),
-    )
+    known = _images(images)
+    files, rows = {"labelled": _absolute(triplets)}, {"labelled": _triplets("--triplets", triplets, known)}
+    written: dict[str, Any] = {}
+    if queries is not None:
+        files["queries"], rows["queries"] = _absolute(queries), _triplets("--queries", queries, known)
+    else:
+        rows["labelled"], rows["queries"] = hold_out(rows["labelled"], triplets)
+        for name, part in rows.items():
+            files[name], written[f"{name}.json"] = f"{name}.json", _as_file(part, known)
+    names = {image: name for name, image in known.items()}
+    written["held-out.json"] = sorted(names[image] for image in _images_of(rows["queries"]))
+    if captions is not None:
+        _usable(captions, *read_captions(captions, known, None))
+    _tell(rows["labelled"], rows["queries"], written["held-out.json"])
+    text = _render(folder, _absolute(images), files, captions and _absolute(captions), len(rows["labelled"]))
     with TemporaryDirectory() as temporary:
         draft = Path(temporary) / path.name
         draft.write_text(text)
         load(str(draft), [])
     folder.mkdir(parents=True, exist_ok=True)
+    for name, content in written.items():
+        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False))
     path.write_text(text)
     return path
 
 
-def _check(images: str, triplets: str, queries: str | None, captions: str | None) -> dict[str, int]:
-    """Rows of each file that can be used. Raises UserError when a file has none, or too few."""
+def _images(images: str) -> dict[str, int]:
+    """Id by name."""
     index, rejects = list_images(GalleryConfig(images=images), "--images")
-    known = {key: i for i, key in enumerate(index["key"].to_pylist())}
-    counts = {"images": len(known), "files rejected": len(rejects)}
-    for what, file in (("labelled triplets", triplets), ("queries", queries)):
-        if file is not None:
-            counts[what] = _check_triplets(file, known)
-    if captions is not None:
-        counts["captions"] = _usable(captions, *read_captions(captions, known, None))
-    if counts["labelled triplets"] < LEAST_TRIPLETS:
-        raise UserError(
-            f"--triplets: {triplets} has {counts['labelled triplets']} rows, fewer than {LEAST_TRIPLETS}; label more"
-        )
-    return counts
-
-
-def _check_triplets(file: str, known: Mapping[str, int]) -> int:
-    rows, _, rejects = read_triplets(file, known)
-    return _usable(file, rows, rejects)
-
-
-def _usable(file: str, rows: list[Any], rejects: list[dict[str, str]]) -> int:
-    """The number of rows. Raises UserError when there is none."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(row["reason"] for row in rejects).items())
-    if not rows:
-        example = f"{reasons}; the first: {rejects[0]['detail']}" if rejects else "the list is empty"
-        raise UserError(f"{file}: no row can be used ({example}); images are named by their path without suffix")
+    names = index["key"].to_pylist()
+    console.print(f"{len(names):,} images")
     if rejects:
-        console.print(f"{file}: {len(rejects)} rows will be rejected: {reasons}")
-    return len(rows)
+        first = f"{rejects[0]['key']}: {rejects[0]['reason']} ({rejects[0]['detail']})"
+        console.print(f"{len(rejects)} file(s) will be rejected, the first: {first}")
+    return {name: tables.stable_id("photos", name) for name in names}
+
+
+def _triplets(option: str, file: str, known: Mapping[str, int]) -> list[_Row]:
+    """Triplets that can be used. Raises UserError when there is none."""
+    rows, _, rejects = read_triplets(file, known)
+    return _usable(f"{option}: {file}", rows, rejects)
+
+
+def _usable(file: str, rows: list[_Row], rejects: list[dict[str, str]]) -> list[_Row]:
+    """The rows. Raises UserError when there is none, naming the first that cannot be used."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(row["reason"] for row in rejects).items())
+    first = f"; the first: {rejects[0]['key']}: {rejects[0]['detail']}" if rejects else ""
+    if not rows:
+        raise UserError(
+            f"{file}: no row can be used ({reasons or 'the list is empty'}{first}); "
+            "images are named by their path without suffix"
+        )
+    if rejects:
+        console.print(f"{file}: {len(rejects)} rows will be rejected: {reasons}{first}")
+    return rows
+
+
+def hold_out(rows: list[_Row], file: str) -> tuple[list[_Row], list[_Row]]:
+    """(triplets to train on, test queries), which share no image: whole components of the graph of images are drawn.
+
+    Raises UserError where the triplets hang together so much that no such share exists.
+    """
+    wanted = HELD_OUT * len(rows)
+    held: list[_Row] = []
+    for component in sorted(_components(rows), key=lambda rows: min(row["triplet_id"] for row in rows)):
+        if len(held) + len(component) <= wanted:
+            held += component
+    if len(held) < LEAST_QUERIES:
+        raise UserError(
+            f"--triplets: {file}: its {len(rows)} triplets share their images, so that no {LEAST_QUERIES} can be held out as "
+            "test queries with images of their own; give test queries with --queries"
+        )
+    chosen = {row["triplet_id"] for row in held}
+    return [row for row in rows if row["triplet_id"] not in chosen], held
+
+
+def _components(rows: list[_Row]) -> list[list[_Row]]:
+    """Triplets that hang together by shared images."""
+    leader: dict[int, int] = {}
+
+    def find(image: int) -> int:
+        while leader.setdefault(image, image) != image:
+            leader[image] = image = leader[leader[image]]
+        return image
+
+    for row in rows:
+        leader[find(row["reference_id"])] = find(row["target_id"])
+    found: dict[int, list[_Row]] = {}
+    for row in rows:
+        found.setdefault(find(row["reference_id"]), []).append(row)
+    return list(found.values())
+
+
+def _images_of(rows: list[_Row]) -> set[int]:
+    return {row[role] for row in rows for role in ("reference_id", "target_id")}
+
+
+def _as_file(rows: list[_Row], known: Mapping[str, int]) -> list[_Row]:
+    names = {image: name for name, image in known.items()}
+    return [
+        {"reference": names[row["reference_id"]], "target": names[row["target_id"]], "captions": row["deltas"]} for row in rows
+    ]
+
+
+def _tell(labelled: list[_Row], queries: list[_Row], held_out: list[str]) -> None:
+    console.print(f"{len(labelled):,} labelled triplets, {len(queries):,} test queries")
+    console.print(f"{len(held_out):,} images of the test queries are neither labelled nor mined")
+    if overlap := _images_of(labelled) & _images_of(queries):
+        console.print(
+            f"warning: {len(overlap):,} of them are in labelled triplets too, which will be rejected: keep test images apart"
+        )
+    if len(labelled) < FEW_TRIPLETS:
+        console.print(f"warning: fewer than {FEW_TRIPLETS} labelled triplets teach a generator little; label more")
+
+
+def _render(folder: Path, images: str, files: Mapping[str, str], captions: str | None, labelled: int) -> str:
+    environment = Environment(loader=FileSystemLoader(PRESETS), undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # YAML knows no surrogate pairs
+    recipe = content_of("grocery")
+    return environment.get_template("own.yaml.j2").render(
+        name=re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "own",
+        images=images,
+        held_out="held-out.json",
+        labelled=files["labelled"],
+        queries=files["queries"],
+        captions=captions,
+        pairs=max(4 * labelled, 1000),
+        tower=_yaml(recipe["embed"]["towers"]["photo"], 6),
+        vdg=_yaml(recipe["vdg"], 2),
+        text=_yaml({"text": recipe["train"]["text"]}, 2),
+    )
+
+
+def _yaml(content: Any, indent: int) -> str:
+    """A part of a preset's recipe, at its place in the page."""
+    lines: Iterator[str] = iter(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110).splitlines())
+    return "\n".join(" " * indent + line for line in lines)
 
 
 def _absolute(path: str) -> str:

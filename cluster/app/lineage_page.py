@@ -1,34 +1,76 @@
 """A lineage drawn as one HTML page: a column for each step from the sources, an arrow from each output to what it made."""
 
-from html import escape
+from dataclasses import dataclass
+from typing import Any
 
+from cluster.app.report import environment
+from cluster.app.report.plots import PALETTE
 from cluster.driver.lineage import Lineage, Made
 
-WIDTH, HEIGHT, ACROSS, DOWN = 190, 44, 260, 64  # of a box, and from one box to the next, in pixels
+WIDTH, HEIGHT, ACROSS, DOWN = 200, 48, 270, 66  # of a box, and from one box to the next, in pixels
+MARGIN = 20
 
 
-def page(lineage: Lineage, shown: dict[str, Made], asked: set[str]) -> str:
+@dataclass(frozen=True)
+class Box:
+    """An output at its place."""
+
+    made: Made
+    x: int
+    y: int
+    kind: str  # asked, removed or other
+    width: int = WIDTH
+    height: int = HEIGHT
+
+    @property
+    def name(self) -> str:
+        """What a link leads to."""
+        return self.made.name
+
+    @property
+    def instance(self) -> str:
+        """As the stage is called."""
+        return self.made.instance
+
+    @property
+    def digest(self) -> str:
+        """Of the output."""
+        return self.made.digest
+
+    @property
+    def rows(self) -> str:
+        """How many rows it has, where it is a table."""
+        if self.made.manifest is None:
+            return "removed"
+        return f"{self.made.manifest['rows']:,} rows" if self.made.manifest["rows"] else ""
+
+
+def page(lineage: Lineage, shown: dict[str, Made], asked: set[str], root: str) -> str:
     """The page of some outputs of a lineage, those that were asked for in colour."""
-    places = _places(lineage, shown)
-    width = max(x for x, _ in places.values()) + ACROSS
-    height = max(y for _, y in places.values()) + DOWN
+    boxes = _boxes(lineage, shown, asked)
     arrows = [
-        _arrow(places[parent], places[child], role)
+        {"curve": _curve(boxes[parent], boxes[child]), "role": role}
         for child in shown
         for role, parent in lineage.parents.get(child, {}).items()
         if parent in shown
     ]
-    boxes = [_box(made, places[name], name in asked) for name, made in shown.items()]
     return (
-        "<!doctype html><meta charset='utf-8'><title>Lineage</title>"
-        f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' font-family='sans-serif' font-size='12'>"
-        "<defs><marker id='tip' viewBox='0 0 8 8' refX='8' refY='4' markerWidth='7' markerHeight='7' orient='auto'>"
-        "<path d='M0 0 8 4 0 8z' fill='#888'/></marker></defs>"
-        f"{''.join(arrows)}{''.join(boxes)}</svg>\n"
+        environment()
+        .get_template("lineage.html.j2")
+        .render(
+            title=", ".join(sorted(shown[name].instance for name in asked)),
+            root=root,
+            width=max(box.x for box in boxes.values()) + ACROSS,
+            height=max(box.y for box in boxes.values()) + DOWN,
+            arrows=arrows,
+            boxes=list(boxes.values()),
+            rows=[_row(lineage, box.made) for box in sorted(boxes.values(), key=lambda box: (box.x, box.y))],
+            palette=PALETTE,
+        )
     )
 
 
-def _places(lineage: Lineage, shown: dict[str, Made]) -> dict[str, tuple[int, int]]:
+def _boxes(lineage: Lineage, shown: dict[str, Made], asked: set[str]) -> dict[str, Box]:
     depths: dict[str, int] = {}
 
     def depth(name: str) -> int:
@@ -37,28 +79,31 @@ def _places(lineage: Lineage, shown: dict[str, Made]) -> dict[str, tuple[int, in
             depths[name] = 1 + max(map(depth, parents), default=-1)
         return depths[name]
 
-    rows: dict[int, int] = {}
-    places = {}
+    used: dict[int, int] = {}
+    boxes = {}
     for name in sorted(shown):
         column = depth(name)
-        places[name] = (20 + column * ACROSS, 20 + rows.get(column, 0) * DOWN)
-        rows[column] = rows.get(column, 0) + 1
-    return places
+        place = used.get(column, 0)
+        used[column] = place + 1
+        kind = "asked" if name in asked else "removed" if shown[name].manifest is None else "other"
+        boxes[name] = Box(shown[name], MARGIN + column * ACROSS, MARGIN + place * DOWN, kind)
+    return boxes
 
 
-def _arrow(start: tuple[int, int], end: tuple[int, int], role: str) -> str:
-    (x0, y0), (x1, y1) = (start[0] + WIDTH, start[1] + HEIGHT // 2), (end[0], end[1] + HEIGHT // 2)
+def _curve(start: Box, end: Box) -> str:
+    (x0, y0), (x1, y1) = (start.x + WIDTH, start.y + HEIGHT // 2), (end.x, end.y + HEIGHT // 2)
     middle = (x0 + x1) // 2
-    curve = f"M{x0} {y0}C{middle} {y0} {middle} {y1} {x1} {y1}"
-    return f"<path d='{curve}' fill='none' stroke='#888' marker-end='url(#tip)'><title>{escape(role)}</title></path>"
+    return f"M{x0} {y0}C{middle} {y0} {middle} {y1} {x1} {y1}"
 
 
-def _box(made: Made, place: tuple[int, int], asked: bool) -> str:
-    x, y = place
-    fill = "#fde9b8" if asked else "#eee" if made.manifest is None else "#e3eefb"
-    rows = "removed" if made.manifest is None else f"{made.manifest['rows']:,} rows" if made.manifest["rows"] else ""
-    return (
-        f"<rect x='{x}' y='{y}' width='{WIDTH}' height='{HEIGHT}' rx='5' fill='{fill}' stroke='#667'/>"
-        f"<text x='{x + 8}' y='{y + 18}'>{escape(made.instance)}</text>"
-        f"<text x='{x + 8}' y='{y + 35}' fill='#556'>{made.digest} {rows}</text>"
-    )
+def _row(lineage: Lineage, made: Made) -> dict[str, Any]:
+    manifest = made.manifest or {}
+    return {
+        "name": made.name,
+        "instance": made.instance,
+        "digest": made.digest,
+        "rows": f"{manifest['rows']:,}" if manifest.get("rows") else "" if manifest else "removed",
+        "seconds": f"{manifest['seconds']:,.1f}" if "seconds" in manifest else "",
+        "commit": manifest.get("code", {}).get("commit", "")[:9],
+        "parents": lineage.above(made),
+    }

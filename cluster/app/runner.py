@@ -1,6 +1,7 @@
 """Doing the stages of a run in order, in one driver: skip what is done, show progress, record in MLflow, report."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
+from cluster.app.outputs import keep_models
 from cluster.artifacts import Output, below, filesystem
 from cluster.config import in_folder
 from cluster.driver import lease, session
@@ -39,6 +41,8 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
         kept = in_folder(RunConfig, config.model_dump(mode="json"), Path.cwd())  # it is read from any folder
         content = yaml.safe_dump(kept, sort_keys=False)
         run_folder(config).write_bytes("config.yaml", content.encode())
+        keep_models(run_folder(config), stages)
+    console.print(f"MLflow: experiment '{config.tracking.experiment}' at {_hidden(tracker.uri)}")
     console.print(f"{config.name}: {len(todo)} of {len(stages)} stages to do; library logs go to {log}")
     for stage in stages:
         if stage not in todo:
@@ -49,6 +53,8 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
             session.start(config.resources.ray, log)
         for stage in todo:
             _do(stage, config.root, tracker)
+        if keep_config and graph.output(graph.evaluation).manifest() is not None:
+            _record_results(graph, tracker)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and the SIGTERM of a cluster
         status = "KILLED"
@@ -92,9 +98,38 @@ class _Both:
             monitor.metrics(step, values)
 
 
+def write_results(graph: Graph) -> Output:
+    """The metrics and the report of a run whose stages are finished, in its folder."""
+    from cluster.app.report import write_report
+
+    folder = run_folder(graph.config)
+    folder.write_json("metrics.json", metrics_of(graph))
+    if graph.config.evaluate.scores_models:
+        write_report(graph, folder)
+    return folder
+
+
+def _record_results(graph: Graph, tracker: Any) -> None:
+    """Write them, and tell MLflow: the files, and of each model what was found."""
+    folder = write_results(graph)
+    for name in ("metrics.json", "report.html"):
+        if folder.exists(name):
+            tracker.keep(name, folder.read_bytes(name).decode())
+    models = graph.config.evaluate.scores_models  # given embeddings are nobody's
+    for variant, row in metrics_of(graph).items() if models else ():
+        for place, seed in enumerate(graph.config.train.seeds):
+            values = {name: value["seeds"][place] for name, value in row.items() if "(" not in name}
+            tracker.scored(graph[f"train:{variant}.s{seed}"], graph.root, values)
+
+
 def run_folder(config: RunConfig) -> Output:
     """Where a run's config, report and metrics live."""
     return Output(below(config.root, f"runs/{config.name}"))
+
+
+def _hidden(uri: str) -> str:
+    """A URI without its password."""
+    return re.sub(r"://[^/@\s]+@", "://", uri)
 
 
 def log_file(config: RunConfig) -> Path:

@@ -1,5 +1,6 @@
 """The terminal: a command's answer, and the progress of a driver's stages: a bar with rate and expected end, or plain lines."""
 
+import sys
 import time
 
 from rich.console import Console
@@ -15,7 +16,8 @@ from rich.progress import (
 
 # what they print is foreign: a path may have brackets, which are no markup
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)  # progress and messages
-answers = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # what a command is asked for
+# what a command is asked for; nothing is cut where it goes into a pipe or a file
+answers = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=None if sys.stdout.isatty() else 1000)
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput, Metric, Param
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -18,16 +19,33 @@ from cluster.stage import Stage
 
 def log_inputs(client: MlflowClient, experiment: str, run_id: str, stage: Stage, root: str) -> None:
     """Settings of a stage and its parents as params; the tables and models among its ancestors as inputs."""
-    settings = _flat({**stage.settings, "version": stage.version})
-    for role, parent in stage.parents.items():
-        settings += _flat(parent.settings, f"parent.{role}.")
-    params = [Param(name, str(value)[:500]) for name, value in settings]
-    for first in range(0, len(params), 100):
-        client.log_batch(run_id, params=params[first : first + 100])
+    parents = {f"parent.{role}": parent.settings for role, parent in stage.parents.items()}
+    log_params(client, run_id, {**stage.settings, "version": stage.version, **parents})
     found = {ancestor.instance: (ancestor, role) for role, ancestor in _ancestors(stage)}
     tables = [_dataset(table, role, root) for table, role in found.values() if table.table]
     models = [_logged_model(client, experiment, model, root) for model, _ in found.values() if model.model]
     client.log_inputs(run_id, datasets=tables, models=[LoggedModelInput(model) for model in models])
+
+
+def log_params(client: MlflowClient, run_id: str, settings: Mapping[str, Any]) -> None:
+    """Settings as params, those of a section by its name and theirs."""
+    params = [Param(name, str(value)[:500]) for name, value in _flat(settings)]
+    for first in range(0, len(params), 100):
+        client.log_batch(run_id, params=params[first : first + 100])
+
+
+def log_scores(
+    client: MlflowClient, experiment: str, run_id: str, stage: Stage, root: str, values: Mapping[str, float]
+) -> None:
+    """What an evaluation found of a model: metrics of its logged model, and tags of its registered version."""
+    model = _logged_model(client, experiment, stage, root)
+    known = {metric.key: metric.value for metric in client.get_logged_model(model).metrics or ()}
+    for name, value in values.items():
+        if known.get(_metric_name(name)) != value:
+            client.log_metric(run_id, _metric_name(name), value, model_id=model)
+    for version in _versions(client, experiment, stage):
+        for name, value in values.items():
+            client.set_model_version_tag(version.name, version.version, _metric_name(name), f"{value:.1f}")
 
 
 def log_output(client: MlflowClient, experiment: str, run_id: str, stage: Stage, root: str) -> None:
@@ -47,19 +65,28 @@ def register(client: MlflowClient, experiment: str, stage: Stage, root: str, ali
     MLflow keeps aliases such as `latest` and `v2` for itself. The version's source is the logged model: a server refuses
     folders of its own machine. The URI is in a tag.
     """
-    name = f"{client.get_experiment(experiment).name}.{stage.name}".replace("/", "-").replace(":", "-")
+    name = _registered_name(client, experiment, stage)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    versions = client.search_model_versions(f"name='{name}'")
-    known = [version.version for version in versions if version.tags.get("digest") == stage.digest]
+    known = [version.version for version in _versions(client, experiment, stage)]
     if not known:
         model = _logged_model(client, experiment, stage, root)
         tags = _identity(stage, root)
         known = [client.create_model_version(name, f"models:/{model}", tags=tags, model_id=model).version]
     client.set_registered_model_alias(name, re.sub(r"[^\w-]", "-", f"run-{alias}"), known[0])
+
+
+def _registered_name(client: MlflowClient, experiment: str, stage: Stage) -> str:
+    return f"{client.get_experiment(experiment).name}.{stage.name}".replace("/", "-").replace(":", "-")
+
+
+def _versions(client: MlflowClient, experiment: str, stage: Stage) -> list[ModelVersion]:
+    """The registered versions of a model with this digest: one, or none."""
+    versions = client.search_model_versions(f"name='{_registered_name(client, experiment, stage)}'")
+    return [version for version in versions if version.tags.get("digest") == stage.digest]
 
 
 def log_missing_metrics(client: MlflowClient, run_id: str, reports: list[dict[str, float]]) -> None:

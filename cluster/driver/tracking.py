@@ -23,6 +23,7 @@ from cluster.training.loop import METRICS, reports_of
 log = logging.getLogger(__name__)
 RETRY_AFTER = 60.0  # seconds without an attempt after a failure: waiting for a dead server would hold up the work
 Method = TypeVar("Method", bound=Callable[..., None])
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # its page opens on runs and models, not on traces
 COMPLETE = "complete"  # tag of a run that has all of its stage's record
 
 
@@ -63,7 +64,7 @@ class Tracker:
         try:
             self.client = MlflowClient(uri)
             found = self.client.get_experiment_by_name(experiment)
-            self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, place)
+            self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, place, KIND)
             self.parent = (self._last_parent() if again else None) or self._open_parent(config)
         except MlflowException as error:
             raise UserError(
@@ -73,6 +74,7 @@ class Tracker:
     def _open_parent(self, config: Mapping[str, Any]) -> str:
         parent = self.open(self.name, {"vdg.run": self.name, "git.commit": git_commit()})
         self.client.log_dict(parent, dict(config), "config.json")
+        records.log_params(self.client, parent, config)
         return parent
 
     def _last_parent(self) -> str | None:
@@ -112,6 +114,18 @@ class Tracker:
         assert manifest is not None, "only finished stages are completed"
         run.complete(manifest)
         return True
+
+    @_tolerant
+    def scored(self, stage: Stage, root: str, values: Mapping[str, float]) -> None:
+        """What an evaluation found of a model."""
+        run = self.find(f"tags.digest = '{stage.digest}' and tags.stage = '{stage.kind}'")
+        if run is not None:
+            records.log_scores(self.client, self.experiment, run, stage, root, values)
+
+    @_tolerant
+    def keep(self, name: str, text: str) -> None:
+        """A file of the whole run, such as its report."""
+        self.client.log_text(self.parent, text, name)
 
     @_tolerant
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:

@@ -7,11 +7,13 @@ from cluster.artifacts import Output
 from cluster.config import DecodeResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
+from cluster.stage import Limit, Source
 from mining import tables
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig
 from mining.gallery import GROUPS, image_bytes, keys, read_images
+from mining.ingest import IngestGallery
 from mining.sources import BytesReader
-from tests.stages import ingest_captions, ingest_gallery, ingest_triplets
+from tests.stages import ingest_captions, ingest_gallery, ingest_triplets, running
 
 RESOURCES = DecodeResources(decode_tasks=2)
 OPTIONS = IngestConfig(galleries={}, triplets={}, shard_rows=10)
@@ -153,3 +155,20 @@ def test_captions_are_cut_at_the_separator(gallery: Output, tmp_path: Path, moni
     ingest_captions(output, gallery, CaptionsConfig(gallery="shop", file=str(file), until=":"), monitor)
     assert output.read_parts(tables.CAPTIONS)["caption"].to_pylist() == ["red apple"]
     assert output.rejects()["reason"].to_pylist() == ["empty_caption"]
+
+
+def test_names_to_leave_out_are_in_no_gallery(ray_session: None, photo_folder: Path, tmp_path: Path) -> None:
+    names = sorted(path.stem for path in photo_folder.iterdir())
+    (tmp_path / "held-out.json").write_text(json.dumps([*names[:3], "none"]))
+    output = Output(str(tmp_path / "gallery"))
+    IngestGallery(
+        name="shop",
+        images=Source("images", str(photo_folder)),
+        without=Source("without", str(tmp_path / "held-out.json")),
+        shard_rows=10,
+        max_pixels=10**8,
+        max_reject_fraction=Limit(0),
+        resources=RESOURCES,
+    ).work(output, running())
+    assert sorted(keys(output)) == names[3:]
+    assert not len(output.rejects())

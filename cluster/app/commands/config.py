@@ -1,4 +1,4 @@
-"""`vdg schema`, `vdg show` and `vdg --version`: what a config may say, what one comes to, and for which version."""
+"""`vdg presets`, `init`, `show` and `schema`, and `vdg --version`: what a config may say, and what one comes to."""
 
 import json
 from importlib.metadata import version
@@ -11,8 +11,31 @@ import yaml
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
 from cluster.config import in_folder
+from cluster.driver.progress import answers, console
 
 app = typer.Typer()
+
+
+@app.command()
+def presets() -> None:
+    """The presets, a line each."""
+    for name, line in configs.presets().items():
+        answers.print(f"{name:16} {line}")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="where the config is written, as vdg.yaml")],
+    images: Annotated[str, typer.Option(help="your images: labelled ones and the unlabelled gallery")],
+    triplets: Annotated[str, typer.Option(help="your labelled triplets: JSON list of reference, target, captions")],
+    queries: Annotated[str | None, typer.Option(help="test queries; None: the labelled triplets themselves")] = None,
+    captions: Annotated[str | None, typer.Option(help="image-caption pairs for stage 1 of the generator")] = None,
+) -> None:
+    """An annotated config for one's own data, checked against it."""
+    from cluster.app.init import write_config
+
+    path = write_config(folder, images, triplets, queries, captions)
+    console.print(f"wrote {path}; next: `vdg run {path} --dry-run`, then `vdg run {path}`")
 
 
 @app.command()

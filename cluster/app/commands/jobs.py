@@ -73,11 +73,14 @@ def list_jobs(address: Address = HERE) -> None:
 
 @app.command()
 def status(name: Name, address: Address = HERE) -> None:
-    """One job: its state, since when, and what Ray says of it."""
+    """One job: its state, since when, its stage and how far that is, and what Ray says of it."""
+    client = jobs.connect(address)
     with _known(name):
-        job = jobs.connect(address).get_job_info(name)
+        job = client.get_job_info(name)
+        said = client.get_job_logs(name).strip().splitlines()
     table = Table("job", name)
     rows = {"state": job.status.value, "began": _clock(job), "minutes": _minutes(job), "command": job.entrypoint}
+    rows["said last"] = said[-1].strip() if said else ""  # the stage, and how far it is
     for field, value in {**rows, "message": job.message or "", **(job.metadata or {})}.items():
         table.add_row(field, value)
     answers.print(table)

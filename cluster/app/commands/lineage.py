@@ -18,13 +18,14 @@ from cluster.errors import UserError
 
 app = typer.Typer()
 
+Place = Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")]
 RUN_ID = re.compile("[0-9a-f]{32}")
 
 
 @app.command()
 def lineage(
+    place: Place,
     name: Annotated[str, typer.Argument(help="an instance, a model (semi.s1), a digest, an MLflow run id, or a pattern")],
-    place: Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")],
     as_json: Annotated[bool, typer.Option("--json", help="print the trees as JSON on standard output")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="draw the lineage into this file")] = None,
     check: Annotated[
@@ -51,7 +52,7 @@ def lineage(
     if html is not None:
         from cluster.app.lineage_page import page
 
-        html.write_text(page(found, shown, {one.name for one in made}))
+        html.write_text(page(found, shown, {one.name for one in made}, Output(root).uri))
         console.print(f"drawn in {html}")
     if check:
         _check(shown)
@@ -81,7 +82,7 @@ def track(config: Config, assignments: Set = []) -> None:  # noqa: B006
 
 @app.command()
 def export(
-    place: Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")],
+    place: Place,
     model: Annotated[str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg) or a digest")],
     folder: Annotated[Path, typer.Argument(help="a new folder")],
     assignments: Set = [],  # noqa: B006

@@ -13,16 +13,21 @@ from cluster.artifacts import Output
 TEMPLATE = "report.html.j2"
 
 
-def write_report(graph: Graph, folder: Output) -> None:
-    """Write `report.html` into a run's folder; every stage of the run is finished."""
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """What fills the pages of this folder; everything is escaped."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {name: getattr(words, name) for name in ("count", "signed", "interval", "duration")}
+    made.filters |= {name: getattr(words, name) for name in ("count", "signed", "interval", "duration")}
+    return made
+
+
+def write_report(graph: Graph, folder: Output) -> None:
+    """Write `report.html` into a run's folder; every stage of the run is finished."""
     report = collect(graph)
-    page = environment.get_template(TEMPLATE).render(report=report, charts=draw(report), palette=PALETTE)
+    page = environment().get_template(TEMPLATE).render(report=report, charts=draw(report), palette=PALETTE)
     folder.write_bytes("report.html", page.encode())

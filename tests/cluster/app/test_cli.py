@@ -1,6 +1,7 @@
 """The command, on configs that stop before any model is loaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -210,18 +211,18 @@ def test_evaluating_on_another_gallery_leaves_the_models_alone(config: str, phot
 
 def test_init_writes_a_config_that_was_checked_against_the_data(photo_folder: Path, tmp_path: Path) -> None:
     names = sorted(path.stem for path in photo_folder.iterdir())
-    rows = [{"reference": names[i % 24], "target": names[(i + 1) % 24], "captions": ["x"]} for i in range(60)]
+    rows = [{"reference": names[i % 24], "target": names[(i % 24) ^ 1], "captions": ["x"]} for i in range(60)]
     triplets = tmp_path / "triplets.json"
     triplets.write_text(json.dumps(rows))
     invoke("init", str(tmp_path / "own"), "--images", str(photo_folder), "--triplets", str(triplets))
     path = tmp_path / "own" / "vdg.yaml"
     loaded = configs.load(str(path), [])
-    assert sorted(loaded.train.variants) == ["semi", "supervised"]
-    assert loaded.ingest.triplets["labelled"].file == str(triplets)
+    assert sorted(loaded.train.variants) == ["semi", "supervised", "text_only"]
+    assert loaded.ingest.triplets["labelled"].file == str(tmp_path / "own" / "labelled.json")
     arguments = ("--images", str(photo_folder), "--triplets", str(triplets))
     assert "already exists" in fail("init", str(tmp_path / "own"), *arguments)
     triplets.write_text(json.dumps([{"reference": "a", "target": "b", "captions": ["x"]}]))
-    assert "1 unknown_image; the first: reference 'a' is not in the gallery" in fail(
+    assert "1 unknown_image; the first: row 0: reference 'a' is not in the gallery" in fail(
         "init", str(tmp_path / "other"), *arguments
     )
 
@@ -240,7 +241,8 @@ def test_ls_and_clean_know_what_is_used(root: str, tmp_path: Path, monkeypatch: 
     (stale / "part-00000.parquet").write_bytes(b"x" * 2**20)
     shown = invoke("ls", "grocery", "--set", given)
     assert "1.0 MB" in shown
-    assert shown.count("yes") == 1  # used
+    assert (shown.count("this config"), shown.count("nothing")) == (1, 1)
+    assert "mine:photos-000000000000" in shown
     with lease.hold(Output(str(stale))):
         assert "another driver is at work" in fail("clean", "grocery", "--set", given, "--yes")
     assert "1.0 MB" in invoke("clean", "grocery", "--set", given, "--yes")
@@ -263,6 +265,29 @@ def test_clean_spares_what_a_finished_run_refers_to(
     photo_folder.rename(tmp_path / "moved")
     assert "evaluate.images" in fail("clean", "grocery", "--yes")
     assert graph.output(graph.evaluation).exists("metrics.json")
+
+
+def test_models_of_an_earlier_run_of_the_same_name_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.app.graph import Graph
+    from cluster.app.outputs import keep_models
+
+    monkeypatch.chdir(tmp_path)
+    earlier = Graph(configs.load("grocery", ["train.training.steps=123"]))
+    model = earlier.output(earlier["train:supervised.s0"])
+    model.write_bytes("weights.safetensors", b"x")
+    for graph in (earlier, Graph(configs.load("grocery", []))):
+        keep_models(Output("outputs/runs/grocery"), graph.stages)
+    assert "models of grocery" in invoke("ls", "grocery")
+    assert "nothing to remove" in invoke("clean", "grocery", "--yes")
+    invoke("clean", "grocery", "--models", "--yes")
+    assert not model.exists("weights.safetensors")
+
+
+def test_what_goes_into_a_pipe_is_not_cut(tmp_path: Path) -> None:
+    root = tmp_path / ("long" * 40)
+    shown = invoke("run", "grocery", "--dry-run", "--set", f"root={root}")
+    assert re.search(r"evaluate/all-[0-9a-f]{12}", shown)
+    assert str(root) in shown
 
 
 def test_a_gallery_indexed_in_place_is_another_one_elsewhere(photo_folder: Path, tmp_path: Path) -> None:

@@ -139,10 +139,29 @@ def test_mlflow_names_what_each_model_was_made_from(finished: Graph) -> None:
     assert model.data.tags["parent.pseudo_triplets"] == f"{pseudo.instance}-{pseudo.digest}"
     assert "loss" in model.data.metrics
     writer = runs["generate:photos"]
-    assert writer.data.tags["parent.vdg"] == f"instruct:vdg-{finished.generator().digest}"
+    assert writer.data.tags["parent.vdg"] == f"instruct:vdg-{finished['instruct:vdg'].digest}"
     assert {i.dataset.name for i in writer.inputs.dataset_inputs} >= {"pairs/photos", "embeddings/photo.photos"}
     assert "pseudo_triplets/photos" in {i.dataset.name for i in writer.inputs.dataset_inputs}
     assert all(run.info.status == "FINISHED" for run in runs.values())
+
+
+def test_mlflow_has_the_runs_parameters_report_and_scores(finished: Graph, tmp_path: Path) -> None:
+    client = MlflowClient(runner.tracking_uri(finished.config))
+    experiment = client.get_experiment_by_name("vdg")
+    assert experiment is not None
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    (parent,) = [run for run in client.search_runs([experiment.experiment_id]) if "vdg.run" in run.data.tags]
+    assert parent.data.params["train.tower"] == finished.config.train.tower
+    for name in ("report.html", "metrics.json"):
+        kept = Path(client.download_artifacts(parent.info.run_id, name, str(tmp_path))).read_bytes()
+        assert kept == runner.run_folder(finished.config).read_bytes(name)
+    digest = finished["train:semi.s0"].digest
+    (model,) = client.search_logged_models([experiment.experiment_id], filter_string=f"tags.digest = '{digest}'")
+    found = {metric.key: metric.value for metric in model.metrics or ()}
+    expected = runner.metrics_of(finished)["semi"]["R@1"]["seeds"][0]
+    assert found["R_at_1"] == expected
+    (version,) = client.search_model_versions("name='vdg.semi.s0'")
+    assert version.tags["R_at_1"] == f"{expected:.1f}"
 
 
 def test_the_same_command_again_does_nothing(finished: Graph, config: str) -> None:

@@ -17,8 +17,8 @@ from cluster.stage import Stage
 from tests.cluster.app.commands.conftest import table
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["lineage", *map(str, arguments)], catch_exceptions=False)
+def invoke(name: object, place: object, *options: object) -> Result:
+    return CliRunner().invoke(app, ["lineage", *map(str, (place, name, *options))], catch_exceptions=False)
 
 
 def test_the_tree_goes_up_and_down(root: Path) -> None:
@@ -59,10 +59,11 @@ def test_what_is_not_there_is_named(root: Path) -> None:
 def test_the_page_draws_every_output_and_edge(root: Path, tmp_path: Path) -> None:
     invoke("semi.s1", root, "--html", tmp_path / "lineage.html")
     text = (tmp_path / "lineage.html").read_text()
-    drawing = ElementTree.fromstring(text[text.index("<svg") :])
+    drawing = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
     space = "{http://www.w3.org/2000/svg}"
-    assert len(drawing.findall(f"{space}rect")) == 7
+    assert len(drawing.findall(f"{space}a/{space}rect")) == 7
     assert len(drawing.findall(f"{space}path")) == 9
+    assert text.count("<tr id=") == 7
 
 
 def test_check_names_changed_missing_unknown_and_removed_files(root: Path, stages: dict[str, Stage]) -> None:
