@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cir.config import VariantConfig
+from cir.tasks import TASKS
 from cir.train import MODEL
 from cluster.artifacts import Output
 from mining.config import TowerConfig, ViewsConfig
@@ -27,16 +28,8 @@ def load_cir(model: Output) -> "Retrieval":
 
 
 def _untrained(model: Output) -> "Retrieval":
-    content, config = model.read_json(MODEL), _config(model)
-    if config.model == "blip":
-        from cir.models.blip import BlipRetrieval
-
-        return BlipRetrieval(config, TowerConfig.model_validate(content["tower"]))
-    from cir.models.composed import ComposedRetrieval
-    from cir.models.text import load_text_encoder
-
-    assert config.text is not None
-    return ComposedRetrieval(config, content["dim"], load_text_encoder(config.text))
+    config = _config(model)
+    return TASKS[config.model].untrained(model.read_json(MODEL), config)
 
 
 def _config(model: Output) -> VariantConfig:
@@ -57,7 +50,7 @@ def target_side(model: Output) -> Callable[[np.ndarray], np.ndarray]:
 class Composer:
     """A trained model on this process's device, composing queries.
 
-    A fusion takes the references' plain features from `embeddings`, BLIP their pixels from the images of `gallery`.
+    A model takes the references' plain features from `embeddings`, or their pixels from the images of `gallery`.
     """
 
     def __init__(self, model: Output, embeddings: Output, gallery: Output) -> None:
@@ -80,7 +73,7 @@ class Composer:
 
     def _references(self, image_ids: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         """What gives the model's plain inputs of some of these images."""
-        if _config(self.model).model == "blip":
+        if TASKS[_config(self.model).model].sees_pixels:
             tower = TowerConfig.model_validate(self.model.read_json(MODEL)["tower"])
             pixels = Pixels(Online((self.gallery,), tower, ViewsConfig()), image_ids)
             return lambda ids: pixels.take(ids, np.zeros(len(ids), np.int64))

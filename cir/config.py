@@ -36,7 +36,7 @@ Scorer = Literal["log_probability", "agreement", "round_trip"]
 class PseudoSelection(Section):
     """Which pseudo triplets are used: first by score, then an amount of what is left, drawn in whole groups.
 
-    The paper filters nothing. A score is any of `tables.SCORERS`; where several are named, each triplet's score is the
+    The paper filters nothing. A score is any of `select.SCORERS`; where several are named, each triplet's score is the
     mean over them of the share of triplets that it beats, so that scorers of different units count alike.
     """
 

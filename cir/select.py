@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,24 +75,16 @@ class Pseudo:
         return found[0] if len(found) == 1 else np.mean([share_beaten(values) for values in found], axis=0)
 
     def _read(self, triplet_ids: np.ndarray, scorer: str) -> np.ndarray:
-        table = self._table(scorer).sort_by("triplet_id")
+        table = SCORERS[scorer].read(self, scorer).sort_by("triplet_id")
         known, values = table["triplet_id"].to_numpy(), table["value"].to_numpy()
         places = np.searchsorted(known, triplet_ids).clip(max=max(len(known) - 1, 0))
         missing = triplet_ids[known[places] != triplet_ids] if len(known) else triplet_ids
         if len(missing):
             raise UserError(
                 f"train.selection.scorers: {len(missing)} of {len(triplet_ids)} pseudo triplets in {self.triplets.uri} have no "
-                f"{scorer} score, such as {missing[0]}; {_REMEDY[scorer]}"
+                f"{scorer} score, such as {missing[0]}; {SCORERS[scorer].remedy}"
             )
         return values[places]
-
-    def _table(self, scorer: str) -> pa.Table:
-        if scorer == tables.ROUND_TRIP:
-            return self.round_trip.read_parts(tables.SCORES) if self.round_trip else tables.SCORES.empty_table()
-        names = self.triplets.names("scores")
-        parts = [self.triplets.read_table(f"scores/{name}", tables.SCORES) for name in names]
-        table = pa.concat_tables([tables.SCORES.empty_table(), *parts])
-        return table.filter(pc.equal(table["scorer"], scorer))
 
 
 def pseudo_of(run: Run, triplets: Stage, scores: Stage | None) -> Pseudo:
@@ -100,10 +92,31 @@ def pseudo_of(run: Run, triplets: Stage, scores: Stage | None) -> Pseudo:
     return Pseudo(run.output(triplets), run.output(scores) if scores else None)
 
 
-_REMEDY = {
-    tables.SCORER: "generate them again",
-    tables.AGREEMENT: "set generate.samples to at least 2",
-    tables.ROUND_TRIP: "run the stage score",
+@dataclass(frozen=True)
+class Scorer:
+    """Where the rows (tables.SCORES) of a scorer's name are, higher is better, and what to do where a triplet has none."""
+
+    read: Callable[[Pseudo, str], pa.Table]
+    remedy: str
+
+
+def _written(pseudo: Pseudo, name: str) -> pa.Table:
+    """What `generate` knew of a delta when it wrote it."""
+    parts = [pseudo.triplets.read_table(f"scores/{part}", tables.SCORES) for part in pseudo.triplets.names("scores")]
+    table = pa.concat_tables([tables.SCORES.empty_table(), *parts])
+    return table.filter(pc.equal(table["scorer"], name))
+
+
+def _judged(pseudo: Pseudo, name: str) -> pa.Table:
+    """What the stage `score` found."""
+    return pseudo.round_trip.read_parts(tables.SCORES) if pseudo.round_trip else tables.SCORES.empty_table()
+
+
+# a name of PseudoSelection.scorers -> the scorer
+SCORERS = {
+    tables.SCORER: Scorer(_written, "generate them again"),
+    tables.AGREEMENT: Scorer(_written, "set generate.samples to at least 2"),
+    tables.ROUND_TRIP: Scorer(_judged, "run the stage score"),
 }
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from cir.config import TextTower, VariantConfig
 from cir.select import Pseudo, pseudo_of
-from cir.tasks.blip import BlipTask
-from cir.tasks.triplets import CirTask, TripletTask
+from cir.tasks import TASKS
+from cir.tasks.triplets import TripletTask
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
@@ -55,7 +55,7 @@ class Train(Stage):
         info = features.embeddings.read_json(INFO)
         _check_inputs(triplets, pseudo, config, info["tokens"])
         _check_text(config, features, info["dim"])
-        labelled, pseudo_triplets = _checked_rows(cir_task(features, triplets, pseudo, config), triplets)
+        labelled, pseudo_triplets = _checked_rows(TASKS[config.model](features, triplets, pseudo, config), triplets)
         content = {
             "version": self.version,
             "seed": self.seed,
@@ -64,20 +64,13 @@ class Train(Stage):
             "pseudo_triplets": pseudo_triplets,
             "config": config.model_dump(mode="json"),
         }
-        if config.model == "blip" and features.online is not None:
+        if TASKS[config.model].sees_pixels and features.online is not None:
             content["tower"] = features.online.tower.model_dump(mode="json")
         output.write_json(MODEL, content)
         copy_mean(features, output)
-        task = cir_task(
-            features, triplets, pseudo, config
-        )  # a fresh one: the checks filled the other's caches, which would travel
+        # a fresh task: the checks filled the other's caches, which would travel
+        task = TASKS[config.model](features, triplets, pseudo, config)
         output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor))
-
-
-def cir_task(features: Features, triplets: Output, pseudo: Pseudo | None, config: VariantConfig) -> TripletTask:
-    """The task of the variant's model. BLIP's `features` name, in `online`, the galleries and the tower of its weights."""
-    kind = BlipTask if config.model == "blip" else CirTask
-    return kind(features, triplets, pseudo, config)
 
 
 def _check_inputs(triplets: Output, pseudo: Pseudo | None, config: VariantConfig, tokens: int) -> None:

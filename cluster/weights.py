@@ -113,7 +113,7 @@ def _package_folder(package: str) -> Path:
     except ModuleNotFoundError:  # of the package that a dotted name is in
         spec = None
     if spec is None or spec.origin is None:
-        raise UserError(f"weights: Python package '{package}' is not installed; `make install` brings the offline weights")
+        raise UserError(f"weights: Python package '{package}' is not installed; install it on every node")
     return Path(spec.origin).parent
 
 

@@ -1,16 +1,28 @@
 """What composed retrieval with BLIP gives the training loop: triplets joined with pixels, which its ViT sees online."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from cir.config import VariantConfig
 from cir.tasks.triplets import TripletTask
+from mining.config import TowerConfig
 from mining.features import Pixels
 
 
 class BlipTask(TripletTask):
     """Of BLIP: pixels of fresh views of images, and tokens of texts. Validation compares with cached features."""
+
+    sees_pixels = True
+
+    @staticmethod
+    def untrained(content: Mapping[str, Any], config: VariantConfig) -> Any:
+        """BLIP whole, with the weights of its tower."""
+        from cir.models.blip import BlipRetrieval
+
+        return BlipRetrieval(config, TowerConfig.model_validate(content["tower"]))
 
     @cached_property
     def _pixels(self) -> Pixels:

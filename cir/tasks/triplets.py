@@ -1,9 +1,10 @@
 """What composed retrieval gives the training loop: labelled and pseudo triplets joined with frozen features."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +14,7 @@ from cir.config import Validation, VariantConfig
 from cir.select import Pseudo, chosen
 from cluster.artifacts import Output
 from mining import tables
-from mining.embeddings import INFO
-from mining.features import Features, FeatureSource, centred
+from mining.features import Features, centred
 
 VALIDATION_BATCH = 512
 
@@ -63,6 +63,8 @@ class TripletTask(ABC):
     uniformly (PAPER 3.3) or by weight, so |B| = |B'|. With `pseudo_only` the epoch is the pseudo triplets.
     """
 
+    sees_pixels: ClassVar[bool] = False  # of references and targets in training; else the features of train.tower
+
     features: Features
     triplets: Output
     pseudo: Pseudo | None
@@ -71,9 +73,14 @@ class TripletTask(ABC):
     def __post_init__(self) -> None:
         self.best_metric = "val_mrr" if self.config.validation.folds else None
 
+    @staticmethod
+    @abstractmethod
+    def untrained(content: Mapping[str, Any], config: VariantConfig) -> Any:
+        """The module to load a trained model's weights into; `content` is its `cir.json`."""
+
     @abstractmethod
     def build(self) -> Any:
-        """The module."""
+        """The module to train."""
 
     @abstractmethod
     def _drawn(self, image_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -206,59 +213,3 @@ class TripletTask(ABC):
             "val_R@10": metrics.recall(ranked.target_rank, 10),
             "val_mrr": metrics.mean_reciprocal_rank(ranked.target_rank),
         }
-
-
-class CirTask(TripletTask):
-    """Of a fusion: frozen features of images, and tokens or cached features of texts."""
-
-    @cached_property
-    def _source(self) -> FeatureSource:
-        return self.features.open(self._images)
-
-    @cached_property
-    def _encoder(self) -> Any:
-        from cir.models.text import load_text_encoder
-
-        assert self.config.text is not None
-        return load_text_encoder(self.config.text)
-
-    @cached_property
-    def _text_features(self) -> tuple[dict[str, int], Any]:
-        """Row of each distinct text, and the frozen encoder's features float32 [texts, width]: computed once."""
-        from cir.models.text import encode_texts
-        from cluster.devices import device
-
-        texts = sorted({*self._rows.texts.unique().to_pylist(), *self._validation.first()})
-        return {text: i for i, text in enumerate(texts)}, encode_texts(self._encoder, texts, device())
-
-    @property
-    def _trains_text(self) -> bool:
-        return self.config.text is not None and self.config.text.trained
-
-    def build(self) -> Any:
-        """A frozen text encoder stays out of the module: its outputs are cached here."""
-        from cir.models.composed import ComposedRetrieval
-
-        module = ComposedRetrieval(self.config, self.features.embeddings.read_json(INFO)["dim"], self._encoder)
-        if not self._trains_text:
-            module.text = None
-        return module
-
-    def _drawn(self, image_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return self._taken(image_ids, self._source.draw_views(len(image_ids), rng))
-
-    def _plain(self, image_ids: np.ndarray) -> np.ndarray:
-        return self._taken(image_ids, np.zeros(len(image_ids), np.int64))
-
-    def _taken(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
-        return self._prepared(self._source.take(image_ids, views), self.features.mean)
-
-    def _held_out_references(self, image_ids: np.ndarray) -> np.ndarray:
-        ids, values = self._gallery
-        return values[np.searchsorted(ids, image_ids)]
-
-    def _text(self, texts: list[str]) -> Any:
-        if self._trains_text:
-            return self._encoder.tokenize(texts)
-        places, features = self._text_features
-        return features[[places[text] for text in texts]]

@@ -15,6 +15,7 @@ from cir.config import TextTower, VariantConfig
 from cir.evaluate import Evaluate, EvaluateGiven
 from cir.score import Score
 from cir.select import Select, SelectOwn
+from cir.tasks import TASKS
 from cir.train import Train
 from cluster.app.config import RunConfig
 from cluster.artifacts import Output
@@ -403,7 +404,7 @@ class Rounds:
         return Train(
             name=f"{name}{'' if used == own else f'.r{used}'}.s{seed}",
             triplets=self._with_own_deltas(variant.triplets) if variant.own_deltas else self.sources.triplets(variant.triplets),
-            **self.sources.seen(config.train.tower, *galleries, pixels=variant.model == "blip"),
+            **self.sources.seen(config.train.tower, *galleries, pixels=TASKS[variant.model].sees_pixels),
             center=self.sources.center(config.train.tower, config.train.triplets),
             pseudo_triplets=self.pseudo_triplets(used) if variant.pseudo else None,
             scores=self._judged(used, variant) if variant.pseudo else None,

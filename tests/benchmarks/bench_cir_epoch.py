@@ -16,7 +16,7 @@ import torch
 from timing import interleaved
 
 from cir.config import VariantConfig
-from cir.tasks.triplets import CirTask
+from cir.tasks.fusion import FusionTask
 from cluster.artifacts import Output
 from cluster.devices import device
 from cluster.driver import session
@@ -47,7 +47,7 @@ VARIANT = VariantConfig.model_validate(
 IMAGES, TRIPLETS = 64, 128
 
 
-def build(folder: Path) -> tuple[CirTask, CirTask]:
+def build(folder: Path) -> tuple[FusionTask, FusionTask]:
     """The same task twice: from cached features, and with the tower online."""
     photos = pq.read_table(PHOTOS).slice(0, IMAGES).to_pylist()
     ids = [tables.stable_id("bench", photo["key"]) for photo in photos]
@@ -62,12 +62,12 @@ def build(folder: Path) -> tuple[CirTask, CirTask]:
     triplets.write_table("part-00000.parquet", pa.Table.from_pylist(labelled, tables.TRIPLETS), tables.TRIPLETS)
     views = ViewsConfig(count=2)
     embed_gallery(embeddings, gallery, TOWER, views)
-    cached = CirTask(centred_by_own(embeddings), triplets, None, VARIANT)
+    cached = FusionTask(centred_by_own(embeddings), triplets, None, VARIANT)
     online = Online((gallery,), TOWER, ViewsConfig(online=True))
     return cached, replace(cached, features=centred_by_own(embeddings, online))
 
 
-def epoch(task: CirTask) -> Callable[[], float]:
+def epoch(task: FusionTask) -> Callable[[], float]:
     """One pass over the labelled triplets; gives the last loss."""
     module = task.build().to(device()).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)

@@ -19,7 +19,7 @@ from cir.config import EvaluateConfig, VariantConfig
 from cir.evaluate import RANKINGS
 from cir.models.blip import BlipRetrieval
 from cir.select import Pseudo
-from cir.train import cir_task
+from cir.tasks import TASKS
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
 from cluster.errors import UserError
@@ -208,7 +208,7 @@ def test_cached_embeddings_are_the_plain_targets_of_training(pictures: Features,
 def test_batches_are_pixels_and_tokens_that_depend_on_the_generator_alone(pictures: Features, tmp_path: Path) -> None:
     labelled = world.triplets(tmp_path / "labelled", world.triplet_rows(30, 0))
     pseudo = Pseudo(world.triplets(tmp_path / "pseudo", world.triplet_rows(40, 1)))
-    task = cir_task(pictures, labelled, pseudo, world.blip_variant(pseudo=True))
+    task = TASKS["blip"](pictures, labelled, pseudo, world.blip_variant(pseudo=True))
     found, again = (task.batch(np.array([3, 4, 5]), np.random.default_rng(0)) for _ in range(2))
     assert found["reference"].shape == found["target"].shape == (6, 32, 32, 3)
     assert found["reference"].dtype == torch.uint8

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cir.benchmarks.official import OFFICIAL, Annotations
 from cir.config import VariantConfig
 from cir.models import composed
 from cir.models.text import load_text_encoder
+from cir.select import SCORERS, Pseudo
 from cluster.monitor import Silent
 from cluster.stage import Stage
 from mining import tables, towers
@@ -33,7 +35,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 @pytest.fixture(autouse=True)
 def _registered_for_one_test() -> Iterator[None]:
-    registries: list[dict[str, Any]] = [towers.LIBRARIES, backbones.BACKBONES, composed.FUSIONS, OFFICIAL]
+    registries: list[dict[str, Any]] = [towers.LIBRARIES, backbones.BACKBONES, composed.FUSIONS, OFFICIAL, SCORERS]
     before = [dict(registry) for registry in registries]
     yield
     for registry, content in zip(registries, before, strict=True):
@@ -135,3 +137,12 @@ def test_a_benchmark(tmp_path: Path) -> None:
     copied = official.means(official.score(tmp_path / "copied", shop, official.of_references))
     assert copied["R@1"] < 100
     assert set(files.names()) == set(images)
+
+
+def test_a_scorer(tmp_path: Path) -> None:
+    run("A scorer")
+    rows = world.triplet_rows(6, 0)
+    for row, words in zip(rows, ("a b c", "a", "a b", "a b c d", "a", "x y"), strict=True):
+        row["deltas"] = [words]
+    pseudo, ids = Pseudo(world.triplets(tmp_path, rows)), np.array([row["triplet_id"] for row in rows])
+    assert pseudo.scores(ids, ["brevity"]).tolist() == [-3, -1, -2, -4, -1, -2]

@@ -11,25 +11,26 @@ import torch
 
 from cir.config import Validation, VariantConfig
 from cir.select import Pseudo
-from cir.tasks.triplets import CirTask, held_out
+from cir.tasks.fusion import FusionTask
+from cir.tasks.triplets import held_out
 from mining.features import centred
 from tests.cir import world
 from tests.stages import centred_by_own
 
 
 @pytest.fixture
-def task(tmp_path: Path, tiny_bert: dict[str, Any]) -> CirTask:
+def task(tmp_path: Path, tiny_bert: dict[str, Any]) -> FusionTask:
     return build(tmp_path, world.variant(tiny_bert, pseudo=True))
 
 
-def build(folder: Path, config: VariantConfig) -> CirTask:
+def build(folder: Path, config: VariantConfig) -> FusionTask:
     labelled = world.triplets(folder / "labelled", world.triplet_rows(30, 0))
     rows, scores = world.triplet_rows(50, 1, grouped=5), np.arange(50.0)
     pseudo = Pseudo(world.triplets(folder / "pseudo", rows, scores)) if config.pseudo else None
-    return CirTask(world.features(folder / "embeddings"), labelled, pseudo, config)
+    return FusionTask(world.features(folder / "embeddings"), labelled, pseudo, config)
 
 
-def batch(task: CirTask, seed: int = 0) -> dict[str, Any]:
+def batch(task: FusionTask, seed: int = 0) -> dict[str, Any]:
     return task.batch(np.array([3, 4, 5, 3]), np.random.default_rng(seed))
 
 
@@ -37,7 +38,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(torch.equal(one[k], other[k]) if torch.is_tensor(one[k]) else one[k] == other[k] for k in one)
 
 
-def test_batches_depend_on_rows_and_generator_alone(task: CirTask) -> None:
+def test_batches_depend_on_rows_and_generator_alone(task: FusionTask) -> None:
     fresh = pickle.loads(pickle.dumps(task))
     expected = batch(task)
     batch(fresh, 7)
@@ -45,7 +46,7 @@ def test_batches_depend_on_rows_and_generator_alone(task: CirTask) -> None:
     assert not same(batch(fresh, 1), expected)
 
 
-def test_each_labelled_row_brings_a_pseudo_triplet(task: CirTask) -> None:
+def test_each_labelled_row_brings_a_pseudo_triplet(task: FusionTask) -> None:
     found = batch(task)
     assert task.size == 30
     assert found["supervised"] == 4
@@ -65,7 +66,7 @@ def test_partners_are_drawn_by_their_weights(tmp_path: Path, tiny_bert: dict[str
     np.testing.assert_allclose(np.bincount(drawn, minlength=50) / len(drawn), shares / shares.sum(), atol=0.02)
 
 
-def test_partners_are_drawn_over_all_pseudo_triplets(task: CirTask) -> None:
+def test_partners_are_drawn_over_all_pseudo_triplets(task: FusionTask) -> None:
     rng = np.random.default_rng(0)
     drawn = np.concatenate([task.batch(np.arange(30), rng)["target_id"][30:] for _ in range(20)])
     assert set(drawn.tolist()) == {row["target_id"] for row in world.triplet_rows(50, 1)}
@@ -148,7 +149,7 @@ def test_a_perfect_model_validates_at_100(tmp_path: Path, tiny_bert: dict[str, A
     assert task.validate(Oracle(1, 1)) == {"val_R@1": 100.0, "val_R@10": 100.0, "val_mrr": 100.0}
 
 
-def test_a_frozen_encoder_runs_once_a_text(task: CirTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_encoder_runs_once_a_text(task: FusionTask, monkeypatch: pytest.MonkeyPatch) -> None:
     module = task.build()
     assert module.text is None
     assert not any(name.startswith("text") for name, _ in module.named_parameters())
@@ -166,7 +167,7 @@ def test_cached_and_online_features_give_the_same_loss(
     rows = world.triplet_rows(16, 0)
     for i, row in enumerate(rows):
         row |= {"reference_id": ids[i], "target_id": ids[i - 5]}
-    task = CirTask(centred_by_own(features.embeddings), world.triplets(tmp_path / "t", rows), None, world.variant(tiny_bert))
+    task = FusionTask(centred_by_own(features.embeddings), world.triplets(tmp_path / "t", rows), None, world.variant(tiny_bert))
     online = replace(task, features=features)
     online._source.draw_views = task._source.draw_views  # the cached views are two of the many that online ones are drawn from
     torch.manual_seed(0)

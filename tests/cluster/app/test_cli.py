@@ -148,7 +148,7 @@ def test_what_is_missing_comes_with_where_to_get_it(config: str) -> None:
         "    ask the photographer",
     ]
     weights = ["--set", "embed.towers.photo.weights={package: none}", "--set", "sources={embed.towers: ask the modeller}"]
-    assert fail("run", config, *weights).endswith("offline weights\n    ask the modeller")
+    assert fail("run", config, *weights).endswith("install it on every node\n    ask the modeller")
 
 
 def test_a_config_extends_several(tmp_path: Path) -> None:

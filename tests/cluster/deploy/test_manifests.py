@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,3 +73,16 @@ def test_rays_launcher_takes_the_machines() -> None:
     assert manifest["head_node_type"] in manifest["available_node_types"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**manifest, "max_wrokers": 1}, schema)
+
+
+def test_what_the_image_copies_and_installs_is_there() -> None:
+    text = (DEPLOY / "Containerfile").read_text()
+    copied = [path for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for path in line.split()]
+    assert {"cluster", "mining", "vdg", "cir", "tests/data", "constraints.txt"} <= set(copied)
+    project = DEPLOY.parents[1]
+    assert all((project / path).exists() for path in copied)
+    makefile, pins = (project / "Makefile").read_text(), (project / "constraints.txt").read_text()
+    (weights,) = re.findall(r"^WEIGHTS := (.+)$", makefile, re.MULTILINE)
+    for package in weights.split():
+        assert package in pins.splitlines()
+        assert package.partition("==")[0] in text

@@ -1,0 +1,77 @@
+"""What a fusion of image and text features gives the training loop: frozen features, and tokens or features of texts."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from cir.config import VariantConfig
+from cir.tasks.triplets import TripletTask
+from mining.embeddings import INFO
+from mining.features import FeatureSource
+
+
+class FusionTask(TripletTask):
+    """Of a fusion: frozen features of images, and tokens or cached features of texts."""
+
+    @staticmethod
+    def untrained(content: Mapping[str, Any], config: VariantConfig) -> Any:
+        """With its text encoder."""
+        from cir.models.composed import ComposedRetrieval
+        from cir.models.text import load_text_encoder
+
+        assert config.text is not None
+        return ComposedRetrieval(config, content["dim"], load_text_encoder(config.text))
+
+    @cached_property
+    def _source(self) -> FeatureSource:
+        return self.features.open(self._images)
+
+    @cached_property
+    def _encoder(self) -> Any:
+        from cir.models.text import load_text_encoder
+
+        assert self.config.text is not None
+        return load_text_encoder(self.config.text)
+
+    @cached_property
+    def _text_features(self) -> tuple[dict[str, int], Any]:
+        """Row of each distinct text, and the frozen encoder's features float32 [texts, width]: computed once."""
+        from cir.models.text import encode_texts
+        from cluster.devices import device
+
+        texts = sorted({*self._rows.texts.unique().to_pylist(), *self._validation.first()})
+        return {text: i for i, text in enumerate(texts)}, encode_texts(self._encoder, texts, device())
+
+    @property
+    def _trains_text(self) -> bool:
+        return self.config.text is not None and self.config.text.trained
+
+    def build(self) -> Any:
+        """A frozen text encoder stays out of the module: its outputs are cached here."""
+        from cir.models.composed import ComposedRetrieval
+
+        module = ComposedRetrieval(self.config, self.features.embeddings.read_json(INFO)["dim"], self._encoder)
+        if not self._trains_text:
+            module.text = None
+        return module
+
+    def _drawn(self, image_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self._taken(image_ids, self._source.draw_views(len(image_ids), rng))
+
+    def _plain(self, image_ids: np.ndarray) -> np.ndarray:
+        return self._taken(image_ids, np.zeros(len(image_ids), np.int64))
+
+    def _taken(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
+        return self._prepared(self._source.take(image_ids, views), self.features.mean)
+
+    def _held_out_references(self, image_ids: np.ndarray) -> np.ndarray:
+        ids, values = self._gallery
+        return values[np.searchsorted(ids, image_ids)]
+
+    def _text(self, texts: list[str]) -> Any:
+        if self._trains_text:
+            return self._encoder.tokenize(texts)
+        places, features = self._text_features
+        return features[[places[text] for text in texts]]
