@@ -70,7 +70,7 @@ class Train(Stage):
         task = cir_task(
             features, triplets, pseudo, config
         )  # a fresh one: the checks filled the other's caches, which would travel
-        output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor))
+        output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor, run.groups))
 
 
 def cir_task(features: Features, triplets: Output, pseudo: Pseudo | None, config: VariantConfig) -> TripletTask:

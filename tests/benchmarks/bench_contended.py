@@ -25,7 +25,7 @@ def steps(pipe: Connection) -> None:
 
     from cluster.training import engine
 
-    with tempfile.TemporaryDirectory() as folder, engine.process_group(local=True), ThreadPoolExecutor(1) as prefetcher:
+    with tempfile.TemporaryDirectory() as folder, engine.process_group(), ThreadPoolExecutor(1) as prefetcher:
         steps = our_steps(make_task(folder), prefetcher)
         next(steps)
         pipe.send(0.0)
