@@ -13,6 +13,7 @@ from cluster.artifacts import Output, below, filesystem
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 
+LEAVE = 15.0  # seconds in which the workers of a group have gone
 POLL = 0.2  # seconds between looks into the mailbox
 FOLDER = ".workers"  # of a group's first output: what Ray Train keeps of the group
 Job = Callable[[Callable[[Any], None]], None]  # done by every worker; what it is given takes reports, of rank 0 alone
@@ -128,12 +129,22 @@ class Group:
 
 
 class Groups:
-    """The groups of a run that wait for their next job, by their resources. Threads may share it."""
+    """The groups of a run that work or wait for their next job. A context manager that lets all go; threads may share it."""
 
     def __init__(self) -> None:
+        self.made: list[Group] = []
+        self.failed: list[Group] = []
         self.idle: list[Group] = []
         self.busy: list[Group] = []
         self.lock = threading.Lock()
+
+    def __enter__(self) -> "Groups":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.keep([])
+        for group in self.made:
+            group.thread.join(0 if group in self.failed else LEAVE)
 
     @contextmanager
     def take(self, resources: WorkerResources, place: Output) -> Iterator[Group]:
@@ -145,6 +156,7 @@ class Groups:
         group = found or Group(resources, place)
         with self.lock:
             self.busy.append(group)
+            self.made += [] if found else [group]
         healthy = False
         try:
             yield group
@@ -155,8 +167,7 @@ class Groups:
         finally:
             with self.lock:
                 self.busy.remove(group)
-                if healthy:
-                    self.idle.append(group)
+                (self.idle if healthy else self.failed).append(group)
             if not healthy:
                 group.kill()
 

@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -101,11 +102,8 @@ def train(
     monitor.start(config.steps, "step", done)
     job, heard = partial(_train, output, task, config, seed), partial(_pass_on, monitor, [done])
     if resources.workers:
-        own = groups or Groups()
-        with own.take(resources, output) as group:
+        with nullcontext(groups) if groups else Groups() as mine, mine.take(resources, output) as group:
             group.train(job, heard)
-        if groups is None:
-            own.keep([])
     else:
         with LOCAL, process_group():
             job(heard)
