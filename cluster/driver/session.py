@@ -13,8 +13,9 @@ from pydantic import Field
 from cluster.config import Section
 from cluster.errors import UserError
 
-# OpenMP's threads spin at a barrier for the others: for one whose core another process has, until that gives the core up
-OPENMP = {"OMP_WAIT_POLICY": "passive"}
+# OpenMP's threads spin at a barrier, by default for milliseconds: on a core that the one they wait for needs, where another
+# process has its own. Not to spin at all costs a quarter of an idle machine's speed.
+OPENMP = {"GOMP_SPINCOUNT": "1000"}
 # glibc gives every large activation back to the kernel and faults it in again at the next layer: twice as slow on a CPU
 WORKER_ENVIRONMENT = {
     **OPENMP,

@@ -1,5 +1,6 @@
 """Ray Train worker groups that train one model after another: their processes load torch and DeepSpeed once."""
 
+import gc
 import threading
 import time
 import uuid
@@ -207,6 +208,7 @@ def _serve(arguments: dict[str, Any]) -> None:
     """A worker: one job after another, until the mailbox is closed. One that starts again finds the job it was at."""
     import ray
     import ray.train
+    import torch
     from ray import cloudpickle
 
     mailbox, first, done = arguments["mailbox"], ray.train.get_context().get_world_rank() == 0, 0
@@ -215,6 +217,9 @@ def _serve(arguments: dict[str, Any]) -> None:
         if job is not None:
             mistake = _mistake(cloudpickle.loads(job), lambda content: ray.get(mailbox.report.remote(content)))
             done = number
+            gc.collect()  # a module and its engine hold each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             if first:
                 ray.get(mailbox.finish.remote(mistake))
         elif closed:
