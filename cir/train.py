@@ -70,7 +70,7 @@ class Train(Stage):
         copy_mean(features, output)
         # a fresh task: the checks filled the other's caches, which would travel
         task = TASKS[config.model](features, triplets, pseudo, config)
-        output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor))
+        output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor, run.groups))
 
 
 def _check_inputs(triplets: Output, pseudo: Pseudo | None, config: VariantConfig, tokens: int) -> None:

@@ -1,6 +1,7 @@
 """Config files: YAML sections checked by pydantic, with overrides from the command line."""
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
@@ -98,6 +99,10 @@ def content_of(section: BaseModel) -> dict[str, Any]:
 class Resources(Section):
     """What a stage may use. Never part of a digest: another cluster, the same outputs."""
 
+    def wanted(self) -> dict[str, float]:
+        """CPUs and GPUs that all of its processes take together, as Ray names them."""
+        raise NotImplementedError
+
 
 class TaskResources(Resources):
     """What one process of a stage may use."""
@@ -106,6 +111,15 @@ class TaskResources(Resources):
     gpus: float = Field(0.0, ge=0, description="GPUs a process")
     memory_gb: float | None = Field(None, gt=0, description="memory a process, for Ray's placement")
     accelerator_type: str | None = Field(None, description="as Ray names it: A100, H100, L4")
+
+    @property
+    def processes(self) -> int:
+        """How many there are at a time."""
+        return 1
+
+    def wanted(self) -> dict[str, float]:
+        """As many for each process."""
+        return {"CPU": self.processes * self.cpus, "GPU": self.processes * self.gpus}
 
     def ray_options(self) -> dict[str, Any]:
         """As Ray's tasks, actors and `map_batches` take them."""
@@ -118,6 +132,11 @@ class ActorResources(TaskResources):
 
     actors: int = Field(1, ge=1, description="model actors")
 
+    @property
+    def processes(self) -> int:
+        """The actors."""
+        return self.actors
+
 
 class DecodeResources(Resources):
     """What a stage that decodes images may use."""
@@ -125,11 +144,20 @@ class DecodeResources(Resources):
     decode_cpus: float = Field(1.0, gt=0, description="CPUs a decode task")
     decode_tasks: int = Field(1, ge=1, description="decode tasks at a time, over the whole cluster")
 
+    def wanted(self) -> dict[str, float]:
+        """Of all decode tasks."""
+        return {"CPU": self.decode_tasks * self.decode_cpus, "GPU": 0.0}
+
 
 class EmbedResources(ActorResources, DecodeResources):
     """What embed may use: CPU tasks that decode feed a pool of actors that hold the tower."""
 
     batch_size: int = Field(64, gt=0, description="images a forward pass")
+
+    def wanted(self) -> dict[str, float]:
+        """Of the actors and the decode tasks."""
+        actors, tasks = ActorResources.wanted(self), DecodeResources.wanted(self)
+        return {name: actors[name] + tasks[name] for name in actors}
 
 
 class WorkerResources(TaskResources):
@@ -140,6 +168,15 @@ class WorkerResources(TaskResources):
     on_changed_world: Literal["error", "weights"] = Field(
         "error", description="resume with another number of workers: refuse, or go on from the weights alone"
     )
+
+    @property
+    def processes(self) -> int:
+        """The workers."""
+        return self.workers
+
+    def wanted(self) -> dict[str, float]:
+        """In the driver all threads that the machine has."""
+        return super().wanted() if self.workers else {"CPU": math.inf, "GPU": 0.0}
 
 
 class TrainingConfig(Section):

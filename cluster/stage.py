@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -27,6 +27,9 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.provenance import code
 from cluster.weights import Weights, weights_in
+
+if TYPE_CHECKING:
+    from cluster.training.groups import Groups
 
 # Metadata of a field whose parents are read by id: how their rows are made counts, not which rows there are. What names the
 # ids, such as the labelled triplets, is another parent. A gallery that grows leaves such a stage as it is.
@@ -70,10 +73,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run shares with the stage at work: where outputs live, and who watches."""
+    """What a run shares with the stage at work: where outputs live, who watches, and workers that have trained before."""
 
     root: str
     monitor: Monitor
+    groups: "Groups | None" = None
 
     def output(self, stage: "Stage") -> Output:
         """Where a stage's output lives."""
@@ -194,7 +198,7 @@ class Stage(ABC):
                 found.append((system.get_file_info(output.path(MANIFEST)).mtime_ns, output, manifest))
         return max(found, key=lambda entry: entry[0])[1:] if found else None
 
-    def run(self, root: str, monitor: Monitor) -> dict[str, Any]:
+    def run(self, root: str, monitor: Monitor, groups: "Groups | None" = None) -> dict[str, Any]:
         """Do the work unless a manifest shows it done. Returns the manifest.
 
         Raises UserError when more rows were rejected than allowed; what was done stays for a later run.
@@ -202,15 +206,15 @@ class Stage(ABC):
         output = self.output(root)
         if (done := output.manifest()) is not None:
             return done
-        started = time.monotonic()
-        self.work(output, Run(root, monitor))
+        watched = _Timed(monitor)
+        self.work(output, Run(root, watched, groups))
         output.sweep()
-        manifest = self._describe(output, time.monotonic() - started)
+        manifest = self._describe(output, watched.seconds(), watched.startup)
         self._check_rejects(manifest, output)
         output.write_json(MANIFEST, manifest)
         return manifest
 
-    def _describe(self, output: Output, seconds: float) -> dict[str, Any]:
+    def _describe(self, output: Output, seconds: float, startup: float) -> dict[str, Any]:
         rows, hashes = output.part_rows(), output.hashes(output.files())
         return {
             "instance": self.instance,
@@ -222,6 +226,7 @@ class Stage(ABC):
             "rows": sum(rows.values()),
             "rejects": dict(Counter(output.rejects()["reason"].to_pylist())),
             "seconds": round(seconds, 1),
+            "startup_seconds": round(startup, 1),
             "code": code(),
             "environment": [output.read_json(f"{ENVIRONMENT}/{name}") for name in output.names(ENVIRONMENT)],
             **({"reused": output.read_json(REUSED)} if output.exists(REUSED) else {}),
@@ -239,6 +244,23 @@ class Stage(ABC):
                 f"max_reject_fraction={self.reject_limit:g} allows; the first: {example['key']}: {example['reason']} "
                 f"({example['detail']}). All are in {output.path('rejects')}"
             )
+
+
+class _Timed:
+    """A monitor that passes on what it hears. `startup`: the seconds until the first unit of work was finished."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor, self.began, self.startup = monitor, time.monotonic(), 0.0
+        self.start, self.metrics = monitor.start, monitor.metrics
+
+    def seconds(self) -> float:
+        """Since the stage began."""
+        return time.monotonic() - self.began
+
+    def advance(self, count: int) -> None:
+        """The first one ends the start-up."""
+        self.startup = self.startup or self.seconds()
+        self.monitor.advance(count)
 
 
 def _name(item: Stage | Source) -> str:

@@ -51,7 +51,7 @@ class Align(Stage):
         description = describe("align", features, self.vdg)
         write_description(output, description, features)
         task = AlignTask(features, captions, description, self.align)
-        train(output, task, self.align.training, self.seed, self.resources, run.monitor)
+        train(output, task, self.align.training, self.seed, self.resources, run.monitor, run.groups)
 
 
 def require_rows(table: Output, what: str) -> None:

@@ -59,7 +59,7 @@ class Instruct(Stage):
         if aligned is not None:
             _check_aligned(read_description(aligned), description)
         task = InstructTask(images, triplets, aligned, description, self.instruct)
-        train(output, task, self.instruct.training, self.seed, self.resources, run.monitor)
+        train(output, task, self.instruct.training, self.seed, self.resources, run.monitor, run.groups)
 
 
 def _check_aligned(aligned: Description, now: Description) -> None:

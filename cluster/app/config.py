@@ -118,6 +118,7 @@ class RunResources(Section):
     """What each stage may use. Never part of a digest: another cluster, the same outputs."""
 
     ray: RayConfig = RayConfig()
+    stages: int | None = Field(None, ge=1, description="stages at a time; None: as many as Ray has CPUs and GPUs for")
     ingest: DecodeResources = DecodeResources()
     embed: EmbedResources = EmbedResources()
     mine: TaskResources = TaskResources()

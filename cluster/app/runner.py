@@ -1,10 +1,10 @@
-"""Doing the stages of a run in order, in one driver: skip what is done, show progress, record in MLflow, report."""
+"""Doing the stages of a run in one driver, side by side where there is room: what is done is skipped, MLflow keeps record."""
 
 import json
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -16,10 +16,12 @@ from cluster.app.outputs import keep_models
 from cluster.artifacts import Output, below, filesystem
 from cluster.config import in_folder
 from cluster.driver import lease, session
-from cluster.driver.progress import StageProgress, console
+from cluster.driver.progress import RunProgress, StageProgress, console
+from cluster.driver.schedule import Room, Schedule, resources_of
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.stage import Stage
+from cluster.training.groups import Groups
 
 
 def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
@@ -51,8 +53,8 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
     try:
         if todo:
             session.start(config.resources.ray, log)
-        for stage in todo:
-            _do(stage, config.root, tracker)
+            with RunProgress() as progress, Groups() as groups:
+                _Driver(config, tracker, progress, groups).do(todo)
         if keep_config and graph.output(graph.evaluation).manifest() is not None:
             _record_results(graph, tracker)
         status = "FINISHED"
@@ -63,20 +65,41 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
         tracker.finish(status, _headline(graph) if status == "FINISHED" else {})
 
 
-def _do(stage: Stage, root: str, tracker: Any) -> None:
-    began = time.monotonic()
-    record = tracker.begin(stage, root)
-    try:
-        with StageProgress(stage.instance) as progress, lease.hold(stage.output(root)):
-            manifest = stage.run(root, _Both(progress, record))
-    except BaseException:
-        record.fail()
-        raise
-    record.finish(manifest)
-    rejected = sum(manifest["rejects"].values())
-    counts = f"{manifest['rows']:,} rows" if manifest["rows"] else stage.model or ""
-    rejects = f", {rejected} rejected {manifest['rejects']}" if rejected else ""
-    console.print(f"  {stage.instance}-{stage.digest}: {counts}{rejects} in {time.monotonic() - began:.0f} s")
+class _Driver:
+    """What the stages of a run share while they work side by side."""
+
+    def __init__(self, config: RunConfig, tracker: Any, progress: RunProgress, groups: Groups) -> None:
+        self.config, self.tracker, self.progress, self.groups = config, tracker, progress, groups
+        self.recording = Lock()  # two that enter a model under one name would both create it
+
+    def do(self, stages: list[Stage]) -> None:
+        """Those for which workers wait go first; workers for which no stage runs are let go."""
+        import ray
+
+        room = Room(ray.cluster_resources(), self.config.resources.stages)
+        Schedule(stages, room, self._do).run(
+            first=lambda stage: self.groups.waiting(resources_of(stage)),
+            started=lambda running: self.groups.keep([resources_of(stage) for stage in running]),
+        )
+
+    def _do(self, stage: Stage) -> None:
+        root = self.config.root
+        with self.recording:
+            record = self.tracker.begin(stage, root)
+        try:
+            with StageProgress(stage.instance, self.progress.bars) as progress, lease.hold(stage.output(root)):
+                manifest = stage.run(root, _Both(progress, record), self.groups)
+        except BaseException:
+            with self.recording:
+                record.fail()
+            raise
+        with self.recording:
+            record.finish(manifest)
+        rejected = sum(manifest["rejects"].values())
+        counts = f"{manifest['rows']:,} rows" if manifest["rows"] else stage.model or ""
+        rejects = f", {rejected} rejected {manifest['rejects']}" if rejected else ""
+        startup = f", {manifest['startup_seconds']:.0f} s of them start-up" if manifest["startup_seconds"] >= 1 else ""
+        console.print(f"  {stage.instance}-{stage.digest}: {counts}{rejects} in {manifest['seconds']:.0f} s{startup}")
 
 
 class _Both:

@@ -16,7 +16,6 @@ are deterministic and appear whole, so two drivers at most make the same part tw
 import json
 import os
 import platform
-import signal
 import threading
 import time
 import uuid
@@ -30,13 +29,13 @@ from filelock import FileLock
 from pyarrow import fs as pafs
 
 from cluster.artifacts import Output, filesystem
+from cluster.driver.interrupt import interrupt
 from cluster.errors import UserError
 
 LEASE = ".lease"
 LOCK = ".lease.lock"
 EXPIRY = 60.0  # seconds without a renewal after which a lease is void
 RENEW_EVERY = 10.0
-STOP = signal.SIGUSR1  # stops a driver that lost its lease; one that a shell put in the background ignores SIGINT
 SETTLE = 2.0  # seconds in which a rival that read before we wrote has written
 
 
@@ -103,7 +102,6 @@ def hold(output: Output) -> Iterator[None]:
     owner = uuid.uuid4().hex
     _take(output, owner)
     renewal = _Renewal(output, owner)
-    before = signal.signal(STOP, signal.default_int_handler)
     renewal.start()
     try:
         yield
@@ -113,7 +111,6 @@ def hold(output: Output) -> Iterator[None]:
         raise _refusal(output, rival) from None
     finally:
         renewal.stop()
-        signal.signal(STOP, before)
 
 
 def _take(output: Output, owner: str) -> None:
@@ -138,12 +135,13 @@ def _write(output: Output, owner: str) -> None:
 
 
 class _Renewal(threading.Thread):
-    """Renews a lease until stopped. Finding another's, it interrupts the main thread as Ctrl-C would."""
+    """Renews a lease until stopped. Finding another's, it interrupts the thread that made it as Ctrl-C would."""
 
     def __init__(self, output: Output, owner: str) -> None:
         super().__init__(daemon=True)
         self.output, self.owner = output, owner
         self.rival: Lease | None = None
+        self.holder = threading.current_thread()
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -151,7 +149,7 @@ class _Renewal(threading.Thread):
             with suppress(OSError):  # the store may come back before the lease expires
                 self.rival = self._other()
                 if self.rival is not None:
-                    os.kill(os.getpid(), STOP)
+                    interrupt(self.holder)
                     return
                 _write(self.output, self.owner)
 

@@ -21,15 +21,11 @@ answers = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, wi
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
-class StageProgress:
-    """The monitor of one running stage. A context manager."""
+class RunProgress:
+    """The terminal of a run: a bar for each stage at work. A context manager."""
 
-    def __init__(self, instance: str) -> None:
-        self.instance = instance
-        self.total, self.done, self.unit = 0, 0, ""
-        self._began = self._printed = time.monotonic()
-        self._here = 0  # units done by this process
-        self._bar = Progress(
+    def __init__(self) -> None:
+        self.bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:32}", markup=False),
             BarColumn(),
@@ -41,14 +37,31 @@ class StageProgress:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task(instance, total=None, rate="")
 
-    def __enter__(self) -> "StageProgress":
-        self._bar.start()
+    def __enter__(self) -> "RunProgress":
+        self.bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self.bars.stop()
+
+
+class StageProgress:
+    """The monitor of one running stage: its bar, while the block runs."""
+
+    def __init__(self, instance: str, bars: Progress) -> None:
+        self.instance = instance
+        self.total, self.done, self.unit = 0, 0, ""
+        self._began = self._printed = time.monotonic()
+        self._here = 0  # units done by this process
+        self._bar = bars
+        self._task = bars.add_task(instance, total=None, rate="")
+
+    def __enter__(self) -> "StageProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.remove_task(self._task)
 
     def start(self, total: int, unit: str, done: int = 0) -> None:
         """The stage has `total` units, of which an earlier run finished `done`."""

@@ -209,7 +209,8 @@ class StageRun:
         self._record_inputs()
         code = [RunTag(f"code.{name}", value) for name, value in manifest.get("code", {}).items()]
         client.log_batch(self.run_id, tags=code)
-        counts = {"rows": manifest["rows"], "rejects": sum(manifest["rejects"].values()), "seconds": manifest["seconds"]}
+        counts = {"rows": manifest["rows"], "rejects": sum(manifest["rejects"].values())}
+        counts |= {name: manifest[name] for name in ("seconds", "startup_seconds") if name in manifest}
         output = stage.output(self.root)
         reports = reports_of(output) if output.exists(METRICS) else []
         records.log_missing_metrics(client, self.run_id, [{"step": 0, **counts}, *reports])

@@ -1,6 +1,5 @@
 """The checkpoints of a training: what it goes on from, and the weights it keeps."""
 
-import json
 import math
 import shutil
 import tempfile
@@ -8,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
+from pyarrow import fs as pafs
+
 from cluster.artifacts import Output, filesystem
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 
+CHECKPOINTS = "checkpoints"  # folder of an output, while its training goes on: a folder each
 WEIGHTS = "weights.safetensors"  # every trained parameter: in an output of the best step, in a checkpoint of its own
 BEST = "best.safetensors"  # in a checkpoint: the trained parameters of the best step so far
 STATE = "state.json"  # in a checkpoint: the `State` it was made in
@@ -27,62 +29,45 @@ class State(TypedDict):
     best: dict[str, float]  # the report of the best step
 
 
-def read_state(folder: str) -> State:
-    """The state that the checkpoint in a folder was made in."""
-    state: State = json.loads((Path(folder) / STATE).read_text())
-    return state
+def latest(output: Output) -> str | None:
+    """The folder of the last whole checkpoint of a training: its state is written last."""
+    system, base = filesystem(output.uri)
+    found = system.get_file_info(pafs.FileSelector(f"{base}/{CHECKPOINTS}", allow_not_found=True))
+    names = sorted((f"{CHECKPOINTS}/{folder.base_name}" for folder in found if not folder.is_file), reverse=True)
+    return next((name for name in names if output.exists(f"{name}/{STATE}")), None)
 
 
 def cut_off(output: Output) -> State | None:
-    """The state of the last checkpoint of a run that did not finish. Raises UserError when nobody can tell which it is."""
-    import ray.train
-    from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
-
-    system, base = filesystem(output.uri)
-    try:
-        checkpoint = ray.train.Result.from_path(f"{base}/checkpoints", system).checkpoint
-    except RuntimeError:  # the run did not come to a checkpoint
-        return None
-    except CheckpointManagerInitializationError as error:
-        raise UserError(
-            f"{output.path('checkpoints')}: the list of checkpoints is broken, by a kill or a full disk at the moment it was "
-            f"written, or is another Ray version's ({error}); remove this folder to train from the start"
-        ) from error
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return read_state(folder)
+    """The state of the last checkpoint of a run that did not finish."""
+    folder = latest(output)
+    return output.read_json(f"{folder}/{STATE}") if folder else None
 
 
 def check_world(output: Output, before: int, resources: WorkerResources) -> None:
     """ZeRO checkpoints are tied to the number of workers: only the weights can go over to another number."""
-    if not resources.workers:
+    now = max(resources.workers, 1)
+    if before != now and resources.on_changed_world == "error":
         raise UserError(
-            f"{output.uri}: training began with {before} worker(s), and workers: 0 keeps no checkpoint to go on from; go back "
-            f"to workers: {before}, or remove {output.path('checkpoints')} to train from the start"
-        )
-    if before != resources.workers and resources.on_changed_world == "error":
-        raise UserError(
-            f"{output.uri}: training began with {before} worker(s), its resources now say {resources.workers}; go back to "
+            f"{output.uri}: training began with {before} worker(s), its resources now say {now}; go back to "
             f"workers: {before}, or set on_changed_world: weights beside it to go on from the weights with a fresh optimizer"
         )
 
 
-def resume(module: Any, build: Callable[[], Any], world: int) -> tuple[Any, State]:
+def resume(output: Output, module: Any, build: Callable[[], Any], world: int) -> tuple[Any, State]:
     """The module's DeepSpeed engine, made by `build`, and the state to go on from, of the last checkpoint if any."""
-    import ray.train
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    last = latest(output)
+    if last is None:
         return build(), State(step=0, workers=world, resumed_from_weights=[], reports=[], best={})
-    with checkpoint.as_directory() as folder:
-        state = read_state(folder)
-        if state["workers"] == world:
-            engine = build()
+    state: State = output.read_json(f"{last}/{STATE}")
+    if state["workers"] == world:
+        engine = build()
+        with tempfile.TemporaryDirectory() as folder:
+            pafs.copy_files(output.path(last), folder, filesystem(output.uri)[0], pafs.LocalFileSystem())
             engine.load_checkpoint(folder, tag="zero", load_module_strict=False)
-            return engine, state
-        load_trained(module, load_file(Path(folder) / WEIGHTS))
+        return engine, state
+    load_trained(module, load(output.read_bytes(f"{last}/{WEIGHTS}")))
     engine = build()
     for _ in range(state["step"]):
         engine.lr_scheduler.step()
@@ -97,19 +82,25 @@ def load_trained(module: Any, weights: dict[str, Any]) -> None:
     module.load_state_dict(weights, strict=False)
 
 
-def save_checkpoint(engine: Any, best_metric: str | None, state: State, local: bool) -> None:
-    """Save and report. A barrier: every rank comes here at the same steps."""
-    import ray.train
+def save_checkpoint(engine: Any, output: Output, best_metric: str | None, state: State) -> None:
+    """Save in place of the last one. A barrier: every rank comes here at the same steps, with its share of the optimizer."""
+    import torch
 
-    folder = Path(tempfile.mkdtemp())
-    engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
-    _save_weights(engine, folder)
+    system, base = filesystem(output.uri)
+    last, place = latest(output), f"{CHECKPOINTS}/checkpoint_{state['step']:09}"
+    system.create_dir(output.path(place), recursive=True)
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save_checkpoint(folder, tag="zero", exclude_frozen_parameters=True)
+        _save_weights(engine, Path(folder))
+        if engine.global_rank == 0:
+            state["best"] = _keep_best(Path(folder), output, last, best_metric, state["reports"][-1])
+        pafs.copy_files(folder, output.path(place), pafs.LocalFileSystem(), system)
+    torch.distributed.barrier()
     if engine.global_rank == 0:
-        state["best"] = _keep_best(folder, best_metric, state["reports"][-1])
-        (folder / STATE).write_text(json.dumps(state))
-    ray.train.report(state["reports"][-1], checkpoint=ray.train.Checkpoint.from_directory(folder))
-    if not local:  # local mode leaves the checkpoint in this folder
-        shutil.rmtree(folder)
+        output.write_json(f"{place}/{STATE}", state)
+        for other in system.get_file_info(pafs.FileSelector(f"{base}/{CHECKPOINTS}")):
+            if not other.is_file and other.base_name != Path(place).name:
+                system.delete_dir(other.path)
 
 
 def _save_weights(engine: Any, folder: Path) -> None:
@@ -124,17 +115,15 @@ def _save_weights(engine: Any, folder: Path) -> None:
             save_file({name: p.detach().float().cpu().contiguous() for name, p in trained.items()}, folder / WEIGHTS)
 
 
-def _keep_best(folder: Path, metric: str | None, report: dict[str, float]) -> dict[str, float]:
+def _keep_best(
+    folder: Path, output: Output, last: str | None, metric: str | None, report: dict[str, float]
+) -> dict[str, float]:
     """Carry the best weights so far from the last checkpoint into this one. Returns the best step's metrics."""
-    import ray.train
-
-    previous = ray.train.get_checkpoint()
-    if previous is not None and metric is not None:
-        with previous.as_directory() as before:
-            best = read_state(before)["best"]
-            if _or_worst(best[metric]) >= _or_worst(report[metric]):
-                shutil.copy(Path(before) / BEST, folder / BEST)
-                return best
+    if last is not None and metric is not None:
+        best: dict[str, float] = output.read_json(f"{last}/{STATE}")["best"]
+        if _or_worst(best[metric]) >= _or_worst(report[metric]):
+            (folder / BEST).write_bytes(output.read_bytes(f"{last}/{BEST}"))
+            return best
     shutil.copy(folder / WEIGHTS, folder / BEST)
     return report
 

@@ -13,16 +13,11 @@ from cluster.devices import uses_bf16
 
 
 @contextmanager
-def process_group(local: bool) -> Iterator[None]:
-    """Local mode has no process group: open one for DeepSpeed, and take it down so that the next run can open its own."""
+def process_group() -> Iterator[None]:
+    """A process group of this process alone, for DeepSpeed; taken down so that the next training can open its own."""
     import deepspeed
     import torch
 
-    # on CPU gloo does the same work: DeepSpeed's own shared-memory op would be compiled for a minute first
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not local:
-        yield
-        return
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
@@ -52,6 +47,8 @@ def build_engine(module: Any, config: TrainingConfig, world: int) -> Any:
         weight_decay=config.weight_decay,
     )
     micro, accumulation = config.accumulation(world)
+    # on CPU gloo does the same work: DeepSpeed's own shared-memory op would be compiled for a minute first
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,

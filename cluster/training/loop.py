@@ -7,13 +7,11 @@ workers sees the same rows with other draws.
 """
 
 import json
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,12 +21,25 @@ from cluster.config import TrainingConfig, WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.provenance import record_environment
-from cluster.training.checkpoints import BEST, WEIGHTS, State, check_world, cut_off, read_state, resume, save_checkpoint
+from cluster.training.checkpoints import (
+    BEST,
+    CHECKPOINTS,
+    STATE,
+    WEIGHTS,
+    State,
+    check_world,
+    cut_off,
+    latest,
+    resume,
+    save_checkpoint,
+)
 from cluster.training.engine import build_engine, forward_backward, process_group
+from cluster.training.groups import Groups
 
 METRICS = "metrics.jsonl"  # one line {"step", name: value, ...} a report
 TRAINING = "training.json"  # workers of the last checkpoint, steps at which it went on from the weights alone, best report
 LOG_EVERY = 10
+LOCAL = threading.Lock()  # one training at a time in the driver: it has one process group and one torch
 
 
 class Task(Protocol):
@@ -68,66 +79,57 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def train(
-    output: Output, task: Task, config: TrainingConfig, seed: int, resources: WorkerResources, monitor: Monitor
+    output: Output,
+    task: Task,
+    config: TrainingConfig,
+    seed: int,
+    resources: WorkerResources,
+    monitor: Monitor,
+    groups: Groups | None = None,
 ) -> dict[str, float]:
     """Train on Ray Train workers and keep the best weights in `output`. Returns the best checkpoint's metrics.
 
     A run that was cut off goes on from its last checkpoint, and one that was cut off after its last step is not done again.
+    The workers are of `groups`, and stay for the next training; without it they end with this one.
     Raises UserError when the number of workers changed, and what `task.build` finds wrong.
     """
-    import ray.train
-    from ray.train.torch import TorchTrainer
-    from ray.util.queue import Queue
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     config.accumulation(max(resources.workers, 1))
     if output.exists(TRAINING):
         return _finished(output)
-    system, base = filesystem(output.uri)
-    system.create_dir(base, recursive=True)
     if begun := cut_off(output):
         check_world(output, begun["workers"], resources)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # it lives as long as the driver
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "output": output,
-            "task": task,
-            "config": config,
-            "seed": seed,
-            "queue": queue,
-            "local": resources.workers == 0,
-        },
-        scaling_config=_scaling(resources),
-        run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=base,
-            storage_filesystem=system,
-            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-        ),
-    )
     done = begun["step"] if begun else 0
     monitor.start(config.steps, "step", done)
-    with _draining(queue, monitor, done), _interruptible():
-        result: Any = trainer.fit()
-    if isinstance(result.return_value, UserError):
-        raise result.return_value
-    assert result.checkpoint is not None, "the last step is always a checkpoint"
-    with result.checkpoint.as_directory() as folder:
-        state = read_state(folder)
-        output.write_bytes(WEIGHTS, (Path(folder) / BEST).read_bytes())
+    job, heard = partial(_train, output, task, config, seed), partial(_pass_on, monitor, [done])
+    if resources.workers:
+        with nullcontext(groups) if groups else Groups() as mine, mine.take(resources, output) as group:
+            group.train(job, heard)
+    else:
+        with LOCAL, process_group():
+            job(heard)
+    last = latest(output)
+    assert last is not None, "the last step is always a checkpoint"
+    state = output.read_json(f"{last}/{STATE}")
+    output.write_bytes(WEIGHTS, output.read_bytes(f"{last}/{BEST}"))
     output.write_bytes(METRICS, "\n".join(map(json.dumps, state["reports"])).encode())
     output.write_json(TRAINING, {name: state[name] for name in ("workers", "resumed_from_weights", "best")})
     return _finished(output)
 
 
+def _pass_on(monitor: Monitor, reached: list[int], report: dict[str, float]) -> None:
+    """Tell the monitor of a report. `reached`: the last step it knows of, which a worker that started again may repeat."""
+    step = int(report["step"])
+    if len(report) > 1:
+        monitor.metrics(step, {name: value for name, value in report.items() if name != "step"})
+    monitor.advance(max(step - reached[0], 0))
+    reached[0] = max(reached[0], step)
+
+
 def _finished(output: Output) -> dict[str, float]:
     """The best report of a training that has written all it makes; its checkpoints go."""
     system, base = filesystem(output.uri)
-    if output.exists("checkpoints"):
-        system.delete_dir(f"{base}/checkpoints")
+    if output.exists(CHECKPOINTS):
+        system.delete_dir(f"{base}/{CHECKPOINTS}")
     best: dict[str, float] = output.read_json(TRAINING)["best"]
     return best
 
@@ -137,89 +139,27 @@ def reports_of(output: Output) -> list[dict[str, float]]:
     return [json.loads(line) for line in output.read_bytes(METRICS).splitlines()]
 
 
-def _scaling(resources: WorkerResources) -> Any:
-    import ray.train
-
-    wanted = {"CPU": resources.cpus}
-    if resources.gpus:
-        wanted["GPU"] = resources.gpus
-    if resources.memory_gb:
-        wanted["memory"] = int(resources.memory_gb * 2**30)
-    return ray.train.ScalingConfig(
-        num_workers=resources.workers,
-        use_gpu=resources.gpus > 0,
-        resources_per_worker=wanted,
-        accelerator_type=resources.accelerator_type,
-    )
-
-
-@contextmanager
-def _draining(queue: Any, monitor: Monitor, reached: int) -> Iterator[None]:
-    """Pass the workers' reports to the monitor while training runs. `reached`: the step it goes on from."""
-    stop = threading.Event()
-
-    def drain() -> None:
-        nonlocal reached
-        while not (stop.is_set() and queue.empty()):
-            for report in queue.get_nowait_batch(queue.qsize()):
-                monitor.metrics(report["step"], {name: value for name, value in report.items() if name != "step"})
-                monitor.advance(max(report["step"] - reached, 0))
-                reached = max(reached, report["step"])
-            stop.wait(0.5)
-
-    thread = threading.Thread(target=drain, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        queue.shutdown()
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C stays Ctrl-C: Ray Train's handler ends the process as if it had succeeded, and outlives the training."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as end:
-        raise KeyboardInterrupt from end
-    finally:
-        if signal.getsignal(signal.SIGINT) is not before:
-            signal.signal(signal.SIGINT, before)
-
-
-def _worker(arguments: dict[str, Any]) -> Any:
-    """The loop of one rank. Returns a user's mistake: raised, it would make Ray Train start over."""
-    try:
-        _train(arguments)
-    except UserError as error:
-        return error
-    return None
-
-
-def _train(arguments: dict[str, Any]) -> None:
-    import ray.train
+def _train(output: Output, task: Task, config: TrainingConfig, seed: int, report: Callable[[dict[str, float]], None]) -> None:
+    """The loop of one rank."""
     import torch
 
-    task, config, seed = arguments["task"], arguments["config"], arguments["seed"]
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    record_environment(arguments["output"], config.precision)
-    with process_group(arguments["local"]), ThreadPoolExecutor(1) as prefetcher:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    record_environment(output, config.precision)
+    with ThreadPoolExecutor(1) as prefetcher:
         torch.manual_seed(seed)
         module = _on_every_rank(partial(_build, task, config))
-        engine, state = resume(module, partial(build_engine, module, config, world), world)
-        batches = partial(_micro_batches, task, config, seed, rank, world)
-        upcoming = prefetcher.submit(batches, state["step"])
-        for step in range(state["step"], config.steps):
+        engine, state = resume(output, module, partial(build_engine, module, config, world), world)
+        batches, begun = partial(_micro_batches, task, config, seed, rank, world), state["step"]
+        upcoming = prefetcher.submit(batches, begun)
+        for step in range(begun, config.steps):
             current = upcoming.result()
             upcoming = prefetcher.submit(batches, min(step + 1, config.steps - 1))
             torch.manual_seed(stable_seed(seed, step, rank))
             losses = [forward_backward(engine, batch) for batch in current]
             state["step"] = step + 1
-            _report(engine, task, losses, state, arguments)
+            found = _report(engine, output, task, config, losses, state)
+            if rank == 0 and (found or step == begun):  # the first step shows that the work has begun
+                report(found or {"step": step + 1})
 
 
 def _on_every_rank(build: Callable[[], Any]) -> Any:
@@ -260,18 +200,19 @@ def _build(task: Task, config: TrainingConfig) -> Any:
     return module
 
 
-def _report(engine: Any, task: Task, losses: list[dict[str, float]], state: State, arguments: dict[str, Any]) -> None:
-    """Report the step's losses where one is due, and make a checkpoint where one is. Every rank comes here at every step."""
-    step, config = state["step"], arguments["config"]
+def _report(
+    engine: Any, output: Output, task: Task, config: TrainingConfig, losses: list[dict[str, float]], state: State
+) -> dict[str, float] | None:
+    """The step's report where one is due; makes a checkpoint where one is. Every rank comes here at every step."""
+    step = state["step"]
     checkpoint = step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0)
     if not checkpoint and step % LOG_EVERY:
-        return
+        return None
     report = {"step": step, **_mean_over_ranks(losses, engine.device), **(_validate(engine, task) if checkpoint else {})}
     state["reports"].append(report)
-    if engine.global_rank == 0:
-        arguments["queue"].put(report)
     if checkpoint:
-        save_checkpoint(engine, task.best_metric, state, arguments["local"])
+        save_checkpoint(engine, output, task.best_metric, state)
+    return report
 
 
 def _mean_over_ranks(losses: list[dict[str, float]], device: Any) -> dict[str, float]:

@@ -87,7 +87,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     with (
         tempfile.TemporaryDirectory() as folder,
-        engine.process_group(local=True),
+        engine.process_group(),
         ThreadPoolExecutor(1) as prefetcher,
     ):
         task = make_task(folder)

@@ -12,9 +12,10 @@ from pyarrow import fs as pafs
 from cluster.app import config as configs
 from cluster.app.graph import Graph
 from cluster.app.outputs import outputs, remove
-from cluster.artifacts import Output, filesystem
+from cluster.artifacts import Output
 from cluster.driver import lease
 from cluster.errors import UserError
+from cluster.training.checkpoints import latest
 from tests.chaos.conftest import LIMIT, assert_same, start
 from tests.chaos.killing import kill_when
 
@@ -45,10 +46,10 @@ def test_a_run_killed_in_training_goes_on_from_its_checkpoint(
 ) -> None:
     log, tracking = tmp_path / "log", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     graph, expected = (Graph(configs.load(config, [f"root={root}"])) for root in (store, undisturbed))
-    system, base = filesystem(graph.output(graph["instruct:vdg"]).uri)
+    output = graph.output(graph["instruct:vdg"])
 
     def has_checkpoint() -> bool:
-        return system.get_file_info(f"{base}/checkpoints/checkpoint_manager_snapshot.json").is_file
+        return latest(output) is not None
 
     driver = start(config, store, log, tracking)
     assert kill_when(lambda: [psutil.Process(driver.pid)], has_checkpoint, lambda: driver.poll() is None), log.read_text()

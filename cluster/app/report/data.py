@@ -53,6 +53,7 @@ class Record:
     rows: int
     rejects: dict[str, int]
     seconds: float
+    startup_seconds: float
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,16 @@ class Report:
     def seconds(self) -> float:
         """Time of all stages together."""
         return sum(record.seconds for record in self.records)
+
+    @property
+    def startup_seconds(self) -> float:
+        """Of these the time before a first part or step was done."""
+        return sum(record.startup_seconds for record in self.records)
+
+
+def _record(manifest: dict[str, Any]) -> Record:
+    """An older version's manifest does not tell its start-up."""
+    return Record(**{name: ({"startup_seconds": 0.0} | manifest)[name] for name in Record.__dataclass_fields__})
 
 
 class _Run:
@@ -116,7 +127,7 @@ def collect(graph: Graph) -> Report:
         generated=generated,
         retrieval=retrieval,
         curves=_curves(run),
-        records=[Record(**{name: m[name] for name in Record.__dataclass_fields__}) for m in run.manifests.values()],
+        records=[_record(manifest) for manifest in run.manifests.values()],
         command=_command(run.config),
         config=_shareable(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)),
         images=_thumbnails(run, shown),

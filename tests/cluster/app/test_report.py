@@ -54,7 +54,7 @@ def write_outputs(graph: Graph, photos: Photos) -> None:
             _ingest(stage, output, photos)
         elif stage.kind in writers:
             writers[stage.kind](graph, output)
-        output.write_json(MANIFEST, stage._describe(output, 61.0))
+        output.write_json(MANIFEST, stage._describe(output, 61.0, 2.0))
 
 
 def ids(gallery: str, photos: Photos) -> list[int]:

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from cluster.driver.failures import explained
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.parts import run_actors
+from cluster.stage import Stage
 from tests.stages import simple
 
 PARTS = {f"part-{i}.parquet": 1 for i in range(4)}
@@ -120,7 +123,9 @@ def test_a_stopped_driver_gives_its_lease_back_and_is_followed(
 
     def stopped(output: Output, monitor: Monitor) -> None:
         write(output, FIRST)
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(3000):
+            time.sleep(0.01)
         write(output, LAST)
 
     with pytest.raises(UserError, match="stopped; the same command goes on"):
@@ -128,3 +133,63 @@ def test_a_stopped_driver_gives_its_lease_back_and_is_followed(
     output = output_of(graph(tmp_path / "root", tmp_path))
     assert (output.parts(), output.manifest(), lease.read(output)) == ([FIRST], None, None)
     assert run(graph(tmp_path / "root", tmp_path), on_actors(None)).parts() == list(PARTS)
+
+
+def named(name: str, work: Callable[[Output, Monitor], None], *parents: Stage) -> Stage:
+    return simple(f"mine:{name}", 1, {}, work, {parent.name: parent for parent in parents})
+
+
+def test_stages_that_need_nothing_of_each_other_work_side_by_side(ray_session: None, tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=60)
+
+    def meet(output: Output, monitor: Monitor) -> None:
+        both.wait()
+        write(output, FIRST)
+
+    first, second = named("a", meet), named("b", meet)
+
+    def after(output: Output, monitor: Monitor) -> None:
+        assert first.output(made.root).manifest()
+        assert second.output(made.root).manifest()
+        write(output, FIRST)
+
+    made, child = graph(tmp_path / "root", tmp_path), named("c", after, first, second)
+    runner.run(made, [first, second, child])
+    assert made.output(child).manifest() is not None
+
+
+def test_one_failure_lets_the_others_end_and_is_said(ray_session: None, tmp_path: Path) -> None:
+    failed = threading.Event()
+
+    def fail(output: Output, monitor: Monitor) -> None:
+        failed.set()
+        raise UserError("no such thing")
+
+    def go_on(output: Output, monitor: Monitor) -> None:
+        assert failed.wait(60)
+        time.sleep(1)
+        write(output, FIRST)
+
+    wrong, right = named("a", fail), named("b", go_on)
+    never = named("c", go_on, right)
+    made = graph(tmp_path / "root", tmp_path)
+    with pytest.raises(UserError, match="no such thing"):
+        runner.run(made, [wrong, right, never])
+    assert [made.output(stage).manifest() is not None for stage in (wrong, right, never)] == [False, True, False]
+
+
+def test_what_does_not_fit_waits(ray_session: None, tmp_path: Path) -> None:
+    alone = threading.Lock()
+
+    def work(output: Output, monitor: Monitor) -> None:
+        assert alone.acquire(blocking=False)
+        time.sleep(0.5)
+        alone.release()
+        write(output, FIRST)
+
+    stages = [named(name, work) for name in "abc"]
+    made = Graph(
+        configs.load("grocery", [f"root={tmp_path}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "resources.stages=1"])
+    )
+    runner.run(made, stages)
+    assert all(made.output(stage).manifest() for stage in stages)

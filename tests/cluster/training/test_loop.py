@@ -18,6 +18,7 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.training.checkpoints import WEIGHTS
 from cluster.training.engine import learning_rate_factor
+from cluster.training.groups import Groups
 from cluster.training.loop import METRICS, TRAINING, sample_rows, train
 from tests.conftest import Recorder
 
@@ -185,11 +186,53 @@ def test_a_training_cut_off_after_its_last_step_is_not_done_again(ray_session: N
     assert not output.exists("checkpoints")
 
 
-def test_a_broken_list_of_checkpoints_is_named(tmp_path: Path, monitor: Monitor) -> None:
+def test_a_checkpoint_that_is_not_whole_is_none(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
     output = Output(str(tmp_path / "out"))
-    output.write_bytes("checkpoints/checkpoint_manager_snapshot.json", b"")
-    with pytest.raises(UserError, match=r"checkpoints: the list of checkpoints is broken.*remove this folder"):
-        train(output, RegressionTask(), config(), 0, WorkerResources(workers=1), monitor)
+    output.write_bytes("checkpoints/checkpoint_000000020/weights.safetensors", b"half")
+    assert train(output, RegressionTask(), config(), 0, LOCAL, monitor)["step"] == 30
+    assert monitor.resumed == 0
+
+
+def test_a_training_in_the_driver_goes_on_from_its_checkpoint(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
+    whole, broken = Output(str(tmp_path / "whole")), Output(str(tmp_path / "broken"))
+    train(whole, RegressionTask(), config(), 0, LOCAL, monitor)
+    with pytest.raises(RuntimeError, match="gave up"):
+        train(broken, RegressionTask(fail_at=2, marker=str(tmp_path / "failed")), config(), 0, LOCAL, monitor)
+    train(broken, RegressionTask(), config(), 0, LOCAL, monitor)
+    assert monitor.resumed == 10
+    assert losses(broken) == pytest.approx(losses(whole))
+
+
+class Counting(RegressionTask):
+    """Notes the process that it is built in."""
+
+    def build(self) -> Regression:
+        with Path(self.marker).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return Regression()
+
+
+@pytest.mark.workers
+def test_a_group_trains_one_model_after_another_in_the_same_process(
+    ray_session: None, tmp_path: Path, monitor: Monitor
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    groups, marker, resources = Groups(), str(tmp_path / "processes"), WorkerResources(workers=1, max_failures=1)
+    alone = Output(str(tmp_path / "alone"))
+    train(Output(str(tmp_path / "first")), Counting(marker=marker), config(), 0, resources, monitor, groups)
+    with pytest.raises(UserError, match="no such layer"):
+        train(Output(str(tmp_path / "wrong")), Mistaken(marker=marker), config(), 0, resources, monitor, groups)
+    train(Output(str(tmp_path / "second")), Counting(marker=marker), config(), 1, resources, monitor, groups)
+    first, _, second = Path(marker).read_text().splitlines()
+    assert first == second
+    killed = RegressionTask(fail_at=2, killed=True, marker=str(tmp_path / "failed"))  # the group starts again, in this job
+    train(Output(str(tmp_path / "killed")), killed, config(), 1, resources, monitor, groups)
+    train(alone, RegressionTask(), config(), 1, LOCAL, monitor)
+    for name in ("second", "killed"):
+        assert losses(Output(str(tmp_path / name))) == pytest.approx(losses(alone))
+    assert groups.waiting(resources)
+    groups.keep([])
+    assert not groups.waiting(resources)
 
 
 @pytest.mark.workers
@@ -215,8 +258,6 @@ def test_a_cut_off_run_goes_on_with_other_workers_from_the_weights_alone(
         go_on(RegressionTask(fail_at=2, marker=str(tmp_path / "first")), 1)
     with pytest.raises(UserError, match=r"began with 1 worker.*on_changed_world: weights"):
         go_on(RegressionTask(), 2)
-    with pytest.raises(UserError, match=r"began with 1 worker.*workers: 0 keeps no checkpoint"):
-        go_on(RegressionTask(), 0)
     failing = RegressionTask(fail_at=1, marker=str(tmp_path / "second"))  # before there is a checkpoint of two workers
     assert go_on(failing, 2, failures=1, on_changed_world="weights")["step"] == 30
     assert (tmp_path / "second").exists()

@@ -1,0 +1,105 @@
+"""Doing stages side by side: each in a thread of the driver, as soon as its parents are done and there is room for it."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+
+from cluster.config import Resources
+from cluster.driver.interrupt import interrupt
+from cluster.driver.progress import console
+from cluster.stage import Stage
+
+LOOK = 0.5  # seconds between looks for a signal
+GRACE = 15.0  # seconds in which an interrupted stage ends; one that waits in native code ends with the process
+Ended = tuple[Stage, BaseException | None]
+
+
+def resources_of(stage: Stage) -> Resources | None:
+    """What a stage may use; None of one that works in the driver."""
+    return next((value for one in fields(stage) if isinstance(value := getattr(stage, one.name), Resources)), None)
+
+
+class Room:
+    """What there is for stages side by side, in Ray's resources, and at most how many of them."""
+
+    def __init__(self, total: Mapping[str, float], most: int | None = None) -> None:
+        self.total, self.most = total, most
+
+    def takes(self, stage: Stage, running: list[Stage]) -> bool:
+        """Whether a stage fits beside those that run; alone any does, and a stated number of stages is taken at its word."""
+        if not running or self.most is not None:
+            return len(running) < (self.most or 1)
+        wanted = [_wanted(each) for each in (*running, stage)]
+        return all(sum(each[name] for each in wanted) <= self.total.get(name, 0.0) + 1e-6 for name in ("CPU", "GPU"))
+
+
+def _wanted(stage: Stage) -> dict[str, float]:
+    resources = resources_of(stage)
+    return resources.wanted() if resources else {"CPU": 1.0, "GPU": 0.0}
+
+
+class Schedule:
+    """The stages that a run has yet to do, parents before children."""
+
+    def __init__(self, stages: list[Stage], room: Room, do: Callable[[Stage], None]) -> None:
+        self.waiting, self.room, self.do = list(stages), room, do
+        self.running: dict[Stage, threading.Thread] = {}
+        self.ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+
+    def run(self, first: Callable[[Stage], bool], started: Callable[[list[Stage]], None]) -> None:
+        """Do them all. `first` tells which of those that are ready go first; `started` hears what runs, and only that.
+
+        After a failure no other stage starts; when those that run have ended, the first failure is raised. KeyboardInterrupt
+        and SystemExit of the main thread, or in a stage, end those that run.
+        """
+        failure: BaseException | None = None
+        try:
+            while self.running or (self.waiting and failure is None):
+                if failure is None:
+                    self._start(first)
+                    started(list(self.running))
+                stage, error = self._next()
+                self.running.pop(stage).join()
+                if isinstance(error, KeyboardInterrupt | SystemExit):
+                    raise error
+                if error is not None and (self.running or failure is not None):
+                    console.print(f"  {stage.instance} failed: {error}"[:500])
+                failure = failure or error
+        except BaseException:
+            self._interrupt()
+            raise
+        if failure is not None:
+            raise failure
+
+    def _start(self, first: Callable[[Stage], bool]) -> None:
+        pending = {stage.instance for stage in (*self.waiting, *self.running)}
+        ready = [s for s in self.waiting if pending.isdisjoint(parent.instance for parent in s.parents.values())]
+        for stage in sorted(ready, key=lambda stage: not first(stage)):
+            if self.room.takes(stage, list(self.running)):
+                self.waiting.remove(stage)
+                self.running[stage] = threading.Thread(target=self._work, args=(stage,), daemon=True, name=stage.instance)
+                self.running[stage].start()
+
+    def _work(self, stage: Stage) -> None:
+        error = None
+        try:
+            self.do(stage)
+        except BaseException as found:
+            error = found
+        self.ended.put((stage, error))
+
+    def _next(self) -> Ended:
+        while True:
+            try:
+                return self.ended.get(timeout=LOOK)
+            except queue.Empty:
+                continue
+
+    def _interrupt(self) -> None:
+        for thread in self.running.values():
+            interrupt(thread)
+        until = time.monotonic() + GRACE
+        for thread in self.running.values():
+            thread.join(max(until - time.monotonic(), 0))
