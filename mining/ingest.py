@@ -32,7 +32,7 @@ _Row = dict[str, Any]
 class Ingest(Stage):
     """Something from outside, checked row by row; bad rows are rejected with a reason."""
 
-    version = 4
+    version = 5
     table = "dataset"
     max_reject_fraction: Limit
 
