@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from cluster.files import files_below
+
 HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
 MANIFEST = "manifest.json"
 ENVIRONMENT = "environment"  # folder of an output: what the models that made it ran on
@@ -220,8 +222,8 @@ def fingerprint(uri: str) -> list[tuple[str, int, int]] | None:
         return None
     if info.type == pafs.FileType.File:
         return [(info.base_name, info.size, info.mtime_ns or 0)]
-    infos = system.get_file_info(pafs.FileSelector(path, recursive=True))
-    return sorted((i.path[len(path) :].lstrip("/"), i.size, i.mtime_ns or 0) for i in infos if i.is_file)
+    found = (file for file in files_below(system, path) if not file.aside and not file.broken)
+    return sorted((file.relative, file.size, file.mtime_ns) for file in found)
 
 
 def digest_of(content: Any) -> str:

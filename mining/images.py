@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import ExifTags, Image, ImageEnhance, ImageOps
@@ -19,7 +20,7 @@ else:
 
 Image.init()
 # What an image may be: Pillow would also start Ghostscript on PostScript, whatever the file's name. MPO opens as JPEG.
-FORMATS = [
+FORMATS: list[str] = [
     name for name in ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
 ]
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
@@ -41,6 +42,16 @@ class BadImage(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
+
+
+def has_suffix(name: str) -> bool:
+    """Whether a file is an image's by its name."""
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
+
+
+def without_suffix(name: str) -> str:
+    """A name without an image's suffix; other dots are part of it."""
+    return str(PurePosixPath(name).with_suffix("")) if has_suffix(name) else name
 
 
 def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:

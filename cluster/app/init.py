@@ -14,9 +14,10 @@ from cluster.driver.progress import console
 from cluster.errors import UserError
 from mining.config import GalleryConfig
 from mining.labelled import read_captions, read_triplets
-from mining.sources import list_images
+from mining.sources import counted, list_images
 
 LEAST_TRIPLETS = 50  # fewer cannot be split into folds that say anything
+NAMED_REJECTS = 10
 
 
 def write_config(folder: Path, images: str, triplets: str, queries: str | None, captions: str | None) -> Path:
@@ -50,9 +51,13 @@ def write_config(folder: Path, images: str, triplets: str, queries: str | None, 
 
 def _check(images: str, triplets: str, queries: str | None, captions: str | None) -> dict[str, int]:
     """Rows of each file that can be used. Raises UserError when a file has none, or too few."""
-    index, rejects = list_images(GalleryConfig(images=images), "--images")
+    index, rejects, left_out = list_images(GalleryConfig(images=images), "--images")
     known = {key: i for i, key in enumerate(index["key"].to_pylist())}
     counts = {"images": len(known), "files rejected": len(rejects)}
+    for row in rejects[:NAMED_REJECTS]:
+        console.print(f"{images}: rejected {row['key']}: {row['reason']}: {row['detail']}", markup=False)
+    if left_out:
+        console.print(f"{images}: left out {counted(left_out)}", markup=False)
     for what, file in (("labelled triplets", triplets), ("queries", queries)):
         if file is not None:
             counts[what] = _check_triplets(file, known)
