@@ -104,7 +104,7 @@ class Given:
                 if missing := set(COLUMNS) - set(file.schema_arrow.names):
                     raise self._wrong(f"no column {', '.join(sorted(missing))}; it needs {', '.join(COLUMNS)}")
                 yield from file.iter_batches(BLOCK, columns=COLUMNS)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
             raise self._wrong(f"cannot be read as Parquet: {error}") from error
 
     def _vectors(self, batch: pa.RecordBatch) -> np.ndarray:

@@ -30,10 +30,13 @@ REJECTS = pa.schema([("key", pa.string()), ("stage", pa.string()), ("reason", pa
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow filesystem of a URI or local path, and the path inside it."""
-    if "://" in uri:
-        return pafs.FileSystem.from_uri(uri)
-    return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    """The pyarrow filesystem of a URI or local path, and the path inside it. Raises OSError or ValueError."""
+    try:
+        if "://" in uri:
+            return pafs.FileSystem.from_uri(uri)
+        return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    except (RuntimeError, pa.ArrowException) as error:  # RuntimeError: of `~nobody`, or links in a circle
+        raise ValueError(f"{uri}: {error}") from error
 
 
 def below(root: str, path: str) -> str:

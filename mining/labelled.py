@@ -34,7 +34,8 @@ def read_triplets(file: str, known: Mapping[str, int]) -> tuple[list[_Row], list
 
     Rejects are malformed_row, not_utf8, unknown_image, same_image, empty_delta and duplicate_name (a second pairid). A
     group with an image that is not in the gallery is an incomplete_group: ranking its targets among fewer images would be
-    easier than the benchmark. Its triplets stay and have no rank inside the group. Raises UserError when the file cannot be read.
+    easier than the benchmark. Its triplets stay and have no rank inside the group. Raises UserError when the file cannot
+    be read.
     """
     maker = _TripletMaker(file.rsplit("/", 1)[-1], known)
     triplets, rejects = _accepted(read_rows(file), maker.row)
