@@ -26,7 +26,7 @@ from mining.sources import list_images
 EXAMPLES = int(os.environ.get("EXAMPLES", "60"))
 quick = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 KNOWN = {"a": 1, "b": 2}
-SMOKE = content_of("smoke")
+SMOKE = content_of("demo")
 PARTS = [": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!int ", "!!binary ", "? ", "|", ">", "\n", "  ", '"\\ud800"', "\0"]
 PARTS += ["2024-13-45", "9" * 5000, ".inf", ".nan", "0x", "1e999", "<<", "~nobody/x", "http://", "ingest", "embed", "'", "#"]
 yaml_texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=4), max_size=12).map("".join)
