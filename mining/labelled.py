@@ -70,9 +70,10 @@ def _caption_rows(file: str) -> list[Any]:
     """Rows of an image's key or path and its caption, whichever of the forms they come in."""
     try:
         system, path = filesystem(file)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: of a home folder that does not exist
+        is_folder = system.get_file_info(path).type == pafs.FileType.Directory
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as captions: {error}") from error
-    if system.get_file_info(path).type == pafs.FileType.Directory:
+    if is_folder:
         infos = system.get_file_info(pafs.FileSelector(path, recursive=True))
         names = sorted(info.path for info in infos if info.is_file and info.extension in ("tar", "parquet"))
         if not names:

@@ -111,7 +111,7 @@ def read_file(file: str, form: str) -> bytes:
         system, path = filesystem(file)
         with system.open_input_file(path) as stream:
             return stream.read()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: of a home folder that does not exist
+    except (OSError, ValueError) as error:
         raise UserError(f"{shown(file)}: cannot be read as {form}: {error}") from error
 
 
@@ -149,7 +149,7 @@ def _listed(uri: str, names: dict[str, str | None] | None, field: str, aside: _A
     try:
         system, base = filesystem(uri)
         info = system.get_file_info(base)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{field}: {shown(uri)} cannot be read: {error}") from error
     if info.type == pafs.FileType.NotFound:
         raise UserError(f"{field}: {uri} does not exist; give a folder of images, or tar or Parquet files")

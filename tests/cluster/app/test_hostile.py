@@ -32,8 +32,12 @@ PARTS += ["2024-13-45", "9" * 5000, ".inf", ".nan", "0x", "1e999", "<<", "~nobod
 yaml_texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=4), max_size=12).map("".join)
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["a", "b", "a.jpg"])
 odd = st.sampled_from(["\ud800", "\0", "", 10**400, "~nobody/x", "../../x"])
-values = st.recursive(plain | odd, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3))
-fields = st.sampled_from(["reference", "target", "captions", "caption", "text", "image", "key", "pairid", "group", "img_set", "conversations"])
+values = st.recursive(
+    plain | odd, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+fields = st.sampled_from(
+    ["reference", "target", "captions", "caption", "text", "image", "key", "pairid", "group", "img_set", "conversations"]
+)
 rows = st.lists(st.dictionaries(fields, values, max_size=5) | values, max_size=4)
 
 
@@ -64,7 +68,11 @@ def test_configs(text: str) -> None:
 
 
 @quick
-@given(st.sampled_from(["name", "root", "seed", "embed.towers", "vdg.tower", "mine.triplets", "ingest", "", "a..b"]), yaml_texts, values)
+@given(
+    st.sampled_from(["name", "root", "seed", "embed.towers", "vdg.tower", "mine.triplets", "ingest", "", "a..b"]),
+    yaml_texts,
+    values,
+)
 def test_assignments(name: str, text: str, value: Any) -> None:
     tried(lambda: validate(RunConfig, override(SMOKE, [f"{name}={text}"]), "smoke"))
     tried(lambda: validate(RunConfig, {**SMOKE, (name.partition(".")[0] or "x"): value}, "smoke"))
@@ -109,7 +117,11 @@ columns = st.sampled_from(
 
 
 @quick
-@given(st.dictionaries(st.sampled_from(["kind", "key", "vector", "image", "caption", "text", "reference", "target"]), columns, min_size=1))
+@given(
+    st.dictionaries(
+        st.sampled_from(["kind", "key", "vector", "image", "caption", "text", "reference", "target"]), columns, min_size=1
+    )
+)
 def test_tables_of_any_columns(table: dict[str, pa.Array]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/a.parquet"
