@@ -35,9 +35,10 @@ odd = st.sampled_from(["\ud800", "\0", "", 10**400, "~nobody/x", "../../x"])
 values = st.recursive(
     plain | odd, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
 )
-fields = st.sampled_from(
-    ["reference", "target", "captions", "caption", "text", "image", "key", "pairid", "group", "img_set", "conversations"]
-)
+FIELDS = ["reference", "target", "captions", "caption", "text", "image", "key", "pairid", "group", "img_set", "conversations"]
+SET = ["name", "root", "seed", "embed.towers", "vdg.tower", "mine.triplets", "ingest", "", "a..b"]
+COLUMNS = ["kind", "key", "vector", "image", "caption", "text", "reference", "target"]
+fields = st.sampled_from(FIELDS)
 rows = st.lists(st.dictionaries(fields, values, max_size=5) | values, max_size=4)
 
 
@@ -69,7 +70,7 @@ def test_configs(text: str) -> None:
 
 @quick
 @given(
-    st.sampled_from(["name", "root", "seed", "embed.towers", "vdg.tower", "mine.triplets", "ingest", "", "a..b"]),
+    st.sampled_from(SET),
     yaml_texts,
     values,
 )
@@ -117,11 +118,7 @@ columns = st.sampled_from(
 
 
 @quick
-@given(
-    st.dictionaries(
-        st.sampled_from(["kind", "key", "vector", "image", "caption", "text", "reference", "target"]), columns, min_size=1
-    )
-)
+@given(st.dictionaries(st.sampled_from(COLUMNS), columns, min_size=1))
 def test_tables_of_any_columns(table: dict[str, pa.Array]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/a.parquet"
