@@ -33,8 +33,8 @@ class TripletsConfig(Section):
 
     gallery: str = Field(description="name of the gallery that holds the images")
     file: str | list[str] = Field(
-        description="JSON list or Parquet: reference, target, captions (or caption), optional group or CIRR's img_set; "
-        "several files are joined"
+        description="JSON list, JSON lines, CSV or Parquet: reference, target, captions (or caption), optional group or "
+        "CIRR's img_set; several files are joined"
     )
 
     @property
@@ -48,8 +48,8 @@ class CaptionsConfig(Section):
 
     gallery: str = Field(description="name of the gallery that holds the images")
     file: str = Field(
-        description="JSON list or Parquet of image (or key) and caption, LLaVA's JSON of conversations, a WebDataset's tar, "
-        "or a folder of Parquet or tar files"
+        description="JSON list, JSON lines, CSV or Parquet of image (or key) and caption (or text), LLaVA's JSON of "
+        "conversations, a WebDataset's tar, or a folder of Parquet or tar files"
     )
     until: str | None = Field(None, description="keep the text before this separator, such as ':'")
 
