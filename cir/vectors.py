@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 from cir.benchmarks.benchmark import Benchmark, image_id
 from cluster.artifacts import Output, filesystem
 from cluster.errors import UserError
+from cluster.files import is_text
 from mining.embeddings import plain_parts, read_part
 from mining.features import Features
+from mining.sources import is_textual, texts
 
 BLOCK = 1024  # rows of a file that are read at a time
 COLUMNS = ["kind", "key", "vector"]
@@ -103,9 +105,24 @@ class Given:
                 file = pq.ParquetFile(stream)
                 if missing := set(COLUMNS) - set(file.schema_arrow.names):
                     raise self._wrong(f"no column {', '.join(sorted(missing))}; it needs {', '.join(COLUMNS)}")
-                yield from file.iter_batches(BLOCK, columns=COLUMNS)
-        except (OSError, pa.ArrowException) as error:
+                for batch in file.iter_batches(BLOCK, columns=COLUMNS):
+                    yield self._checked(batch)
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
             raise self._wrong(f"cannot be read as Parquet: {error}") from error
+
+    def _checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Of texts and lists of numbers, whatever types they are written in."""
+        kinds = {name: batch[name].type for name in COLUMNS}
+        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        is_list = any(check(kinds["vector"]) for check in lists)
+        numeric = is_list and (pa.types.is_floating(inner := kinds["vector"].value_type) or pa.types.is_integer(inner))
+        if not (is_textual(kinds["kind"]) and is_textual(kinds["key"]) and numeric):
+            found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+            raise self._wrong(f"found {found}; kind and key are texts, vector is a list of numbers")
+        kind, key = texts(batch["kind"]), texts(batch["key"])
+        if bad := [text for text in kind + key if text is None or not is_text(text)]:
+            raise self._wrong(f"the kind or key {bad[0]!r} is null, or not UTF-8")
+        return pa.record_batch([pa.array(kind, pa.string()), pa.array(key, pa.string()), batch["vector"]], COLUMNS)
 
     def _vectors(self, batch: pa.RecordBatch) -> np.ndarray:
         """float32 [rows, dim] of a batch with rows."""

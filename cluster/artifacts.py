@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from cluster.files import files_below
+
 HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
 MANIFEST = "manifest.json"
 ENVIRONMENT = "environment"  # folder of an output: what the models that made it ran on
@@ -28,10 +30,13 @@ REJECTS = pa.schema([("key", pa.string()), ("stage", pa.string()), ("reason", pa
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow filesystem of a URI or local path, and the path inside it."""
-    if "://" in uri:
-        return pafs.FileSystem.from_uri(uri)
-    return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    """The pyarrow filesystem of a URI or local path, and the path inside it. Raises OSError or ValueError."""
+    try:
+        if "://" in uri:
+            return pafs.FileSystem.from_uri(uri)
+        return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    except (RuntimeError, pa.ArrowException) as error:  # RuntimeError: of `~nobody`, or links in a circle
+        raise ValueError(f"{uri}: {error}") from error
 
 
 def below(root: str, path: str) -> str:
@@ -220,8 +225,8 @@ def fingerprint(uri: str) -> list[tuple[str, int, int]] | None:
         return None
     if info.type == pafs.FileType.File:
         return [(info.base_name, info.size, info.mtime_ns or 0)]
-    infos = system.get_file_info(pafs.FileSelector(path, recursive=True))
-    return sorted((i.path[len(path) :].lstrip("/"), i.size, i.mtime_ns or 0) for i in infos if i.is_file)
+    found = (file for file in files_below(system, path) if not file.aside and not file.broken)
+    return sorted((file.relative, file.size, file.mtime_ns) for file in found)
 
 
 def digest_of(content: Any) -> str:

@@ -219,14 +219,65 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping. Raises UserError naming the file when it cannot be read or is no mapping."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give an existing file or a preset's name") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not valid YAML: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: of a name with a NUL
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({why}); give an existing file or a preset's name") from error
+    content = _parse(text, f"{path}: is not valid YAML")
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {type(content).__name__}, expected sections such as 'ingest:' and 'train:'")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, and each key once: of two the last would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises ConstructorError when a key comes twice, or is no text."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != _MERGE and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} comes twice", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def _parse(text: str, wrong: str) -> Any:
+    """The value of a YAML text. Raises UserError that begins with `wrong`."""
+    try:
+        content = yaml.load(text, _Loader)  # a SafeLoader
+        if bad := _unfit(content):
+            raise ValueError(bad)
+    except RecursionError as error:
+        raise UserError(f"{wrong}: it is nested too deeply, or holds itself") from error
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, LookupError) as error:
+        raise UserError(f"{wrong}: {_shown(str(error))}") from error  # dates, numbers and tags raise what they like
+    return content
+
+
+def _unfit(node: Any) -> str | None:
+    """What of a config no section can hold, and would not survive being written again."""
+    if isinstance(node, dict):
+        found = next((f"the key {key!r} is no text" for key in node if not isinstance(key, str)), None)
+        return found or next((bad for value in [*node, *node.values()] if (bad := _unfit(value))), None)
+    if isinstance(node, list):
+        return next((bad for value in node if (bad := _unfit(value))), None)
+    if isinstance(node, str):
+        return f"{_shown(node[:80])!r} holds a NUL, or is not UTF-8" if "\0" in node or _shown(node) != node else None
+    if isinstance(node, int) and abs(node) >= 2**63:
+        return "a whole number has more than 63 bits"
+    known = node is None or isinstance(node, bool | int | float)
+    return None if known else f"{node!s:.80} is read as {type(node).__name__}; put it in quotes"
+
+
+def _shown(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -234,27 +285,33 @@ def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, A
     result = copy.deepcopy(content)
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
-        if not separator or not name:
-            raise UserError(f"--set {assignment}: expected section.field=value")
+        if not separator or not all(name.split(".")) or _unfit(name):
+            raise UserError(f"--set {_shown(assignment)[:200]}: expected section.field=value")
         *sections, field = name.split(".")
         node = result
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
                 raise UserError(f"--set {assignment}: '{section}' is a value, not a section")
-        try:
-            node[field] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {assignment}: the value is not valid YAML: {error}") from error
+        node[field] = _parse(value, f"--set {_shown(assignment[:200])}: the value is not valid YAML")
     return result
+
+
+def _found(value: Any) -> str:
+    try:
+        return _shown(str(value)[:80])
+    except (ValueError, RecursionError):  # a number of more digits than Python writes
+        return type(value).__name__
 
 
 def validate(model: type[SectionT], content: dict[str, Any], where: str) -> SectionT:
     """Check a config's content. Raises UserError with one line for each wrong field: its name, what was found, why."""
     try:
         return model.model_validate(content)
+    except RecursionError as error:
+        raise UserError(f"{where}: it is nested too deeply, or holds itself") from error
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (found {str(e['input'])[:80]!r})" for e in error.errors()
+            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (found {_found(e['input'])!r})" for e in error.errors()
         ]
         raise UserError(f"{where}: {len(lines)} wrong field(s)\n" + "\n".join(lines)) from error

@@ -34,8 +34,8 @@ class TripletsConfig(Section):
 
     gallery: str = Field(description="name of the gallery that holds the images")
     file: str | list[str] = path_field(
-        "JSON list or Parquet: reference, target, captions (or caption), optional group or CIRR's img_set; "
-        "several files are joined"
+        "JSON list, JSON lines, CSV or Parquet: reference, target, captions (or caption), optional group or "
+        "CIRR's img_set; several files are joined"
     )
 
     @property
@@ -49,8 +49,8 @@ class CaptionsConfig(Section):
 
     gallery: str = Field(description="name of the gallery that holds the images")
     file: str = path_field(
-        "JSON list or Parquet of image (or key) and caption, LLaVA's JSON of conversations, a WebDataset's tar, "
-        "or a folder of Parquet or tar files"
+        "JSON list, JSON lines, CSV or Parquet of image (or key) and caption (or text), LLaVA's JSON of "
+        "conversations, a WebDataset's tar, or a folder of Parquet or tar files"
     )
     until: str | None = Field(None, description="keep the text before this separator, such as ':'")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.artifacts import REUSED, Output, output_of
+from cluster.artifacts import REJECTS, REUSED, Output, output_of
 from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.parts import run_parts
@@ -35,7 +35,7 @@ class Embed(Stage):
     only the new images go through the tower, and `reused.json` counts the others.
     """
 
-    version = 4
+    version = 5
     table = "embeddings"
     gallery: Stage
     tower: TowerConfig
@@ -134,8 +134,7 @@ def _decode_part(
             pixels.append(render(image_bytes(image, reader), tower, views, (image["image_id"], view_of(name))))
             ids.append(image["image_id"])
         except (BadImage, OSError) as error:
-            detail = f"image_id {image['image_id']}: {error}"[:200]
-            rejects.append({"key": image["key"], "stage": "embed", "reason": "unreadable", "detail": detail})
+            rejects.append(_reject(image["key"], "unreadable", f"image_id {image['image_id']}: {error}"))
     output.write_rejects(name, rejects)
     black = np.zeros((tower.image_size, tower.image_size, 3), np.uint8)
     return {
@@ -169,15 +168,31 @@ class Embedder:
         values[~reused] = new[: (~reused).sum()]
         if reused.any():
             values[reused] = row["values"][0].view(np.float16)
-        table = note_reused(_to_table(ids, view_of(name), values), str(row["earlier"][0]), int(reused.sum()))
-        self.output.write_table(name, table, _schema(values))
+        finite = np.isfinite(values).all(axis=(1, 2))
+        if not finite.all():
+            self._reject(name, ids[~finite])
+        table = _to_table(ids[finite], view_of(name), values[finite])
+        self.output.write_table(name, note_reused(table, str(row["earlier"][0]), int((reused & finite).sum())), _schema(values))
         return {"part": row["part"], "rows": row["rows"]}
+
+    def _reject(self, name: str, image_ids: np.ndarray) -> None:
+        """Add to a part's rejects those whose values are not finite."""
+        path = f"rejects/{name}"
+        before = self.output.read_table(path, REJECTS).to_pylist() if self.output.exists(path) else []
+        wrong = [
+            _reject(str(i), "not_finite", f"image_id {i}: the tower gives NaN, or more than float16 holds") for i in image_ids
+        ]
+        self.output.write_rejects(name, before + wrong)
 
     def _embed(self, pixels: np.ndarray) -> np.ndarray:
         import torch
 
         batches = [torch.from_numpy(pixels[i : i + self.batch_size].copy()) for i in range(0, len(pixels), self.batch_size)]
         return torch.cat([self.tower(batch).half().cpu() for batch in batches]).numpy()
+
+
+def _reject(key: str, reason: str, detail: str) -> dict[str, str]:
+    return {"key": key, "stage": "embed", "reason": reason, "detail": detail[:200]}
 
 
 def _schema(values: np.ndarray) -> pa.Schema:

@@ -4,11 +4,36 @@ import math
 import warnings
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageEnhance, ImageOps
 
 from mining.config import TowerConfig, ViewsConfig
+
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    pass
+else:
+    register_heif_opener()
+
+Image.init()
+# What an image may be: Pillow would also start Ghostscript on PostScript, whatever the file's name. MPO opens as JPEG.
+FORMATS: list[str] = [
+    name for name in ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
+]
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SAMPLE_FORMAT, _UNSIGNED, _WHITE_IS_ZERO = 339, 1, 0  # of TIFF
 
 
 class BadImage(Exception):
@@ -19,23 +44,79 @@ class BadImage(Exception):
         self.reason, self.detail = reason, detail
 
 
+def has_suffix(name: str) -> bool:
+    """Whether a file is an image's by its name."""
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
+
+
+def without_suffix(name: str) -> str:
+    """A name without an image's suffix; other dots are part of it."""
+    return str(PurePosixPath(name).with_suffix("")) if has_suffix(name) else name
+
+
 def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
-    """Decode an image whole, as RGB. Raises BadImage: empty_file, not_an_image, too_large or truncated."""
+    """Decode an image whole, upright, as RGB; of an animation the first frame. What is clear becomes white.
+
+    Raises BadImage: empty_file, not_an_image, too_large or truncated.
+    """
     if not content:
         raise BadImage("empty_file", "0 bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
+        except Exception as error:  # of whatever class: each of Pillow's decoders has its own
+            reason = "too_large" if isinstance(error, Image.DecompressionBombError) else "not_an_image"
+            raise BadImage(reason, str(error)) from error
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise BadImage("too_large", f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
+        try:
+            image.load()
+            return _upright(_to_rgb(image), _orientation(image))
+        except Exception as error:
+            raise BadImage("truncated", str(error)) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's; upright (1) where the tags are broken. Of a TIFF the decoder has applied it, and taken it out."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(content))
-    except Exception as error:  # of whatever class: each of Pillow's decoders has its own
-        reason = "too_large" if isinstance(error, Image.DecompressionBombError) else "not_an_image"
-        raise BadImage(reason, str(error)) from error
-    if max_pixels is not None and image.width * image.height > max_pixels:
-        raise BadImage("too_large", f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
-    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of whatever class: the image itself is whole
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return _of_depth(image).convert("RGB")
+    if image.mode == "La":  # premultiplied, as RGBa, but Pillow knows only one way out of it
+        image = image.convert("LA")
+    if not image.has_transparency_data:
         return image.convert("RGB")
-    except Exception as error:
-        raise BadImage("truncated", str(error)) from error
+    ground = Image.new("RGBA", image.size, "white")
+    ground.alpha_composite(image.convert("RGBA"))
+    return ground.convert("RGB")
+
+
+def _of_depth(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits as 8 bits: 16 bits are all used; of 32 bits and floats white is that of the range they fill."""
+    tags, clear = getattr(image, "tag_v2", {}), image.info.get("transparency")
+    values = np.asarray(image)
+    if image.mode == "I" and tags.get(_SAMPLE_FORMAT, (2,))[0] == _UNSIGNED:
+        values = values.view(np.uint32)
+    shown = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    black = min(shown.min(), 0.0)
+    whites = {"F": (1, 255, 65535), "I": (255, 65535, 2**31 - 1, 2**32 - 1)}.get(image.mode, (65535,))
+    fitting = (white for white in whites if black == 0 and shown.max() <= white)  # with a sign they fill a range of their own
+    shown = (shown - black) / max(next(fitting, shown.max()) - black, 1e-12)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
+        shown = 1 - shown
+    if isinstance(clear, int):
+        shown[values == clear] = 1
+    return Image.fromarray(np.rint(255 * shown).astype(np.uint8))
 
 
 def render(content: bytes, tower: TowerConfig, views: ViewsConfig, seed: tuple[int, int]) -> np.ndarray:

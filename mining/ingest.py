@@ -1,6 +1,7 @@
 """The stage ingest: from outside sources to checked gallery, triplet and caption tables."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,13 +20,15 @@ from cluster.stage import LOOKED_UP, Limit, Run, Source, Stage
 from mining import tables
 from mining.config import GalleryConfig
 from mining.gallery import GROUPS, keys, part_name
-from mining.images import BadImage, decode
-from mining.labelled import read_captions, read_rows, read_triplets
-from mining.sources import IMAGE_SUFFIXES, LISTED_ROWS, BytesReader, list_images, read_names, reject
+from mining.images import BadImage, decode, has_suffix, without_suffix
+from mining.labelled import read_captions, read_rows, read_triplets, strings
+from mining.sources import LISTED_ROWS, BytesReader, counted, list_images, normal, read_names, reject
 
 if TYPE_CHECKING:
     import ray.data
 
+LEFT_OUT = "left_out.json"  # files of the source that are no images, by kind
+_LOG = logging.getLogger(__name__)
 _Row = dict[str, Any]
 
 
@@ -33,7 +36,7 @@ _Row = dict[str, Any]
 class Ingest(Stage):
     """Something from outside, checked row by row; bad rows are rejected with a reason."""
 
-    version = 4
+    version = 5
     table = "dataset"
     max_reject_fraction: Limit
 
@@ -60,8 +63,11 @@ class IngestGallery(Ingest):
 
     def write(self, output: Output, run: Run, config: GalleryConfig) -> None:
         """Check the images that `config` lists, and write the gallery table."""
-        index, rejects = list_images(config, self.images.field)
+        index, rejects, left_out = list_images(config, self.images.field)
         output.write_rejects("listing.parquet", rejects)
+        output.write_json(LEFT_OUT, left_out)
+        if left_out:
+            _LOG.info("%s: left out: %s", self.name, counted(left_out))
         if self.without is not None:
             index = index.filter(pc.invert(pc.is_in(index["key"], pa.array(list(read_names(self.without.path)), pa.string()))))
         tables.check_unique((tables.stable_id(self.name, key) for key in _keys(index)), f"gallery {self.name}")
@@ -102,9 +108,10 @@ class IngestTriplets(Ingest):
         """Of the files, and of the images that they name."""
         files, gallery = super().fingerprints, self.gallery.sources
         try:
-            names = _texts([read_rows(source.path) for source in self.files])
+            rows = [read_rows(source.path) for source in self.files]
         except UserError:  # it says so when it is ingested
             return files
+        names = {normal(without_suffix(name)) for name in strings(rows)} | {normal(name) for name in strings(rows)}
         return files | {field: _named(source.fingerprint(), names) for field, source in gallery.items()}
 
     def work(self, output: Output, run: Run) -> None:
@@ -176,17 +183,9 @@ def _write_rows(output: Output, rows: list[_Row], rejects: list[_Row], schema: p
     run.monitor.advance(len(rows) + len(rejects))
 
 
-def _texts(node: Any) -> set[str]:
-    """Every text in rows: the names of their images among them."""
-    if isinstance(node, str):
-        return {node}
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return set().union(*map(_texts, children))
-
-
 def _named(found: Any, names: set[str]) -> Any:
     """Of a fingerprint the image files that are named, and every other file: what an archive holds none can tell."""
     if not isinstance(found, list):
         return found
     paths = ((PurePosixPath(entry[0]), entry) for entry in found if isinstance(entry, tuple))
-    return [entry for path, entry in paths if path.suffix.lower() not in IMAGE_SUFFIXES or str(path.with_suffix("")) in names]
+    return [entry for path, entry in paths if not has_suffix(path.name) or normal(str(path.with_suffix(""))) in names]

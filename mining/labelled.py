@@ -1,39 +1,50 @@
 """Labelled files: triplets and captions in the forms that the field uses, checked row by row."""
 
+import ast
+import codecs
+import csv
+import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
-from pydantic import AliasChoices, AliasPath, BaseModel, Field, ValidationError, field_validator
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cluster.artifacts import filesystem
 from cluster.errors import UserError
+from cluster.files import is_hidden, is_text
 from mining import tables
-from mining.images import BadImage
-from mining.sources import IMAGE_SUFFIXES, read_json, reject
+from mining.images import BadImage, without_suffix
+from mining.sources import is_textual, normal, read_file, read_json, reject, texts
+from mining.tars import CAPTION_SUFFIXES, naming, read_members
 
 _Row = dict[str, Any]
+_BROKEN = (OSError, ValueError, MemoryError, pa.ArrowException, tarfile.TarError)
+Text = Annotated[str, Field(coerce_numbers_to_str=False, strict=True)]  # a number is no caption
 
 
 def read_triplets(file: str, known: Mapping[str, int]) -> tuple[list[_Row], list[_Row], list[_Row]]:
     """Triplets, groups and rejects of a file over the images of `known` (key -> id).
 
-    Rejects are malformed_row, unknown_image, empty_delta and duplicate_name (a second use of a pairid). A group with an
-    image that is not in the gallery is an incomplete_group: ranking its targets among fewer images would be easier than
-    the benchmark. Its triplets stay and have no rank inside the group. Raises UserError when the file cannot be read.
+    Rejects are malformed_row, not_utf8, unknown_image, same_image, empty_delta and duplicate_name (a second pairid). A
+    group with an image that is not in the gallery is an incomplete_group: ranking its targets among fewer images would be
+    easier than the benchmark. Its triplets stay and have no rank inside the group. Raises UserError when the file cannot
+    be read.
     """
     maker = _TripletMaker(file.rsplit("/", 1)[-1], known)
     triplets, rejects = _accepted(read_rows(file), maker.row)
     groups = []
     for group, members in maker.members.items():
-        if missing := [key for key in members if key not in known]:
+        if missing := [key for key in members if _found(key, known) is None]:
             rejects.append(reject(f"group {group}", "incomplete_group", f"{missing[0]!r} is not in the gallery"))
         else:
-            groups.append({"group_id": _group_id(group), "image_ids": [known[key] for key in members]})
+            groups.append({"group_id": _group_id(group), "image_ids": [_known(key, "member", known) for key in members]})
     return triplets, groups, rejects
 
 
@@ -47,7 +58,7 @@ def read_captions(file: str, known: Mapping[str, int], until: str | None) -> tup
     def row(entry: _Row, name: str) -> _Row:
         pair = _Caption.model_validate(entry)
         text = (pair.text().split(until)[0] if until else pair.text()).strip()
-        image_id = _known(pair.image if pair.image in known else _without_suffix(pair.image), "image", known)
+        image_id = _known(pair.image, "image", known)
         if not text:
             raise BadImage("empty_caption", "the row has no text")
         return {"image_id": image_id, "caption": text}
@@ -55,97 +66,201 @@ def read_captions(file: str, known: Mapping[str, int], until: str | None) -> tup
     return _accepted(_caption_rows(file), row)
 
 
-def _without_suffix(path: str) -> str:
-    image = PurePosixPath(path)
-    return str(image.with_suffix("")) if image.suffix.lower() in IMAGE_SUFFIXES else path
-
-
-def _caption_rows(file: str) -> list[_Row]:
+def _caption_rows(file: str) -> list[Any]:
     """Rows of an image's key or path and its caption, whichever of the forms they come in."""
-    system, path = filesystem(file)
-    if system.get_file_info(path).type == pafs.FileType.Directory:
+    try:
+        system, path = filesystem(file)
+        is_folder = system.get_file_info(path).type == pafs.FileType.Directory
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as captions: {error}") from error
+    if is_folder:
         infos = system.get_file_info(pafs.FileSelector(path, recursive=True))
         names = sorted(info.path for info in infos if info.is_file and info.extension in ("tar", "parquet"))
         if not names:
             raise UserError(f"{file}: the folder has no tar or Parquet file of captions")
         return [row for name in names for row in _rows_in(system, name)]
-    return read_rows(file) if path.endswith(".json") else _rows_in(system, path)
+    return _rows_in(system, path) if path.lower().endswith((".tar", ".parquet")) else read_rows(file)
 
 
 def _rows_in(system: pafs.FileSystem, path: str) -> list[_Row]:
     try:
         with system.open_input_file(path) as stream:
             return _tar_rows(stream) if path.endswith(".tar") else _parquet_rows(pq.ParquetFile(stream))
-    except (OSError, ValueError, tarfile.TarError) as error:
-        raise UserError(f"{path}: cannot be read as captions: {error}; give a JSON, Parquet or tar file") from error
+    except _BROKEN as error:
+        raise UserError(f"{path}: cannot be read as captions: {error}; give a JSON, CSV, Parquet or tar file") from error
 
 
 def _parquet_rows(file: pq.ParquetFile) -> list[_Row]:
     """Rows of image and caption; where there is a `key`, it names the image, and `image` is its bytes, which are not read."""
     names = file.schema_arrow.names
-    name = "key" if "key" in names else "image"
-    if not {name, "caption"} <= set(names):
-        raise ValueError(f"expected the columns image (or key) and caption, found {names}")
-    return file.read(columns=[name, "caption"]).rename_columns({name: "image"}).to_pylist()
+    image = "key" if "key" in names else "image"
+    caption = "caption" if "caption" in names else "text"
+    if not {image, caption} <= set(names):
+        raise ValueError(f"expected the columns image (or key) and caption (or text), found {names}")
+    if pa.types.is_struct(file.schema_arrow.field(image).type):
+        image = f"{image}.path"
+    read = (file.read(columns=[column]).column(0) for column in (image, caption))
+    named, said = ([value.get("path") if isinstance(value, dict) else value for value in _values(column)] for column in read)
+    return [{"image": name, "caption": text} for name, text in zip(named, said, strict=True)]
 
 
-def _tar_rows(stream: Any) -> list[_Row]:
-    """A WebDataset's rows: a member without its suffix is the key, its .txt (else its .json's "caption") the caption."""
-    texts: dict[str, str] = {}
-    with tarfile.open(fileobj=stream, mode="r|") as archive:  # one pass, whatever the store
-        for member in archive:
-            path = PurePosixPath(member.name)
-            if not member.isfile() or path.suffix not in (".txt", ".json"):
-                continue
-            key, content = str(path.with_suffix("")), archive.extractfile(member)
-            assert content is not None  # of a file
-            if path.suffix == ".txt":
-                texts[key] = content.read().decode(errors="replace")
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """Of a column: texts that are not UTF-8 hold surrogates, which rejects their row alone."""
+    return texts(column) if is_textual(column.type) and not pa.types.is_integer(column.type) else column.to_pylist()
+
+
+def _tar_rows(stream: Any) -> list[Any]:
+    """A WebDataset's rows: a member's key names the image, its .txt (else its .json's "caption" or "text") is the caption."""
+    found = read_members(stream)
+    members = [(name, offset, size) for name, offset, size in found.files if not is_hidden(name)]
+    key_of, captions = naming(name for name, _, _ in members), dict[str, str]()
+    for name, offset, size in members:
+        if (suffix := PurePosixPath(name).suffix) in CAPTION_SUFFIXES:
+            content = stream.read_at(size, offset)
+            if suffix == ".txt":
+                captions[key_of(name)] = content.decode("utf-8", "surrogateescape")
             else:
-                texts.setdefault(key, _json_caption(content.read()))
-    return [{"image": key, "caption": text} for key, text in texts.items()]
+                captions.setdefault(key_of(name), _json_caption(content))
+    rows: list[Any] = [{"image": key, "caption": text} for key, text in captions.items()]
+    rows += [BadImage("unreadable", f"{name}: {why}") for name, why in found.broken]
+    if found.error and not rows:
+        raise ValueError(found.error)
+    return rows + ([BadImage("unreadable", found.error)] if found.error else [])
 
 
 def _json_caption(content: bytes) -> str:
     """The caption of a WebDataset's JSON; empty where it has none, so that its row is rejected."""
     try:
-        caption = json.loads(content)["caption"]
-    except (ValueError, KeyError, TypeError):
+        row = json.loads(content)
+        caption = row.get("caption") or row.get("text")
+    except (ValueError, AttributeError, RecursionError):
         return ""
     return caption if isinstance(caption, str) else ""
 
 
-def _accepted(entries: Iterable[_Row], make: Callable[[_Row, str], _Row]) -> tuple[list[_Row], list[_Row]]:
+def _accepted(entries: Iterable[Any], make: Callable[[_Row, str], _Row]) -> tuple[list[_Row], list[_Row]]:
     """What `make` gives for each row and its name, and the rows that it rejects."""
     rows, rejects = [], []
     for position, entry in enumerate(entries):
-        given = {field: value for field, value in entry.items() if value is not None}  # a Parquet row has every field
-        name = str(given.get("pairid", f"row {position}"))
+        name = f"row {position}"
         try:
+            given = _given(entry)
+            name = str(given.get("pairid", name))
+            _check_texts(given)
             rows.append(make(given, name))
         except BadImage as error:
             rejects.append(reject(name, error.reason, error.detail))
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_input=False, include_url=False)[0]
             place = ".".join(map(str, first["loc"]))
             rejects.append(reject(name, "malformed_row", f"{place}: {first['msg']}"))
     return rows, rejects
 
 
-def read_rows(file: str) -> list[_Row]:
-    """Rows of a JSON list or a Parquet file. Raises UserError naming the file when it is neither."""
-    content = _read_parquet(file) if file.endswith(".parquet") else read_json(file)
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+def _given(entry: Any) -> _Row:
+    """The fields that a row gives. Raises BadImage when it is no row."""
+    if isinstance(entry, BadImage):
+        raise entry
+    if not isinstance(entry, dict) or not all(isinstance(field, str) for field in entry):
+        raise BadImage("malformed_row", f"found {str(entry)[:80]}, expected named fields")
+    return {field: value for field, value in entry.items() if value is not None and value == value}  # a table has every field
+
+
+def _check_texts(entry: _Row) -> None:
+    if bad := next((text for text in strings(entry) if not is_text(text)), None):
+        raise BadImage("not_utf8", f"{bad[:80]!r} is not valid Unicode")
+
+
+def strings(node: Any) -> Iterator[str]:
+    """Every text in rows."""
+    nodes = [node]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, str):
+            yield node
+        elif isinstance(node, dict | list):
+            nodes.extend([*node, *node.values()] if isinstance(node, dict) else node)
+
+
+def read_rows(file: str) -> list[Any]:
+    """Rows of a JSON list, JSON lines, CSV or Parquet. Raises UserError naming the file when it is none of these.
+
+    A line that cannot be read is a BadImage in its row's place.
+    """
+    suffix = PurePosixPath(file).suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(file)
+    if suffix in (".csv", ".tsv"):
+        return _read_csv(file)
+    if suffix in (".jsonl", ".ndjson"):
+        return _read_lines(read_file(file, "JSON lines"))
+    try:
+        content = read_json(file)
+    except UserError:
+        rows = _read_lines(read_file(file, "JSON lines"))  # JSON lines are often called .json
+        if not all(isinstance(row, dict) for row in rows[:2]) or len(rows) < 2:
+            raise
+        return rows
+    if not isinstance(content, list):
         raise UserError(f"{file}: expected a list of rows such as {{'reference': ..., 'target': ..., 'captions': [...]}}")
     return content
+
+
+def _read_lines(content: bytes) -> list[Any]:
+    return [_line(line) for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
+
+
+def _line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadImage("malformed_row", f"the line is no JSON: {str(error)[:120]}")
+
+
+def _read_csv(file: str) -> list[Any]:
+    """Rows of a CSV file, whichever of comma, semicolon and tab stands between its cells; empty cells are absent."""
+    text = read_file(file, "CSV").decode("utf-8-sig", "surrogateescape")
+    header = text.partition("\n")[0]
+    try:
+        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+        rows = list(lines)
+    except csv.Error as error:
+        raise UserError(f"{file}: cannot be read as CSV: {error}") from error
+    if not {"reference", "candidate", "image", "key"} & set(lines.fieldnames or ()):
+        found = str(lines.fieldnames)[:200]
+        raise UserError(
+            f"{file}: cannot be read as captions or triplets: found the columns {found}, expected reference, target "
+            "and caption, or image and caption"
+        )
+    return [_cells(row) for row in rows]
+
+
+def _cells(row: dict[Any, Any]) -> Any:
+    if None in row:
+        return BadImage("malformed_row", "the row has more cells than the header")
+    return {field: _cell(value) for field, value in row.items() if value}
+
+
+def _cell(value: str) -> Any:
+    """A list or an object where a cell holds one, as JSON or as Python (and pandas) writes it."""
+    if value[0] not in "[{":
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return value
 
 
 def _read_parquet(file: str) -> list[_Row]:
     try:
         system, path = filesystem(file)
         with system.open_input_file(path) as stream:
-            return pq.read_table(stream).to_pylist()
-    except (OSError, ValueError) as error:
+            table = pq.read_table(stream)
+        columns = {name: _values(table[name]) for name in dict.fromkeys(table.column_names)}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    except _BROKEN as error:
         raise UserError(f"{file}: cannot be read as a Parquet table: {error}") from error
 
 
@@ -153,10 +268,20 @@ def _group_id(group: str) -> int:
     return tables.stable_id("group", group)
 
 
+def _found(name: str, known: Mapping[str, int]) -> int | None:
+    """The id of an image by its key or its path, in whichever of Unicode's forms."""
+    path = str(PurePosixPath(name))
+    return next((known[key] for form in (name, path, without_suffix(path)) for key in _forms(form) if key in known), None)
+
+
+def _forms(name: str) -> tuple[str, str, str]:
+    return name, normal(name), unicodedata.normalize("NFD", name)
+
+
 def _known(key: str, role: str, known: Mapping[str, int]) -> int:
-    if key not in known:
+    if (image_id := _found(key, known)) is None:
         raise BadImage("unknown_image", f"{role} {key!r} is not in the gallery")
-    return known[key]
+    return image_id
 
 
 class _Turn(BaseModel):
@@ -167,8 +292,10 @@ class _Turn(BaseModel):
 class _Caption(BaseModel):
     """A row with a caption, or LLaVA's with a conversation about the image."""
 
-    image: str
-    caption: str = ""
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    image: str = Field(validation_alias=AliasChoices("image", "key"))
+    caption: Text = Field("", validation_alias=AliasChoices("caption", "text"))
     conversations: list[_Turn] = []
 
     def text(self) -> str:
@@ -179,12 +306,12 @@ class _Caption(BaseModel):
 class _Triplet(BaseModel):
     """A row in the terms of any of the field's files: FashionIQ's `candidate`, CIRR's `target_hard` and `img_set`."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
     reference: str = Field(validation_alias=AliasChoices("reference", "candidate"))
     target: str = Field(validation_alias=AliasChoices("target", "target_hard"))
-    captions: list[str | None] = Field([], validation_alias=AliasChoices("captions", "caption"))
-    group: str | None = Field(
-        None, validation_alias=AliasChoices("group", AliasPath("img_set", "id")), coerce_numbers_to_str=True
-    )
+    captions: list[Text | None] = Field([], validation_alias=AliasChoices("captions", "caption", "text"))
+    group: str | None = Field(None, validation_alias=AliasChoices("group", AliasPath("img_set", "id")))
     members: list[str] = Field([], validation_alias=AliasPath("img_set", "members"))
 
     @field_validator("captions", mode="before")
@@ -221,6 +348,8 @@ class _TripletMaker:
             "deltas": triplet.deltas(),
             "source": "human",
         }
+        if row["reference_id"] == row["target_id"]:
+            raise BadImage("same_image", "the reference is the target")
         if not row["deltas"]:
             raise BadImage("empty_delta", "the row has no text")
         if triplet_id in self._ids:

@@ -1,11 +1,13 @@
 """Listing the images of an outside source: a folder, tar files, or Parquet files of bytes."""
 
 import json
-import tarfile
-from collections.abc import Callable, Iterator
-from itertools import islice
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -16,31 +18,50 @@ from pyarrow import fs as pafs
 
 from cluster.artifacts import filesystem
 from cluster.errors import UserError
+from cluster.files import AGAIN, SPECIAL, File, files_below, is_hidden, is_text
 from mining.config import GalleryConfig
+from mining.images import has_suffix, without_suffix
+from mining.tars import naming, read_members, resolve
 
 INDEX = pa.schema([("key", pa.string()), ("uri", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 LISTED_ROWS = 8192  # rows that are Python objects at a time
-_TEXT = (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))
+LARGEST = 1 << 30  # bytes of an encoded image
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
-_Row = tuple[str, str, int, int]
-_Image = tuple[str | None, int, int]  # name, offset, length
+_Row = tuple[str, str, int, int]  # as in INDEX
+_Image = tuple[str, str, int, int]  # path inside the source or row's key, key, offset, length
 
 
-def list_images(config: GalleryConfig, field: str) -> tuple[pa.Table, list[dict[str, str]]]:
-    """Index of a gallery's images, sorted by key, and the rejects: files that cannot be read, names without an image, and
-    second uses of a name.
+class Listing(NamedTuple):
+    """What a source holds: every file is an image, a reject, or counted as left out."""
 
-    Raises UserError when the source is missing or holds no image, or a Parquet file has other columns. A key is the path
-    inside the source without suffix.
+    index: pa.Table  # of the images, sorted by key
+    rejects: list[dict[str, str]]
+    left_out: dict[str, int]  # what -> number
+
+
+@dataclass
+class _Aside:
+    """What is found beside the images."""
+
+    rejects: list[dict[str, str]] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def list_images(config: GalleryConfig, field: str) -> Listing:
+    """The images of a gallery.
+
+    Rejects are files that cannot be read, names that are not UTF-8 or have no image, and second uses of a name; hidden files
+    and other files than images are left out and counted. Raises UserError when the source is missing or holds no image, or a
+    Parquet file has other columns. A key is the path inside the source without suffix, in Unicode's composed form (NFC).
     """
     names = {name: path for file in config.splits for name, path in read_names(file).items()} if config.splits else None
-    split = ", ".join(config.splits)
-    rejects: list[dict[str, str]] = []
-    rows = _table(_listed(config.images, names, field, rejects))
+    split, aside = ", ".join(config.splits), _Aside()
+    rows, rejects = _table(_listed(config.images, names, field, aside)), aside.rejects
     if not len(rows):
         wrong = "".join(f"; {row['key']} is {row['reason']}: {row['detail']}" for row in rejects[:1])
-        raise UserError(f"{field}: no image found in {config.images}" + (f" for the names of {split}" if names else "") + wrong)
+        seen = "; found " + counted(aside.left_out) if aside.left_out else ""
+        wanted = f" for the names of {split}" if names else ""
+        raise UserError(f"{field}: no image found in {config.images}{wanted}{seen}{wrong}")
     first = _first_of_its_key(rows["key"])
     again = np.flatnonzero(first != np.arange(len(rows)))
     rejects += [
@@ -49,7 +70,13 @@ def list_images(config: GalleryConfig, field: str) -> tuple[pa.Table, list[dict[
     ]
     known = set(rows["key"].to_pylist()) if names else set()
     rejects += [reject(name, "missing_image", f"named in {split}") for name in names or () if name not in known]
-    return rows.filter(pa.array(first == np.arange(len(rows)))) if len(again) else rows, rejects
+    index = rows.filter(pa.array(first == np.arange(len(rows)))) if len(again) else rows
+    return Listing(index, rejects, dict(aside.left_out.most_common()))
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    """What was left out, the most frequent first."""
+    return ", ".join(f"{count:,} {what}" for what, count in Counter(left_out).most_common(8))
 
 
 def _table(rows: Iterator[_Row]) -> pa.Table:
@@ -71,48 +98,99 @@ def _first_of_its_key(keys: pa.ChunkedArray) -> np.ndarray:
 def read_json(file: str) -> Any:
     """Content of an outside JSON file. Raises UserError naming the file."""
     try:
+        return json.loads(read_file(file, "JSON"))
+    except RecursionError as error:
+        raise UserError(f"{file}: cannot be read as JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from error
+
+
+def read_file(file: str, form: str) -> bytes:
+    """Content of an outside file, which is to be of a form. Raises UserError naming the file."""
+    try:
         system, path = filesystem(file)
         with system.open_input_file(path) as stream:
-            return json.loads(stream.read())
+            return stream.read()
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}") from error
+        raise UserError(f"{shown(file)}: cannot be read as {form}: {error}") from error
 
 
 def read_names(file: str) -> dict[str, str | None]:
     """Names of a split file, each with its path where the file gives one."""
     content = read_json(file)
-    if isinstance(content, list) and all(isinstance(name, str) for name in content):
-        return dict.fromkeys(content)
-    if isinstance(content, dict) and all(isinstance(path, str) for path in content.values()):
-        return dict(content)
+    paths = content.values() if isinstance(content, dict) else ()
+    if isinstance(content, list | dict) and all(map(_is_name, content)) and all(isinstance(path, str) for path in paths):
+        found = content.items() if isinstance(content, dict) else ((name, None) for name in content)
+        return {normal(str(name)): path for name, path in found}
     raise UserError(f"{file}: expected a list of names, or an object that maps each name to its path")
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, int | str) and name != "" and is_text(str(name))
+
+
+def normal(name: str) -> str:
+    """A name in Unicode's composed form: macOS and some archives write the decomposed one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def reject(key: str, reason: str, detail: str) -> dict[str, str]:
     """A row of the rejects of ingest."""
-    return {"key": key, "stage": "ingest", "reason": reason, "detail": detail[:200]}
+    return {"key": shown(key), "stage": "ingest", "reason": reason, "detail": shown(detail)[:200]}
 
 
-def _listed(uri: str, names: dict[str, str | None] | None, field: str, rejects: list[dict[str, str]]) -> Iterator[_Row]:
-    """Rows of the images of a source, of these names alone where they are given; adds to `rejects` what cannot be read."""
-    system, base = filesystem(uri)
-    info = system.get_file_info(base)
+def shown(text: str) -> str:
+    """A text as UTF-8 can say it: what is not is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _listed(uri: str, names: dict[str, str | None] | None, field: str, aside: _Aside) -> Iterator[_Row]:
+    """Rows of the images of a source, of these names alone where they are given; all else is put aside."""
+    try:
+        system, base = filesystem(uri)
+        info = system.get_file_info(base)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field}: {shown(uri)} cannot be read: {error}") from error
     if info.type == pafs.FileType.NotFound:
         raise UserError(f"{field}: {uri} does not exist; give a folder of images, or tar or Parquet files")
-    files = [info] if info.is_file else system.get_file_info(pafs.FileSelector(base, recursive=True))
-    folder = PurePosixPath(base).parent if info.is_file else PurePosixPath(base)
-    by_path = {path.removeprefix("./"): name for name, path in (names or {}).items() if path}
+    files = [File(base, info.base_name, info.size)] if info.is_file else files_below(system, base)
+    by_path = {normal(path.removeprefix("./")): name for name, path in (names or {}).items() if path}
     for file in files:
-        path = PurePosixPath(file.path)
-        if file.is_file:
-            relative = str(path.relative_to(folder))
-            for key, offset, length in _images_in(system, path, relative, file.size, rejects):
-                if key is None:
-                    rejects.append(reject(f"{relative} row {offset}", "no_key", "its key is null"))
-                    continue
-                name = by_path.get(key, str(PurePosixPath(key).with_suffix("")) if _has_image_suffix(key) else key)
-                if names is None or name in names:
-                    yield name, _location(file.path, uri, base), offset, length
+        if not _is_plain(file, aside):
+            continue
+        for path, key, offset, length in _images_in(system, file, aside):
+            name = by_path.get(normal(path), normal(key))
+            if names is not None and name not in names:
+                aside.left_out["images that the split does not name"] += 1
+            elif length > LARGEST:
+                aside.rejects.append(reject(name, "too_large", f"{length:,} bytes, more than {LARGEST:,}"))
+            else:
+                yield name, _location(file.path, uri, base), offset, length
+
+
+def _is_plain(file: File, aside: _Aside) -> bool:
+    """Whether a file is to be looked into; others are put aside."""
+    if file.broken:
+        aside.rejects.append(reject(file.relative, "unreadable", file.broken))
+    elif file.aside:
+        aside.left_out[file.aside] += 1
+    elif is_hidden(file.relative):
+        aside.left_out[_HIDDEN] += 1
+    elif not is_text(file.path):
+        aside.rejects.append(reject(file.relative, "not_utf8", "the file's name is not UTF-8; rename it"))
+    else:
+        return True
+    return False
+
+
+def _kind(name: str) -> str:
+    """What a file that is no image is called in the counts."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    if not suffixes:
+        return "files without suffix"
+    if suffixes[-1] in (".heic", ".heif", ".hif"):
+        return f"{suffixes[-1]} (install pillow-heif to read them)"
+    return "".join(suffixes[-2:]) if suffixes[-2:-1] == [".tar"] else shown(suffixes[-1])
 
 
 def _location(path: str, source: str, base: str) -> str:
@@ -123,57 +201,99 @@ def _location(path: str, source: str, base: str) -> str:
     return parts._replace(path=parts.path.rstrip("/") + quote(path.removeprefix(base))).geturl()
 
 
-def _images_in(
-    system: pafs.FileSystem, path: PurePosixPath, relative: str, size: int, rejects: list[dict[str, str]]
-) -> Iterator[_Image]:
-    """The images of one file: itself, a tar's members, or a Parquet file's rows."""
-    if path.suffix in _CONTAINERS:
-        with system.open_input_file(str(path)) as stream:  # one that cannot be opened may be there the next time: no reject
+def _images_in(system: pafs.FileSystem, file: File, aside: _Aside) -> Iterator[_Image]:
+    """(path, key, offset, length) of the images of one file: itself, a tar's members, or a Parquet file's rows."""
+    kind = PurePosixPath(file.path).suffix.lower()
+    if kind in _CONTAINERS:
+        with system.open_input_file(file.path) as stream:  # one that cannot be opened may be there the next time: no reject
             try:
-                yield from _CONTAINERS[path.suffix](stream, str(path))
-            except (OSError, pa.ArrowException, tarfile.TarError) as error:
-                rejects.append(reject(relative, "unreadable", str(error).strip()))
-    elif _has_image_suffix(relative):
-        yield relative, 0, size
+                yield from _CONTAINERS[kind](stream, file, aside)
+            except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+                aside.rejects.append(reject(file.relative, "unreadable", str(error).strip()))
+    elif has_suffix(file.relative):
+        yield file.relative, without_suffix(file.relative), 0, file.size
+    else:
+        aside.left_out[_kind(file.relative)] += 1
 
 
-def _members(stream: pa.NativeFile, path: str) -> Iterator[_Image]:
-    """Images of a tar file. Raises TarError where it is broken."""
-    with tarfile.open(fileobj=stream, mode="r:") as archive:
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has seen
-            if member.isfile() and _has_image_suffix(member.name):
-                yield member.name, member.offset_data, member.size
-        if stream.read_at(tarfile.BLOCKSIZE, archive.offset).strip(tarfile.NUL):  # tarfile takes a broken header for the end
-            raise tarfile.ReadError(f"the header at byte {archive.offset} is broken")
+def _members(stream: pa.NativeFile, file: File, aside: _Aside) -> Iterator[_Image]:
+    """Images of a tar file."""
+    found = read_members(stream)
+    linked, again = resolve(found)
+    members = [*found.files, *linked]
+    key_of = naming(name for name, _, _ in members)
+    for name, offset, length in members:
+        if is_hidden(name):
+            aside.left_out[_HIDDEN] += 1
+        elif not has_suffix(name):
+            aside.left_out[_kind(name)] += 1
+        elif not is_text(name):
+            aside.rejects.append(reject(f"{file.relative} {name}", "not_utf8", "the member's name is not UTF-8"))
+        else:
+            yield str(PurePosixPath(name)), key_of(name), offset, length
+    aside.left_out.update({AGAIN: again} if again else {})
+    aside.left_out.update({SPECIAL: found.special} if found.special else {})
+    aside.rejects += [reject(f"{file.relative} {name}", "unreadable", why) for name, why in found.broken]
+    if found.error:
+        aside.rejects.append(reject(file.relative, "unreadable", found.error))
 
 
-def _rows(stream: pa.NativeFile, path: str) -> Iterator[_Image]:
+def _rows(stream: pa.NativeFile, file: File, aside: _Aside) -> Iterator[_Image]:
     """Images of a Parquet file. Raises UserError when it has other columns, ArrowException or OSError where it is broken."""
-    file = pq.ParquetFile(stream)
-    _check_columns(file.schema_arrow, path)
-    keys = (key for block in file.iter_batches(LISTED_ROWS, columns=["key"]) for key in block["key"].to_pylist())
-    yield from ((key, row, 0) for row, key in enumerate(keys))
+    parquet = pq.ParquetFile(stream)
+    column = _key_column(parquet.schema_arrow, file.path)
+    blocks = (texts(block[0]) for block in _key_blocks(parquet, column))
+    for row, key in enumerate(chain.from_iterable(blocks)):
+        if not key:
+            aside.rejects.append(reject(f"{file.relative} row {row}", "no_key", "its key is null or empty"))
+        elif not is_text(key):
+            aside.rejects.append(reject(f"{file.relative} row {row}", "not_utf8", f"its key {key!r} is not UTF-8"))
+        else:
+            yield key, without_suffix(key), row, 0
 
 
-def _check_columns(schema: pa.Schema, path: str) -> None:
+def _key_blocks(parquet: pq.ParquetFile, column: str) -> Iterator[pa.RecordBatch]:
+    for block in parquet.iter_batches(LISTED_ROWS, columns=[column]):
+        yield pa.record_batch([block[0].field("path")], ["key"]) if column == "image.path" else block
+
+
+def texts(values: pa.Array | pa.ChunkedArray) -> list[str | None]:
+    """Texts, categories or whole numbers as texts; bytes that are not UTF-8 as surrogates."""
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if pa.types.is_integer(values.type):
+        return values.cast(pa.string()).to_pylist()
+    raw = values.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+    return [None if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
+
+
+def is_textual(kind: pa.DataType) -> bool:
+    """Whether `texts` takes a column of this type."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer)
+    return any(check(kind) for check in checks)
+
+
+def _key_column(schema: pa.Schema, path: str) -> str:
+    """The column that names a row's image: `key`, else the path beside its bytes. Raises UserError when columns lack."""
     found = {field.name: field.type for field in schema}
-    key, image = (found.get(name, pa.null()) for name in ("key", "image"))
-    if pa.types.is_struct(image):
-        image = next((field.type for field in image if field.name == "bytes"), pa.null())
-    if key not in _TEXT or image not in _BYTES:
+    image = found.get("image", pa.null())
+    inner = {field.name: field.type for field in image} if pa.types.is_struct(image) else {"bytes": image}
+    column, kind = ("key", found["key"]) if "key" in found else ("image.path", inner.get("path", pa.null()))
+    if not is_textual(kind) or inner.get("bytes") not in _BYTES:
         columns = ", ".join(f"{name} ({kind})" for name, kind in found.items())
         raise UserError(
             f"{path}: has the columns {columns}; give it `key`, the image's name as a string, and `image`, its encoded bytes "
-            "or a struct with them as `bytes`"
+            "or a struct with them as `bytes` (and, for want of a `key`, the name as `path`)"
         )
+    return column
 
 
-_CONTAINERS: dict[str, Callable[[pa.NativeFile, str], Iterator[_Image]]] = {".tar": _members, ".parquet": _rows}
-
-
-def _has_image_suffix(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+_HIDDEN = "hidden or system files"
+_CONTAINERS: dict[str, Callable[[pa.NativeFile, File, _Aside], Iterator[_Image]]] = {
+    ".tar": _members,
+    ".parquet": _rows,
+}
 
 
 class BytesReader:
@@ -185,7 +305,7 @@ class BytesReader:
     def read(self, uri: str, offset: int, length: int) -> bytes:
         """Encoded bytes of one image. Raises OSError when they cannot be read."""
         system, path = filesystem(uri)
-        if path.endswith(".parquet"):
+        if path.lower().endswith(".parquet"):
             return self._from_parquet(uri, offset)
         with system.open_input_file(path) as stream:
             return stream.read_at(length, offset)

@@ -1,5 +1,6 @@
 """The stage generate: pairs to pseudo triplets, one pairs part to one part, on a pool of actors."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,10 @@ from vdg.config import GenerateConfig
 from vdg.description import read_description
 from vdg.images import ImageSource, images_of
 from vdg.instruct import Instruct
-from vdg.prompts import says_no_change
+from vdg.prompts import is_garbled, says_no_change
+
+GARBLED = "garbled.json"  # number of deltas, and of those that are garbled
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,7 +34,7 @@ class Generate(Stage):
     Pairs whose delta is empty, or says no change if so asked, are rejected.
     """
 
-    version = 4
+    version = 5
     table = "pseudo_triplets"
     pairs: Stage
     vdg: Instruct
@@ -62,6 +66,18 @@ class Generate(Stage):
         images.check(_image_ids(pairs), f"mine: {pairs.uri}")
         job = Generation(output, images, pairs, model, self.config, self.seed)
         run_actors(PartGenerator, job, pairs.part_rows(), self.resources, run.monitor, "delta")
+        _flag_garbled(output)
+
+
+def _flag_garbled(output: Output) -> None:
+    """Count the deltas that a generator which learned little writes, and say so."""
+    deltas = output.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist()
+    garbled = [texts[0] for texts in deltas if is_garbled(texts[0])]
+    output.write_json(GARBLED, {"deltas": len(deltas), "garbled": len(garbled)})
+    if garbled:
+        _LOG.warning(
+            "generate: %d of %d deltas are garbled or repeat themselves: %r", len(garbled), len(deltas), garbled[0][:80]
+        )
 
 
 @dataclass(frozen=True)

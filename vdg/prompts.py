@@ -77,8 +77,8 @@ def answer_ids(tokenizer: Any, text: str, max_tokens: int, before: str = ":", ga
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text alone, without the tokenizer's own begin and end."""
-    return tokenizer.encode(text, add_special_tokens=False)
+    """Ids of a text alone, without the tokenizer's own begin and end; what looks like a special token is text as well."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def clean(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -90,6 +90,14 @@ def clean(tokenizer: Any, ids: Sequence[int]) -> str:
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids) - 1
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     return " ".join(text.rpartition(":")[2].split())
+
+
+def is_garbled(text: str) -> bool:
+    """Whether a delta holds U+FFFD, half of a character, or mostly repeats itself: of five words or more few are distinct."""
+    words = re.findall(r"\w+", text.lower()) or text.split()
+    if "\ufffd" in text or (len(words) >= 5 and len(set(words)) <= 0.4 * len(words)):
+        return True
+    return re.search(r"(.{1,8}?)\1{9}", text) is not None  # in one word, or without any
 
 
 _NO_CHANGE = re.compile(

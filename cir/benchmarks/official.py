@@ -91,7 +91,7 @@ class IngestImages(IngestGallery):
         """Any other file of the folder is left alone. Raises UserError naming the absent ones: a benchmark is ranked whole."""
         known, images = self.annotations.names(), self.images.path
         config = _gallery(output, known, images)
-        _, rejects = list_images(config, self.images.field)
+        rejects = list_images(config, self.images.field).rejects
         if absent := [row["key"] for row in rejects if row["reason"] == "missing_image"]:
             first = known[absent[0]] or f"{absent[0]}.<suffix>"
             raise UserError(

@@ -33,7 +33,7 @@ class DeltaTokenizer:
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """Tokens int64 [len(texts), length], padded to the longest text and cut at 32."""
-        options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": MAX_LENGTH}
+        options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": MAX_LENGTH, "split_special_tokens": True}
         return self.tokenizer(texts, return_tensors="pt", **options)["input_ids"]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import regex
 import torch
 from torch import nn
 
@@ -37,6 +38,7 @@ class OpenClipText(TextEncoder):
         if tower.max_length < context:
             _shorten(self.tower, tower.max_length)
         self.tokenizer = open_clip.get_tokenizer(name, context_length=min(tower.max_length, context))
+        _split_special_tokens(self.tokenizer)
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
         """All texts padded to the context's length, as the tower's pooling expects."""
@@ -45,6 +47,15 @@ class OpenClipText(TextEncoder):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Features [B, width], as the library's `encode_text` gives them."""
         return self.tower(tokens)
+
+
+def _split_special_tokens(tokenizer: Any) -> None:
+    """What looks like a special token in a text is text as well: pooling takes the last place for the end's."""
+    if hasattr(tokenizer, "pat"):  # open_clip's own, whose pattern begins with its special tokens
+        special = "|".join(token for token in tokenizer.encoder if tokenizer.encoder[token] in tokenizer.all_special_ids)
+        tokenizer.pat = regex.compile(tokenizer.pat.pattern.removeprefix(f"{special}|"), tokenizer.pat.flags)
+    else:
+        tokenizer.tokenizer.split_special_tokens = True
 
 
 def _shorten(tower: Any, length: int) -> None:
@@ -73,7 +84,12 @@ class TransformersText(TextEncoder):
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
         """Texts padded to the longest of them."""
-        options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": self.max_length}
+        options: dict[str, Any] = {
+            "padding": True,
+            "truncation": True,
+            "max_length": self.max_length,
+            "split_special_tokens": True,
+        }
         return self.tokenizer(texts, return_tensors="pt", **options)["input_ids"]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -161,6 +161,12 @@ class RunConfig(Section):
                 raise ValueError(f"{field}: {name!r} is not defined; known are {sorted(known)}")
         names = ["evaluate", "queries", *self.ingest.galleries, *self.ingest.triplets, *self.ingest.captions]
         names += [f"excluded-{benchmark}" for benchmark in self.mine.exclude]
+        for section, given in (("embed.towers", self.embed.towers), ("train.variants", self.train.variants)):
+            for name in given:
+                if not re.fullmatch(r"\w[\w-]*", name):
+                    raise ValueError(
+                        f"{section}: the name {name!r} is part of a folder's name: use letters, digits, '_' and '-'"
+                    )
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"ingest: two sources have the name '{name}' ('evaluate' and 'queries' are taken); rename one")
@@ -219,9 +225,9 @@ class RunConfig(Section):
             found.append((f"ingest.{name}.gallery", gallery, galleries))
         found += [("mine.gallery", self.mine.gallery, galleries), ("mine.tower", self.mine.tower, towers)]
         found += [("train.tower", self.train.tower, towers), ("train.triplets", self.train.triplets, triplets)]
-        found += [("vdg.tower", self.vdg.tower, towers)] if self.vdg.tower else []
+        found += [("vdg.tower", self.vdg.tower, towers)] if self.vdg.tower is not None else []
         found += [("instruct.triplets", self.instruct.triplets, triplets)]
-        found += [("mine.triplets", self.mine.triplets, triplets)] if self.mine.triplets else []
+        found += [("mine.triplets", self.mine.triplets, triplets)] if self.mine.triplets is not None else []
         found += [("align.captions", self.align.captions, self.ingest.captions)] if self.align else []
         for variant in self.train.variants:
             found.append((f"train.variants.{variant}.triplets", self.train.variant(variant).triplets, triplets))

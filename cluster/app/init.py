@@ -17,11 +17,12 @@ from cluster.errors import UserError
 from mining import tables
 from mining.config import GalleryConfig
 from mining.labelled import read_captions, read_triplets
-from mining.sources import list_images
+from mining.sources import counted, list_images
 
 FEW_TRIPLETS = 50  # fewer cannot be split into folds that say anything
 HELD_OUT = 0.2  # share of the labelled triplets that become test queries where none are given
 LEAST_QUERIES = 5
+NAMED_REJECTS = 10
 _Row = dict[str, Any]
 
 
@@ -62,12 +63,13 @@ def write_config(folder: Path, images: str, triplets: str, queries: str | None, 
 
 def _images(images: str) -> dict[str, int]:
     """Id by name."""
-    index, rejects = list_images(GalleryConfig(images=images), "--images")
+    index, rejects, left_out = list_images(GalleryConfig(images=images), "--images")
     names = index["key"].to_pylist()
-    console.print(f"{len(names):,} images")
-    if rejects:
-        first = f"{rejects[0]['key']}: {rejects[0]['reason']} ({rejects[0]['detail']})"
-        console.print(f"{len(rejects)} file(s) will be rejected, the first: {first}")
+    console.print(f"{len(names):,} images, {len(rejects)} files rejected")
+    for row in rejects[:NAMED_REJECTS]:
+        console.print(f"{images}: rejected {row['key']}: {row['reason']}: {row['detail']}")
+    if left_out:
+        console.print(f"{images}: left out {counted(left_out)}")
     return {name: tables.stable_id("photos", name) for name in names}
 
 

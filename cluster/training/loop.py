@@ -7,6 +7,7 @@ workers sees the same rows with other draws.
 """
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -157,6 +158,7 @@ def _train(output: Output, task: Task, config: TrainingConfig, seed: int, report
             torch.manual_seed(stable_seed(seed, step, rank))
             losses = [forward_backward(engine, batch) for batch in current]
             state["step"] = step + 1
+            _check_finite(losses, state["step"], engine.device)
             found = _report(engine, output, task, config, losses, state)
             if rank == 0 and (found or step == begun):  # the first step shows that the work has begun
                 report(found or {"step": step + 1})
@@ -213,6 +215,18 @@ def _report(
     if checkpoint:
         save_checkpoint(engine, output, task.best_metric, state)
     return report
+
+
+def _check_finite(losses: list[dict[str, float]], step: int, device: Any) -> None:
+    """Raises UserError on all ranks when a loss of any is not finite: every later step would train on it."""
+    import torch
+
+    wrong = next((f"{name} is {value}" for loss in losses for name, value in loss.items() if not math.isfinite(value)), None)
+    flag = torch.tensor(float(wrong is not None), device=device)
+    torch.distributed.all_reduce(flag)
+    if flag.item():
+        found = wrong or "another worker's loss is not finite"
+        raise UserError(f"training: step {step}: {found}; lower learning_rate, set gradient_clip, or take precision fp32")
 
 
 def _mean_over_ranks(losses: list[dict[str, float]], device: Any) -> dict[str, float]:

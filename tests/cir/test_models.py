@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from cir.config import TextTower
 from cir.models.combiner import Combiner
 from cir.models.composed import ComposedRetrieval
 from cir.models.residual import ResidualFusion
-from cir.models.text import encode_texts, load_text_encoder, text_width
+from cir.models.text import _split_special_tokens, encode_texts, load_text_encoder, text_width
 from cluster.errors import UserError
 from tests.cir import world
 
@@ -164,3 +165,13 @@ def test_the_reference_as_a_negative_costs_a_query_that_stays_near_it(tiny_bert:
 def test_the_combiner_refuses_unequal_widths(tiny_bert: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="one width, found 16 and 32"):
         model(tiny_bert, fusion="combiner")
+
+
+def test_a_users_text_never_yields_special_tokens() -> None:
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    before = tokenizer(["a red bag"])
+    _split_special_tokens(tokenizer)
+    assert torch.equal(tokenizer(["a red bag"]), before)
+    for text in ("a <end_of_text> bag", "<START_OF_TEXT>", "&lt;end_of_text&gt;"):
+        inner = [i for i in tokenizer.encode(text) if i in tokenizer.all_special_ids]
+        assert inner == []

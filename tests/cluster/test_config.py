@@ -84,3 +84,50 @@ def test_relative_paths_start_at_the_file_that_names_them(tmp_path: Path) -> Non
     }
     for odd in (None, 3, [], {"files": None, "first": [1]}):
         assert in_folder(Whole, odd, tmp_path) == odd
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\na: 2",
+        "a: {b: 1, b: 2}",
+        "a: 2024-13-45",
+        "a: 2024-01-01",
+        "a: " + "9" * 5000,
+        "a: 99999999999999999999",
+        "a: " + "[" * 5000,
+        'a: "\\0"',
+        'a: "\\ud800"',
+        "a: \0",
+        "a: &x [*x]",
+        "a: !!binary xx",
+        "a: !!python/object:os.system x",
+        "a: !!int x",
+        "a: !!timestamp x",
+        "a: !!float ''",
+        "a: !!bool x",
+        "? [1]\n: 2",
+        "? {a: 1}\n: 2",
+        "1: 2",
+        "a: !!set {x}",
+        "<<: 1",
+    ],
+)
+def test_what_no_config_can_hold_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"a\.yaml: is not valid YAML"):
+        read_yaml(tmp_path / "a.yaml")
+    if text.startswith("a: ") and "\n" not in text:
+        with pytest.raises(UserError, match="--set"):
+            override({}, ["x.y=" + text.removeprefix("a: ")])
+
+
+@pytest.mark.parametrize("assignment", ["a..b=1", ".a=1", "a.=1", "\udcff=1", "a=\udcff", "a=\0"])
+def test_names_and_values_of_assignments(assignment: str) -> None:
+    with pytest.raises(UserError, match="--set"):
+        override({}, [assignment])
+
+
+def test_a_name_with_a_nul_is_no_file() -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_yaml(Path("a\0.yaml"))

@@ -8,7 +8,9 @@ from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.weights import Weights
+from mining import tables
 from mining.config import GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
+from mining.embed import Embedder
 from mining.embeddings import plain_parts, read_part
 from mining.features import Features, Online
 from mining.gallery import keys
@@ -140,3 +142,17 @@ def test_tokens_are_kept_apart(gallery: Output, tower: TowerConfig, tmp_path: Pa
     output = embed(gallery, tokens, tmp_path / "e", monitor, ViewsConfig())
     _, values = plain(output)
     assert values.shape[:2] == (24, 4)
+
+
+def test_a_value_that_is_not_finite_rejects_its_image(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"))
+    actor = object.__new__(Embedder)
+    values = np.ones((3, 1, 4), np.float16)
+    values[1, 0, 2], values[2] = np.nan, 1
+    actor.output, actor._embed = output, lambda pixels: values  # type: ignore[method-assign]
+    row = {"part": np.array(["part-00000.v0.parquet"]), "rows": np.array([3]), "image_id": np.array([[5, 6, 7]])}
+    none = np.zeros((1, 3), np.uint8)
+    actor({**row, "pixels": np.zeros((1, 3, 2, 2, 3), np.uint8), "reused": none, "earlier": np.array([""])})
+    table = output.read_table("part-00000.v0.parquet", tables.embeddings(1, 4))
+    assert table["image_id"].to_pylist() == [5, 7]
+    assert [(row["key"], row["reason"]) for row in output.rejects().to_pylist()] == [("6", "not_finite")]

@@ -1,14 +1,16 @@
+import struct
 import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from mining.config import TowerConfig, ViewsConfig
-from mining.images import _OPERATIONS, BadImage, _augment, _crop_box, decode, render
+from mining.images import _OPERATIONS, BadImage, _augment, _crop_box, _to_rgb, decode, render
 
 PROJECT = Path(__file__).parents[2]
 TOWER = TowerConfig(library="timm", model="unused", image_size=64)
@@ -36,18 +38,173 @@ def test_bad_images_have_a_reason(content: bytes, reason: str) -> None:
     assert error.value.reason == reason
 
 
-def dds_of_unknown_format() -> bytes:
-    """Pillow raises NotImplementedError for it."""
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     stream = BytesIO()
-    Image.new("RGB", (8, 8)).save(stream, "DDS")
-    content = bytearray(stream.getvalue())
-    content[80] = 153  # flags of the pixel format
-    return bytes(content)
+    image.save(stream, kind, **options)
+    return stream.getvalue()
 
 
-def test_an_image_is_bad_whatever_its_decoder_raises() -> None:
+@pytest.mark.parametrize("kind", ["DDS", "EPS", "ICO", "PCX", "TGA"])
+def test_other_formats_reach_no_decoder(kind: str) -> None:
+    with pytest.raises(BadImage, match="not_an_image: cannot identify"):
+        decode(encoded(Image.new("RGB", (8, 8)), kind))
+
+
+def test_postscript_starts_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(BadImage, match="not_an_image"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n%%EOF\n")
+
+
+def test_an_image_is_bad_whatever_its_decoder_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise NotImplementedError("Unknown pixel format")
+
+    monkeypatch.setitem(Image.OPEN, "JPEG", (fails, None))
     with pytest.raises(BadImage, match="not_an_image: Unknown pixel format"):
-        decode(dds_of_unknown_format())
+        decode(jpeg())
+
+
+def quadrants() -> Image.Image:
+    """Red, green, blue and white corners, wider than high."""
+    image = Image.new("RGB", (48, 32), "white")
+    for colour, box in (("red", (0, 0, 24, 16)), ("lime", (24, 0, 48, 16)), ("blue", (0, 16, 24, 32))):
+        image.paste(colour, box)
+    return image
+
+
+# what a camera that turns the scene so has stored, by EXIF's orientation
+STORED = {
+    1: lambda image: image,
+    2: ImageOps.mirror,
+    3: lambda image: image.rotate(180),
+    4: ImageOps.flip,
+    5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
+    6: lambda image: image.rotate(90, expand=True),
+    7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
+    8: lambda image: image.rotate(270, expand=True),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_photos_stand_upright(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = decode(encoded(STORED[orientation](quadrants()), kind, exif=exif))
+    assert image.size == (48, 32)
+    assert np.abs(np.asarray(image).astype(int)[4::8, 4::8] - np.asarray(quadrants())[4::8, 4::8]).max() < 40
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
+def test_broken_tags_do_not_spoil_the_image(exif: bytes) -> None:
+    assert decode(encoded(quadrants(), "JPEG", exif=exif)).size == (48, 32)
+
+
+RAMP = np.linspace(0, 1, 16).repeat(4).reshape(16, 4).T
+
+
+def grey(mode: str, white: float, kind: str = "TIFF", **options: Any) -> bytes:
+    types = {"I;16": np.uint16, "I;16B": ">u2", "I": np.int32, "F": np.float32}
+    return encoded(Image.fromarray((RAMP * white).astype(types[mode])), kind, **options)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        grey("I;16", 65535, "PNG"),
+        grey("I;16", 65535),
+        grey("I;16", 65535, compression="tiff_lzw"),
+        grey("I;16B", 65535),
+        grey("I;16", 65535, "JPEG2000"),
+        grey("I;16", 65535, "PPM"),
+        grey("I", 65535),
+        grey("I", 255),
+        grey("I", 2**31 - 1),
+        grey("F", 1),
+        grey("F", 255),
+        grey("F", 65535),
+        grey("F", 1, "PPM"),
+    ],
+)
+def test_every_depth_of_grey_keeps_its_shades(content: bytes) -> None:
+    shades = np.asarray(decode(content)).astype(float)
+    assert shades == pytest.approx(255 * RAMP[..., None].repeat(3, 2), abs=1.01)
+
+
+def test_unsigned_signed_and_broken_numbers() -> None:
+    unsigned = Image.fromarray((RAMP * (2**32 - 1)).astype(np.uint32).view(np.int32))
+    signed = Image.fromarray((2 * RAMP - 1).astype(np.float32))
+    tag = struct.pack("<HHII", 339, 3, 1, 2)  # the samples' format, which Pillow writes as signed
+    unsigned_file = encoded(unsigned, "TIFF").replace(tag, struct.pack("<HHII", 339, 3, 1, 1))
+    for content in (unsigned_file, encoded(signed, "TIFF")):
+        assert np.asarray(decode(content))[..., 0] == pytest.approx(255 * RAMP, abs=1.01)
+    holes = RAMP.astype(np.float32)
+    holes[0, 0], holes[1, 0], holes[2, 0] = np.nan, np.inf, -np.inf
+    assert np.asarray(decode(encoded(Image.fromarray(holes), "TIFF")))[..., 0].max() == 255
+
+
+def half_clear(mode: str) -> Image.Image:
+    """Black: its left half clear, the right half opaque."""
+    image = Image.new("RGBA", (16, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (8, 0, 16, 8))
+    return image.quantize(4) if mode == "P" else image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [(mode, "PNG") for mode in ("LA", "RGBA", "P")] + [("RGBA", kind) for kind in ("WEBP", "TIFF", "AVIF", "JPEG2000", "GIF")],
+)
+def test_what_is_clear_is_white(mode: str, kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    pixels = np.asarray(decode(encoded(half_clear(mode), kind, **options)))
+    assert pixels[:, :6].min() > 240
+    assert pixels[:, 10:].max() < 15
+
+
+@pytest.mark.parametrize(("mode", "clear"), [("L", 0), ("RGB", (0, 0, 0)), ("1", 0), ("I;16", 0)])
+def test_a_clear_colour_is_white(mode: str, clear: Any) -> None:
+    image = Image.new(mode, (16, 8))
+    image.paste({"RGB": (90, 90, 90), "I;16": 90 * 257, "1": 1}.get(mode, 90), (8, 0, 16, 8))
+    pixels = np.asarray(decode(encoded(image, "PNG", transparency=clear)))
+    assert (pixels[:, :8] == 255).all()
+    assert (pixels[:, 8:] == (255 if mode == "1" else 90)).all()
+
+
+MODES = (
+    *("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"),
+    *("CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"),
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    made = _to_rgb(Image.new(mode, (4, 3)))
+    assert (made.mode, made.size) == ("RGB", (4, 3))
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
+def test_every_mode_of_alpha_is_laid_on_white(mode: str) -> None:
+    assert _to_rgb(Image.new(mode, (2, 2))).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB"])
+def test_colours_stay_what_they_are(mode: str) -> None:
+    image = quadrants()
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        stored: Any = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    else:
+        stored = image.convert(mode)
+    pixels = np.asarray(decode(encoded(stored, "TIFF"))).astype(int)
+    assert np.abs(pixels[8::16, 12::24] - np.asarray(image)[8::16, 12::24]).max() < 25
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
+def test_of_several_frames_the_first_counts(kind: str) -> None:
+    content = encoded(quadrants(), kind, save_all=True, append_images=[Image.new("RGB", (48, 32), "black")])
+    image = decode(content)
+    assert np.abs(np.asarray(image).astype(int)[8::16, 12::24] - np.asarray(quadrants())[8::16, 12::24]).max() < 40
 
 
 def test_decompression_bomb_is_refused_before_it_is_decoded() -> None:
@@ -76,9 +233,7 @@ def test_views_depend_on_image_and_view_alone() -> None:
 
 def test_grey_and_transparent_images_become_rgb() -> None:
     for mode in ("L", "RGBA", "P"):
-        stream = BytesIO()
-        Image.new(mode, (30, 30)).save(stream, "PNG")
-        assert decode(stream.getvalue()).mode == "RGB"
+        assert decode(encoded(Image.new(mode, (30, 30)), "PNG")).mode == "RGB"
 
 
 def test_views_do_not_share_the_generator_of_the_training_thread() -> None:

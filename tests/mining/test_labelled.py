@@ -50,6 +50,11 @@ def cirr(pairid: int, reference: int, target: int, members: list[int], group: in
         ({"img_set": {"id": 1, "members": 5}}, "malformed_row"),
         ({"img_set": {"id": 1, "members": ["dev-0", "dev-7"]}}, "malformed_row"),
         ({"target": "ghost"}, "unknown_image"),
+        ({"target": "dev-0"}, "same_image"),
+        ({"target": "dev-0.png"}, "same_image"),
+        ({"captions": ["\ud800"]}, "not_utf8"),
+        ({"reference": "\udcff"}, "not_utf8"),
+        ({"other": {"deep": ["\ud800"]}}, "not_utf8"),
         ({}, "duplicate_name"),
     ],
 )
@@ -165,7 +170,7 @@ def test_a_webdatasets_keys_are_those_of_its_gallery(tmp_path: Path, photos: lis
     second = {"e.txt": b"no image", "f.jpg": images[4], "f.txt": "grün".encode(), "g.jpg": images[5]}
     tar(folder / "0.tar", first)
     tar(folder / "1.tar", second)
-    index, _ = list_images(GalleryConfig(images=str(folder)), "images")
+    index, *_ = list_images(GalleryConfig(images=str(folder)), "images")
     known = {key: place for place, key in enumerate(index["key"].to_pylist())}
     assert set(known) == {"00/a", "b.v2", "c", "d", "f", "g"}
     captions, rejects = captions_of(folder, known)
@@ -178,12 +183,70 @@ def test_one_parquet_file_is_gallery_and_captions(tmp_path: Path, photos: list[t
     rows = [{"key": key, "image": content, "caption": f"photo {key}"} for key, content in photos[:3]]
     file = tmp_path / "pairs.parquet"
     pq.write_table(pa.Table.from_pylist([*rows, {"key": "ghost", "image": b"", "caption": None}]), file)
-    index, _ = list_images(GalleryConfig(images=str(file)), "images")
+    index, *_ = list_images(GalleryConfig(images=str(file)), "images")
     known = {key: place for place, key in enumerate(index["key"].to_pylist()) if key != "ghost"}
     captions, rejects = captions_of(file, known)
     assert captions == {known[row["key"]]: row["caption"] for row in rows}
     assert rejects == [("row 3", "unknown_image")]
     assert captions_of(tmp_path, known)[0] == captions  # a folder of such files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.jsonl", '{"reference": "dev-0.jpg", "target": "dev-1", "captions": ["x"]}\n\n{broken\n'),
+        ("t.json", '{"reference": "dev-0.jpg", "target": "dev-1", "captions": ["x"]}\n{"reference": 1}\n'),
+        ("t.ndjson", '\ufeff{"reference": "dev-0", "target": "./dev-1.PNG", "text": "x"}\n[1]'),
+        ("t.csv", "\ufeffreference,target,caption\ndev-0,dev-1,x\ndev-0,dev-1,x,y\n"),
+        ("t.csv", "reference;target;captions\ndev-0;dev-1;\"['x']\"\ndev-0;dev-1\n"),
+        ("t.csv", 'reference,target,captions\r\ndev-0.jpg,dev-1.jpg,"[""x""]"\r\nghost,dev-1,x\r\n'),
+        ("t.tsv", "reference\ttarget\ttext\ndev-0\tdev-1\tx\ndev-0\tdev-0\tx\n"),
+        ("t.json", '[{"reference": "dev-0", "target": "dev-1", "caption": "x"}, null]'),
+    ],
+)
+def test_the_forms_of_labels(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    triplets, _, rejects = read_triplets(str(tmp_path / name), KNOWN)
+    assert [(row["reference_id"], row["target_id"], row["deltas"]) for row in triplets] == [(0, 1, ["x"])]
+    assert len(rejects) == 1
+
+
+def test_labels_in_another_encoding_are_rejected_row_by_row(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("image,caption\ndev-0,red\ndev-1,grün\n".encode("latin-1"))
+    assert captions_of(tmp_path / "t.csv") == ({0: "red"}, [("row 1", "not_utf8")])
+
+
+def test_pandas_categories_and_bad_texts_of_a_parquet_file(tmp_path: Path) -> None:
+    names = pa.array(["dev-0", "dev-1"]).dictionary_encode().cast(pa.dictionary(pa.int8(), pa.string()))
+    texts = pa.array([b"x", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"image": names, "text": texts}), tmp_path / "c.parquet")
+    assert captions_of(tmp_path / "c.parquet") == ({0: "x"}, [("row 1", "not_utf8")])
+    pq.write_table(
+        pa.table({"reference": names, "target": names.take(pa.array([1, 0])), "text": texts}), tmp_path / "t.parquet"
+    )
+    triplets, _, rejects = read_triplets(str(tmp_path / "t.parquet"), KNOWN)
+    assert ([row["deltas"] for row in triplets], [row["reason"] for row in rejects]) == ([["x"]], ["not_utf8"])
+
+
+def test_numbers_and_hugging_faces_path_name_images(tmp_path: Path) -> None:
+    assert captions_of(Path(write(tmp_path, [{"image": 7, "text": "x"}])), {"7": 0}) == ({0: "x"}, [])
+    pq.write_table(pa.table({"key": [7], "caption": ["x"]}), tmp_path / "a.parquet")
+    assert captions_of(tmp_path / "a.parquet", {"7": 0}) == ({0: "x"}, [])
+    pq.write_table(pa.table({"image": [{"bytes": b"", "path": "x/7.jpg"}], "caption": ["x"]}), tmp_path / "b.parquet")
+    assert captions_of(tmp_path / "b.parquet", {"x/7": 0}) == ({0: "x"}, [])
+
+
+def test_composed_and_decomposed_names_meet(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for name, key in ((composed, decomposed), (decomposed, composed), (f"{decomposed}.jpg", composed)):
+        assert captions_of(Path(write(tmp_path, [{"image": name, "caption": "x"}])), {key: 0}) == ({0: "x"}, [])
+
+
+def test_a_webdatasets_keys_end_where_images_and_captions_meet(tmp_path: Path) -> None:
+    file = tar(
+        tmp_path / "a.tar", {"1.image.jpg": b"x", "1.caption.txt": b"red", "2.image.jpg": b"x", "2.caption.txt": b"\xff"}
+    )
+    assert captions_of(file, {"1": 1, "2": 2}) == ({1: "red"}, [("row 1", "not_utf8")])
 
 
 @pytest.mark.parametrize("name", ["broken.tar", "broken.parquet", "none.parquet", "captions.csv"])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.numpy import save as save_arrays
@@ -23,7 +24,7 @@ from vdg.agreement import medoid
 from vdg.backbones import build, load_generator
 from vdg.config import GenerateConfig
 from vdg.description import DESCRIPTION, describe
-from vdg.generate import Generation, PartGenerator
+from vdg.generate import GARBLED, Generation, PartGenerator, _flag_garbled
 
 CONFIG = GenerateConfig(batch_size=3, temperature=2.0, max_new_tokens=7)
 PARTS = ["part-00000.parquet", "part-00001.parquet"]
@@ -135,6 +136,14 @@ def test_an_empty_delta_is_rejected(embeddings, pairs, model, tmp_path):
     assert len(output.read_table(PARTS[0], tables.TRIPLETS)) == len(output.read_table(f"scores/{PARTS[0]}", tables.SCORES)) == 4
     assert output.rejects()["key"].to_pylist() == ["2", "5", "6"]
     assert set(output.rejects()["reason"].to_pylist()) == {"empty_delta"}
+
+
+def test_garbled_deltas_are_counted(tmp_path):
+    output, row = Output(str(tmp_path / "out")), dict.fromkeys(tables.TRIPLETS.names, 1) | {"source": "vdg"}
+    rows = [{**row, "deltas": [text]} for text in ("is red", "red \ufffd", "is blue")]
+    output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.TRIPLETS), tables.TRIPLETS)
+    _flag_garbled(output)
+    assert output.read_json(GARBLED) == {"deltas": 3, "garbled": 1}
 
 
 def _scores(output: Output, scorer: str) -> dict[int, float]:

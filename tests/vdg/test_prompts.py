@@ -3,6 +3,7 @@
 import pytest
 
 from cluster.weights import Weights
+from tests import tiny
 from vdg.language import load_tokenizer
 from vdg.prompts import (
     IMAGE,
@@ -12,6 +13,7 @@ from vdg.prompts import (
     clean,
     conversation,
     encode,
+    is_garbled,
     pair_prompt,
     says_no_change,
 )
@@ -122,3 +124,32 @@ def test_no_change_is_recognised(text):
 )
 def test_a_delta_that_says_something_is_kept(text):
     assert not says_no_change(text)
+
+
+@pytest.mark.parametrize("text", ["</s>", "a <s> bag", "<image>", "</s></s>red"])
+def test_a_users_text_never_yields_special_tokens(text):
+    words = tiny.tokenizer(("<image>",))
+    ids = encode(words, text)
+    assert not set(ids) & set(words.all_special_ids)
+    assert words.decode(ids) == text
+    answer = answer_ids(words, text, 50)
+    assert set(answer[:-1]).isdisjoint(words.all_special_ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "garbled"),
+    [
+        ("a red \ufffd bag", True),
+        ("red red red red red red", True),
+        ("the bag the bag the bag the bag", True),
+        ("aaaaaaaaaaaaaaaaaaaa", True),
+        ("!!!!!!!!!!!!!!!!", True),
+        ("is red", False),
+        ("red and red", False),
+        ("the same bag on the same table, but the bag is red", False),
+        ("show three bottles of soft drink", False),
+        ("有三瓶红色的汽水", False),
+    ],
+)
+def test_garbled_deltas(text, garbled):
+    assert is_garbled(text) == garbled

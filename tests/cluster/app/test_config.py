@@ -6,6 +6,7 @@ import pytest
 
 from cluster.app.config import RunConfig, content_of, load
 from cluster.app.graph import Graph, Sources
+from cluster.config import validate
 from cluster.errors import UserError
 
 TOWER = (
@@ -43,3 +44,15 @@ def test_what_a_config_extends(extends: str, said: str, tmp_path: Path, monkeypa
     Path("a.yaml").write_text(f"extends: {extends}")
     with pytest.raises(UserError, match=said):
         content_of("a.yaml")
+
+
+@pytest.mark.parametrize("name", ["../../../evil", "", "a/b", "a b", ".", "a\n"])
+def test_names_of_folders_are_checked(name: str) -> None:
+    content = content_of("demo")
+    tower = next(iter(content["embed"]["towers"].values()))
+    with pytest.raises(UserError, match=r"embed\.towers: .* is part of a folder's name"):
+        validate(
+            RunConfig, content | {"embed": {**content["embed"], "towers": {**content["embed"]["towers"], name: tower}}}, "x"
+        )
+    with pytest.raises(UserError, match="vdg"):
+        validate(RunConfig, content | {"vdg": {**content["vdg"], "tower": ""}}, "x")

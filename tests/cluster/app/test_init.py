@@ -101,3 +101,14 @@ def test_few_labels_are_a_warning(photo_folder: Path, triplets: str, tmp_path: P
 def test_a_file_in_the_place_of_the_folder(photo_folder: Path, triplets: str) -> None:
     with pytest.raises(UserError, match="already exists"):
         write_config(Path(triplets), str(photo_folder), triplets, None, None)
+
+
+def test_rejected_and_left_out_files_are_named(
+    photo_folder: Path, triplets: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (photo_folder / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (photo_folder / "notes.txt").touch()
+    write_config(tmp_path / "own", str(photo_folder), triplets, None, None)
+    said = "".join(capfd.readouterr().err.split())
+    assert "rejectedgone.jpg:unreadable" in said
+    assert "leftout1.txt" in said

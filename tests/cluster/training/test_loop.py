@@ -162,6 +162,16 @@ def test_a_users_mistake_in_local_mode(ray_session: None, tmp_path: Path, monito
     train(Output(str(tmp_path / "next")), RegressionTask(), config(steps=2), 0, LOCAL, monitor)  # nothing is left behind
 
 
+class NotFinite(RegressionTask):
+    def batch(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+        return {name: value * float("nan") for name, value in super().batch(rows, rng).items()}
+
+
+def test_a_loss_that_is_not_finite_stops_at_once(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    with pytest.raises(UserError, match="step 1: loss is nan; lower learning_rate"):
+        train(Output(str(tmp_path / "out")), NotFinite(), config(), 0, WorkerResources(workers=0), monitor)
+
+
 class DivergedTask(RegressionTask):
     def validate(self, module: Regression) -> dict[str, float]:
         raise UserError("the training diverged")
