@@ -48,8 +48,8 @@ class Schedule:
         self.running: dict[Stage, threading.Thread] = {}
         self.ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
 
-    def run(self, first: Callable[[Stage], bool], started: Callable[[list[Stage]], None]) -> None:
-        """Do them all. `first` tells which of those that are ready go first; `started` hears what runs, and only that.
+    def run(self, first: Callable[[Stage], bool], started: Callable[[list[Stage], list[Stage]], None]) -> None:
+        """Do them all. `first` tells which of those that are ready go first; `started` hears what runs and what waits.
 
         After a failure no other stage starts; when those that run have ended, the first failure is raised. KeyboardInterrupt
         and SystemExit of the main thread, or in a stage, end those that run.
@@ -59,7 +59,7 @@ class Schedule:
             while self.running or (self.waiting and failure is None):
                 if failure is None:
                     self._start(first)
-                    started(list(self.running))
+                    started(list(self.running), list(self.waiting))
                 stage, error = self._next()
                 self.running.pop(stage).join()
                 if isinstance(error, KeyboardInterrupt | SystemExit):
