@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -73,14 +74,21 @@ class _Driver:
         self.recording = Lock()  # two that enter a model under one name would both create it
 
     def do(self, stages: list[Stage]) -> None:
-        """Those for which workers wait go first; workers for which no stage runs are let go."""
+        """Those for which workers wait go first."""
         import ray
 
         room = Room(ray.cluster_resources(), self.config.resources.stages)
         Schedule(stages, room, self._do).run(
-            first=lambda stage: self.groups.waiting(resources_of(stage)),
-            started=lambda running: self.groups.keep([resources_of(stage) for stage in running]),
+            first=lambda stage: self.groups.waiting(resources_of(stage)), started=partial(self._let_go, room)
         )
+
+    def _let_go(self, room: Room, running: list[Stage], waiting: list[Stage]) -> None:
+        """Workers that wait for a stage to come stay where there is room for them beside the stages at work."""
+        kept = list(running)
+        for stage in waiting:
+            if self.groups.waiting(resources_of(stage)) and room.takes(stage, kept):
+                kept.append(stage)
+        self.groups.keep([resources_of(stage) for stage in kept])
 
     def _do(self, stage: Stage) -> None:
         root = self.config.root

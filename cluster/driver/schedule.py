@@ -1,6 +1,7 @@
 """Doing stages side by side: each in a thread of the driver, as soon as its parents are done and there is room for it."""
 
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from cluster.config import Resources
 from cluster.driver.interrupt import interrupt
 from cluster.driver.progress import console
 from cluster.stage import Stage
+from cluster.training.groups import THREAD
 
 LOOK = 0.5  # seconds between looks for a signal
 GRACE = 15.0  # seconds in which an interrupted stage ends; one that waits in native code ends with the process
@@ -48,8 +50,8 @@ class Schedule:
         self.running: dict[Stage, threading.Thread] = {}
         self.ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
 
-    def run(self, first: Callable[[Stage], bool], started: Callable[[list[Stage]], None]) -> None:
-        """Do them all. `first` tells which of those that are ready go first; `started` hears what runs, and only that.
+    def run(self, first: Callable[[Stage], bool], started: Callable[[list[Stage], list[Stage]], None]) -> None:
+        """Do them all. `first` tells which of those that are ready go first; `started` hears what runs and what waits.
 
         After a failure no other stage starts; when those that run have ended, the first failure is raised. KeyboardInterrupt
         and SystemExit of the main thread, or in a stage, end those that run.
@@ -59,7 +61,7 @@ class Schedule:
             while self.running or (self.waiting and failure is None):
                 if failure is None:
                     self._start(first)
-                    started(list(self.running))
+                    started(list(self.running), list(self.waiting))
                 stage, error = self._next()
                 self.running.pop(stage).join()
                 if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -79,7 +81,8 @@ class Schedule:
         for stage in sorted(ready, key=lambda stage: not first(stage)):
             if self.room.takes(stage, list(self.running)):
                 self.waiting.remove(stage)
-                self.running[stage] = threading.Thread(target=self._work, args=(stage,), daemon=True, name=stage.instance)
+                name = f"{THREAD} {stage.instance}"
+                self.running[stage] = threading.Thread(target=self._work, args=(stage,), daemon=True, name=name)
                 self.running[stage].start()
 
     def _work(self, stage: Stage) -> None:
@@ -98,6 +101,7 @@ class Schedule:
                 continue
 
     def _interrupt(self) -> None:
+        signal.alarm(0)  # Ray's handler of SIGTERM lets a process that takes more than 3 s to end abort
         for thread in self.running.values():
             interrupt(thread)
         until = time.monotonic() + GRACE

@@ -1,7 +1,9 @@
 """The Ray session of a driver, with the defaults that long runs need, and quiet terminals."""
 
+import atexit
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from pydantic import Field
 
 from cluster.config import Section
 from cluster.errors import UserError
+from cluster.training.groups import THREAD
 
 # OpenMP's threads spin at a barrier, by default for milliseconds: on a core that the one they wait for needs, where another
 # process has its own. Not to spin at all costs a quarter of an idle machine's speed.
@@ -56,12 +59,21 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
                 raise UserError(
                     f"resources.ray.address: no Ray cluster takes us at {address}: {why}\n`vdg doctor` checks address and token"
                 ) from error
+    atexit.register(_leave)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = 2  # a node lost while a model loads is no reason to fail
     context.execution_no_progress_timeout_s = -1  # one batch of a large model may take long
     context.target_max_block_size = 1 << 30  # a block is one part: never split it
+
+
+def _leave() -> None:
+    """End Ray, and wait for threads that waited for it: one that wakes up after Python has ended aborts the process."""
+    ray.shutdown()
+    for thread in threading.enumerate():
+        if thread.name.startswith(THREAD):
+            thread.join(5)
 
 
 @contextmanager

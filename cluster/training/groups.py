@@ -15,6 +15,7 @@ from cluster.config import WorkerResources
 from cluster.errors import UserError
 
 LEAVE = 15.0  # seconds in which the workers of a group have gone
+THREAD = "vdg"  # begins the names of threads that wait for Ray
 POLL = 0.2  # seconds between looks into the mailbox
 FOLDER = ".workers"  # of a group's first output: what Ray Train keeps of the group
 Job = Callable[[Callable[[Any], None]], None]  # done by every worker; what it is given takes reports, of rank 0 alone
@@ -72,7 +73,7 @@ class Group:
         actor: Any = ray.remote(Mailbox)
         self.mailbox = actor.options(num_cpus=0, scheduling_strategy=here).remote()
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._fit, daemon=True)
+        self.thread = threading.Thread(target=self._fit, daemon=True, name=f"{THREAD} workers")
         self.thread.start()
 
     def _fit(self) -> None:
