@@ -90,6 +90,13 @@ class LossConfig(Section):
         True, description="the pseudo term is over labelled and pseudo triplets together, or over the pseudo ones alone"
     )
     tdm: bool = Field(False, description="blip: add target-delta matching")
+    alike: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="cosine of two targets above which neither is the other's negative: they may show the same thing; "
+        "None: only the same image is none, as in the paper",
+    )
     reference_negative: bool = Field(False, description="each query's own reference image is one of its negatives")
 
 
@@ -229,6 +236,7 @@ class EvaluateConfig(Section):
     )
     batch_size: int = Field(256, gt=0, description="queries a forward pass")
     baseline: str = Field("supervised", description="variant that the others' gains are measured against")
+    oracle: str = Field("oracle", description="variant that knows more labels: of its gain the others' share is given")
     resamples: int = Field(10_000, gt=0, description="of the paired bootstrap")
 
     @model_validator(mode="after")

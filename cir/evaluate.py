@@ -57,7 +57,7 @@ class Evaluate(Stage):
     each number is) and, for benchmarks with a server, submission files: these alone where labels are hidden.
     """
 
-    version = 4
+    version = 5
     queries: Stage
     gallery: Stage
     embeddings: Stage
@@ -100,7 +100,7 @@ class Evaluate(Stage):
         inputs = _Inputs(output, benchmark, Embedded(embeddings), self.config.batch_size)
         found, extra = _figures(inputs, trained, {} if benchmark.hidden else rows, self.resources, run.monitor)
         output.write_json("metrics.json", figures.by_variant(found))
-        output.write_json("gain.json", figures.gains(found, self.config))
+        output.write_json("gain.json", figures.gains(found, self.config, benchmark.classes_of_queries))
         _write_controls(output, extra, left_out)
 
 

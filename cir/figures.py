@@ -47,8 +47,12 @@ def by_variant(figures: dict[str, Figures]) -> dict[str, dict[str, dict[str, Any
     return {variant: summary(models) for variant, models in _seeds(figures).items()}
 
 
-def gains(figures: dict[str, Figures], config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """variant -> its gain over the baseline in the headline, values averaged over seeds; empty without a baseline."""
+def gains(figures: dict[str, Figures], config: EvaluateConfig, classes: np.ndarray) -> dict[str, dict[str, Any]]:
+    """variant -> its gain over the baseline in the headline, values averaged over seeds; empty without a baseline.
+
+    `gap` is the share that it closes of the gain of the variant `evaluate.oracle`, where there is one that gains. Intervals
+    resample `classes`, int [queries]: what each query asks for.
+    """
     metric = config.headline
     means = {variant: _mean([model[metric] for model in models]) for variant, models in _seeds(figures).items()}
     if (baseline := means.pop(config.baseline, None)) is None:
@@ -57,10 +61,18 @@ def gains(figures: dict[str, Figures], config: EvaluateConfig) -> dict[str, dict
         variant: {
             "baseline": config.baseline,
             "metric": metric,
-            **asdict(metrics.paired_bootstrap(values, baseline, config.resamples)),
+            **asdict(metrics.paired_bootstrap(values, baseline, classes, config.resamples)),
+            "gap": _gap(values, baseline, means.get(config.oracle), classes, config.resamples),
         }
         for variant, values in means.items()
     }
+
+
+def _gap(
+    values: np.ndarray, baseline: np.ndarray, oracle: np.ndarray | None, classes: np.ndarray, resamples: int
+) -> dict[str, float] | None:
+    found = None if oracle is None else metrics.gap_closed(values, baseline, oracle, classes, resamples)
+    return None if found is None else asdict(found)
 
 
 def _seeds(figures: dict[str, Figures]) -> dict[str, list[Figures]]:

@@ -47,15 +47,17 @@ class Negatives(NamedTuple):
     mask: torch.Tensor  # bool [n, m]: whether candidate j is a negative of row i
 
 
-def negatives(pairs: Pairs, scale: torch.Tensor) -> tuple[Negatives, Negatives]:
+def negatives(pairs: Pairs, scale: torch.Tensor, alike: float | None = None) -> tuple[Negatives, Negatives]:
     """Those of each query among the targets, and of each target among the queries; `scale` is 1 / tau.
 
-    Rows with the same target image are no negatives of each other. Where `references` are given, each query has one more
-    candidate, its own reference, unless that is its target.
+    Rows with the same target image are no negatives of each other, nor those whose targets' cosine exceeds `alike`. Where
+    `references` are given, each query has one more candidate, its own reference, unless that is its target.
     """
     similarities = scale.float() * pairs.queries.float() @ pairs.targets.float().T
     own = similarities.diagonal()[:, None]
     mask = pairs.target_ids[:, None] != pairs.target_ids[None, :]
+    if alike is not None:
+        mask &= pairs.targets.float() @ pairs.targets.float().T <= alike
     queries = Negatives(similarities.T - own, mask)
     if pairs.references is None:
         return Negatives(similarities - own, mask), queries
@@ -64,17 +66,17 @@ def negatives(pairs: Pairs, scale: torch.Tensor) -> tuple[Negatives, Negatives]:
     return Negatives(torch.cat([similarities, reference], 1) - own, torch.cat([mask, other], 1)), queries
 
 
-def info_nce(pairs: Pairs, scale: torch.Tensor) -> torch.Tensor:
+def info_nce(pairs: Pairs, scale: torch.Tensor, alike: float | None = None) -> torch.Tensor:
     """Symmetric InfoNCE, the mean of both directions.
 
     With N(i) the negatives of row i: L_c = mean_i log( 1 + sum_{j in N(i)} e^{s_ij - s_ii} ), and the same from targets to
     queries, halved.
     """
-    to_targets, to_queries = negatives(pairs, scale)
+    to_targets, to_queries = negatives(pairs, scale, alike)
     return (_log_sum(0.0, *to_targets).mean() + _log_sum(0.0, *to_queries).mean()) / 2
 
 
-def hn_nce(pairs: Pairs, scale: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
+def hn_nce(pairs: Pairs, scale: torch.Tensor, alpha: float, beta: float, alike: float | None = None) -> torch.Tensor:
     """HN-NCE (Radenovic et al., arXiv 2301.02280), the sum of both directions, in log space.
 
     L_c = mean_i log( alpha + sum_{j in N(i)} w_ij e^{s_ij - s_ii} ), and the same from targets to queries, with
@@ -82,7 +84,8 @@ def hn_nce(pairs: Pairs, scale: torch.Tensor, alpha: float, beta: float) -> torc
     the paper's n - 1 where no target repeats. Gradients flow through w. alpha = 1, beta = 0 is twice InfoNCE.
     """
     to_targets, to_queries = (
-        _log_sum(math.log(alpha), side.margins + log_weights(side, beta), side.mask).mean() for side in negatives(pairs, scale)
+        _log_sum(math.log(alpha), side.margins + log_weights(side, beta), side.mask).mean()
+        for side in negatives(pairs, scale, alike)
     )
     return to_targets + to_queries
 
@@ -102,7 +105,9 @@ def _log_sum(first: float, exponents: torch.Tensor, mask: torch.Tensor) -> torch
 
 def contrastive(pairs: Pairs, scale: torch.Tensor, config: LossConfig) -> torch.Tensor:
     """L_c as the config has it."""
-    return info_nce(pairs, scale) if config.contrastive == "info_nce" else hn_nce(pairs, scale, config.alpha, config.beta)
+    if config.contrastive == "info_nce":
+        return info_nce(pairs, scale, config.alike)
+    return hn_nce(pairs, scale, config.alpha, config.beta, config.alike)
 
 
 def semi_supervised(pairs: Pairs, labelled: int, scale: torch.Tensor, config: LossConfig) -> dict[str, torch.Tensor]:

@@ -214,10 +214,44 @@ class Gain:
     high: float
 
 
-def paired_bootstrap(hits: np.ndarray, baseline: np.ndarray, resamples: int = 10_000, seed: int = 0) -> Gain:
-    """Gain of `hits` over `baseline`, both [queries] in 0..1 (averaged over seeds), resampling queries with replacement."""
+def paired_bootstrap(
+    hits: np.ndarray, baseline: np.ndarray, classes: np.ndarray | None = None, resamples: int = 10_000, seed: int = 0
+) -> Gain:
+    """Gain of `hits` over `baseline`, both [queries] in 0..1 (averaged over seeds), with a cluster bootstrap's interval.
+
+    Resampled with replacement are `classes`, int [queries]: what each query asks for. Queries for one thing are hit or missed
+    together, so that as many independent ones would claim too narrow an interval. None: each query asks for its own.
+    """
     differences = 100.0 * (hits - baseline)
-    rng = np.random.default_rng(seed)
-    means = [differences[rng.integers(len(differences), size=len(differences))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Gain(float(differences.mean()), float(low), float(high))
+    means = _resampled(np.stack([differences]), classes, resamples, seed)[0]
+    return Gain(float(differences.mean()), *_interval(means))
+
+
+def gap_closed(
+    hits: np.ndarray, baseline: np.ndarray, best: np.ndarray, classes: np.ndarray | None = None, resamples: int = 10_000
+) -> Gain | None:
+    """(hits - baseline) / (best - baseline), a share; resampled as `paired_bootstrap`. None where `best` gains nothing."""
+    gain, whole = 100.0 * (hits - baseline), 100.0 * (best - baseline)
+    if whole.mean() <= 0:
+        return None
+    means = _resampled(np.stack([gain, whole]), classes, resamples, seed=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.where(means[1] > 0, means[0] / means[1], np.inf * np.sign(means[0]))
+    return Gain(float(gain.mean() / whole.mean()), *_interval(shares))
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _resampled(values: np.ndarray, classes: np.ndarray | None, resamples: int, seed: int) -> np.ndarray:
+    """Means float64 [k, resamples] of `values` [k, queries] over classes drawn with replacement."""
+    _, places = np.unique(np.arange(values.shape[1]) if classes is None else classes, return_inverse=True)
+    counts = np.bincount(places)
+    sums = np.stack([np.bincount(places, row) for row in values])
+    rng, means = np.random.default_rng(seed), np.empty((len(values), resamples))
+    for i in range(resamples):
+        drawn = rng.integers(len(counts), size=len(counts))
+        means[:, i] = sums[:, drawn].sum(axis=1) / counts[drawn].sum()
+    return means

@@ -73,10 +73,10 @@ class TowerConfig(Section):
     model: str = Field(description="the library's name of the model; for transformers unused when weights name it")
     weights: Weights | None = Field(None, description="None: random, for tests only")
     by_order: bool = Field(False, description="the file's tensors match the model's in order, not by name")
-    output: Literal["pooled", "tokens", "qformer", "projected"] = Field(
+    output: Literal["pooled", "levels", "tokens", "qformer", "projected"] = Field(
         "pooled",
-        description="one vector an image, one a patch, one a query of InstructBLIP's or BLIP-2's Q-Former, "
-        "or BLIP's one of its retrieval space (not normalised)",
+        description="one vector an image; the same joined with those of earlier levels, which hold colour (timm); one a "
+        "patch; one a query of InstructBLIP's or BLIP-2's Q-Former; or BLIP's one of its retrieval space (not normalised)",
     )
     image_size: int = Field(224, gt=0, description="pixels a side")
     resize: Literal["crop", "squash"] = Field("crop", description="shorter side then centre crop, or both sides")
@@ -93,6 +93,8 @@ class TowerConfig(Section):
         for output, models in (("qformer", "InstructBLIP or BLIP-2"), ("projected", "a BLIP retrieval model")):
             if self.output == output and self.library != "transformers":
                 raise ValueError(f"output '{output}' needs 'library: transformers' and the weights of {models}")
+        if self.output == "levels" and self.library != "timm":
+            raise ValueError("output 'levels' needs 'library: timm'")
         return self
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cluster.devices import device, uses_bf16
@@ -181,8 +182,18 @@ def preprocessing(config: TowerConfig) -> tuple[_Colour, _Colour]:
 def _forward_timm(model: Any, images: torch.Tensor, output: str) -> torch.Tensor:
     if output == "pooled":
         return model(images)
+    if output == "levels":
+        last, levels = model.forward_intermediates(images)
+        vectors = [model.forward_head(last), *(_middle(level) for level in levels)]
+        return torch.cat([functional.normalize(vector.float(), dim=1) for vector in vectors], 1)
     features = model.forward_features(images)
     return features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
+
+
+def _middle(level: torch.Tensor) -> torch.Tensor:
+    """Mean [B, channels] of the middle quarter of a map [B, channels, height, width]: more of the object, less around it."""
+    top, left = (side // 4 for side in level.shape[2:])
+    return level[:, :, top : level.shape[2] - top, left : level.shape[3] - left].mean((2, 3))
 
 
 def _forward_open_clip(model: Any, images: torch.Tensor, output: str) -> torch.Tensor:

@@ -86,6 +86,11 @@ class Benchmark(ABC):
         return np.stack([np.isin(row, query.targets) for row, query in rows])
 
     @property
+    def classes_of_queries(self) -> np.ndarray:
+        """int64 [queries]: equal where queries ask for the same thing: here the same target."""
+        return np.array([query.targets[0] if query.targets else -i - 1 for i, query in enumerate(self.queries)], np.int64)
+
+    @property
     def hidden(self) -> bool:
         """Whether the labels are with a server alone."""
         return not any(query.targets for query in self.queries)

@@ -32,6 +32,12 @@ class Triplets(Benchmark):
         targets = np.array([query.targets[0] for query in self.queries])
         return metrics.correct_by_attributes(image_ids, targets, dict(self.classes))
 
+    @property
+    def classes_of_queries(self) -> np.ndarray:
+        """By the target's attributes where there are any."""
+        targets = super().classes_of_queries
+        return targets if self.classes is None else np.array([self.classes[target] for target in targets.tolist()], np.int64)
+
     def figures(self, protocol: Protocol, ranking: pa.Table) -> dict[str, Figures]:
         """Rs@K over the queries whose groups list their members: known through triplets alone one would be too easy."""
         config, correct, ranks = self.config, correct_of(ranking), ranking["target_rank"].to_numpy()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.nn import functional
 
 from cir.config import LossConfig
 from cir.losses import (
@@ -271,3 +272,11 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_with_the_joined_batch(tmp_
             torch.testing.assert_close(found[f"{config.contrastive}.loss"], loss.detach())
             for name, parameter in model.named_parameters():
                 torch.testing.assert_close(found[f"{config.contrastive}.{name}"], parameter.grad)
+
+
+def test_targets_that_look_alike_are_no_negatives() -> None:
+    targets = functional.normalize(torch.tensor([[1.0, 0.0], [0.95, 0.3], [0.0, 1.0]]), dim=-1)
+    pairs = Pairs(targets, targets, torch.arange(3), torch.arange(3))
+    guarded, unguarded = negatives(pairs, torch.tensor(1.0), alike=0.9)[0], negatives(pairs, torch.tensor(1.0))[0]
+    assert guarded.mask.tolist() == [[False, False, True], [False, False, True], [True, True, False]]
+    assert unguarded.mask.sum() == 6

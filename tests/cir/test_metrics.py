@@ -136,3 +136,25 @@ def test_galleries_are_searched_apart(removed: bool) -> None:
     ]
     assert found.target_rank.tolist() == ranks
     assert ranks.count(metrics.UNRANKED) == 2
+
+
+def test_queries_for_one_thing_are_resampled_together() -> None:
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.arange(50), 20)
+    baseline = np.zeros(1000)
+    hits = np.repeat((rng.random(50) < 0.3).astype(float), 20)
+    alone, together = (metrics.paired_bootstrap(hits, baseline, by) for by in (None, classes))
+    assert alone.mean == together.mean
+    assert together.high - together.low == pytest.approx(np.sqrt(20) * (alone.high - alone.low), rel=0.1)
+
+
+def test_the_gap_closed_is_a_share_with_an_interval() -> None:
+    rng = np.random.default_rng(0)
+    baseline = (rng.random(1000) < 0.2).astype(float)
+    best = np.maximum(baseline, rng.random(1000) < 0.4)
+    half = np.where(np.arange(1000) % 2, best, baseline)
+    gap = metrics.gap_closed(half, baseline, best)
+    assert gap is not None
+    assert gap.low < 0.5 < gap.high
+    assert gap.mean == pytest.approx((half - baseline).mean() / (best - baseline).mean())
+    assert metrics.gap_closed(half, baseline, baseline) is None

@@ -8,13 +8,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from cluster.app.config import load
 from cluster.errors import UserError
 from cluster.weights import Weights
 from mining.config import TowerConfig, ViewsConfig
 from mining.images import render
-from mining.towers import ImageTower, _fold_batch_norm, check_projected
+from mining.towers import ImageTower, _fold_batch_norm, check_projected, normalised
 
 SMALL = {"model": "test_efficientnet", "library": "timm", "image_size": 64, "precision": "fp32"}
 PIXELS = torch.randint(0, 255, (2, 64, 64, 3), dtype=torch.uint8)
@@ -162,3 +163,17 @@ def test_the_preset_tower_names_fruit() -> None:
     *_, weight, bias = torch.load(config.weights.location(), weights_only=True).values()
     named = (ImageTower(config)(torch.from_numpy(np.stack(pixels)))[:, 0].cpu() @ weight.T + bias).argmax(dim=1)
     assert named.tolist() == [fruit[row["key"]] for row in photos if row["key"] in fruit]
+
+
+def test_levels_join_the_last_vector_with_the_middles_of_earlier_maps() -> None:
+    torch.manual_seed(0)
+    tower = ImageTower(TowerConfig(**SMALL, output="levels"))
+    found = tower(PIXELS)[:, 0]
+    images = normalised(PIXELS, tower.mean, tower.std)
+    with torch.inference_mode():
+        last, levels = tower.model(images), tower.model.forward_intermediates(images, intermediates_only=True)
+    assert found.shape[1] == last.shape[1] + sum(level.shape[1] for level in levels)
+    torch.testing.assert_close(found[:, : last.shape[1]], functional.normalize(last))
+    side = levels[0].shape[2] // 4
+    middle = functional.normalize(levels[0][:, :, side:-side, side:-side].mean((2, 3)))
+    torch.testing.assert_close(found[:, last.shape[1] : last.shape[1] + middle.shape[1]], middle)

@@ -9,7 +9,12 @@ from cluster.app.cli import main
 from cluster.app.graph import Graph
 from tests.cluster.app.test_cli import fail, invoke
 
-OFFLINE = {"demo", "grocery", *(name for name in configs.presets() if name.startswith("ablation"))}  # on the bundled photos
+OFFLINE = {
+    "clothing",
+    "demo",
+    "grocery",
+    *(name for name in configs.presets() if name.startswith("ablation")),
+}  # on the bundled photos
 PAPER = sorted(set(configs.presets()) - OFFLINE)
 TRIPLETS = {"cirr": 28_225, "fashioniq": 18_000}
 
