@@ -138,7 +138,7 @@ class IndexConfig(Section):
     kind: Literal["auto", "exact", "ivf", "ondisk"] = Field(
         "auto",
         description="exact, inverted lists in memory, or inverted lists in a file on the node's disk; "
-        "auto: exact up to 200,000 images, ivf up to 1,000,000, then ondisk",
+        "auto: exact up to 200,000 images and on GPUs, ivf up to 1,000,000, then ondisk",
     )
     nlist: int | None = Field(None, gt=0, description="inverted lists; None: 4 x the root of the number of images")
     nprobe: int | None = Field(
@@ -154,10 +154,8 @@ class WalkConfig(Section):
     max_similarity: float = Field(0.94, description="neighbours above are near duplicates")
     spacing: float = Field(0.002, ge=0, description="least distance in similarity to the image added before")
     max_overlap: int = Field(2, ge=0, description="images that two kept groups may share; of matched groups too")
-    max_slots: int | None = Field(
-        None,
-        gt=0,
-        description="kept groups that an image may be in; it bounds the work of max_overlap on large galleries",
+    max_slots: int = Field(
+        32, gt=0, description="kept groups that an image may be in; it bounds the work of max_overlap on large galleries"
     )
 
 
@@ -166,7 +164,7 @@ class MatchedConfig(Section):
 
     pairs: int = Field(3000, gt=0, description="expected number of pairs")
     neighbours: int = Field(20, ge=0, description="nearest images offered to each anchor")
-    sample: int = Field(1024, gt=0, description="images of one seeded sample of the gallery, offered to every anchor")
+    sample: int = Field(1024, gt=0, description="images of the seeded sample of the gallery that a block of anchors is offered")
     bins: int = Field(40, gt=1, description="bins of the histogram of similarity over [-1, 1]")
 
 

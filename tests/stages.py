@@ -24,10 +24,12 @@ from cluster.monitor import Monitor, Silent
 from cluster.stage import Limit, Run, Source, Stage
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig
 from mining.embed import Embed
-from mining.excluded import Guard
+from mining.exclude import Exclude
+from mining.excluded import Excluded
 from mining.features import Features
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets
 from mining.mine import Mine
+from mining.neighbours import Neighbours
 from vdg.align import Align
 from vdg.config import AlignConfig, GenerateConfig, InstructConfig, VdgConfig
 from vdg.generate import Generate
@@ -116,6 +118,50 @@ def embed_gallery(
     stage.work(output, running(monitor))
 
 
+@dataclass(frozen=True)
+class Guard:
+    """The gallery that is mined, and what is kept out of its pairs."""
+
+    gallery: Output
+    benchmarks: tuple[Excluded, ...]
+    similarity: float
+
+
+def exclude(output: Output, embeddings: Output, guard: Guard) -> Output:
+    Exclude(
+        name="g",
+        gallery=given(guard.gallery),
+        embeddings=given(embeddings),
+        benchmarks={one.benchmark: given(one.images) for one in guard.benchmarks},
+        looks={one.benchmark: given(one.embeddings) for one in guard.benchmarks if one.embeddings},
+        duplicate_similarity=guard.similarity,
+        resources=ActorResources(),
+    ).work(output, running())
+    return output
+
+
+def find_neighbours(
+    output: Output,
+    embeddings: Output,
+    mineable: Output | None,
+    config: MineConfig,
+    resources: ActorResources | None = None,
+    monitor: Monitor | None = None,
+) -> Output:
+    walks = config.method == "walk"
+    Neighbours(
+        name="t.g",
+        embeddings=given(embeddings),
+        mineable=maybe(mineable),
+        top=config.walk.top if walks else config.matched.neighbours,
+        centred=not walks,
+        index=config.index,
+        seed=0,
+        resources=resources or ActorResources(),
+    ).work(output, running(monitor))
+    return output
+
+
 def mine_pairs(
     output: Output,
     embeddings: Output,
@@ -126,14 +172,15 @@ def mine_pairs(
     resources: TaskResources,
     monitor: Monitor,
 ) -> None:
-    benchmarks = guard.benchmarks if guard else ()
+    """With what comes before: `.exclude` and `.neighbours` beside the output."""
+    mineable = exclude(Output(f"{output.uri}.exclude"), embeddings, guard) if guard else None
+    neighbours = Output(f"{output.uri}.neighbours")
     Mine(
         name="g",
         embeddings=given(embeddings),
+        neighbours=None if config.method == "random" else given(find_neighbours(neighbours, embeddings, mineable, config)),
+        mineable=maybe(mineable),
         labelled=maybe(labelled),
-        gallery=given(guard.gallery) if guard else None,
-        excluded={one.benchmark: given(one.images) for one in benchmarks},
-        looks={one.benchmark: given(one.embeddings) for one in benchmarks if one.embeddings},
         config=config,
         seed=seed,
         resources=resources,

@@ -65,7 +65,7 @@ def _stage_command(kind: str) -> Callable[..., None]:
     return command
 
 
-for _kind in ("ingest", "embed", "mine", "align", "instruct", "generate", "score", "select", "train"):
+for _kind in ("ingest", "embed", "exclude", "neighbours", "mine", "align", "instruct", "generate", "score", "select", "train"):
     app.command(_kind)(_stage_command(_kind))
 
 

@@ -130,6 +130,8 @@ class RunResources(Section):
     ray: RayConfig = RayConfig()
     ingest: DecodeResources = DecodeResources()
     embed: EmbedResources = EmbedResources()
+    exclude: ActorResources = ActorResources()
+    neighbours: ActorResources = ActorResources()
     mine: TaskResources = TaskResources()
     align: WorkerResources = WorkerResources()
     instruct: WorkerResources = WorkerResources()

@@ -5,7 +5,6 @@ import pyarrow as pa
 
 from cluster.artifacts import Output
 from mining import tables
-from mining.embeddings import plain_parts, read_ids
 from mining.features import Features, FeatureSource, centred
 
 SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs
@@ -36,13 +35,11 @@ def _rows(ids: np.ndarray, pairs: pa.Table) -> np.ndarray:
     return rows[:, (ids[rows] == wanted).all(axis=0)]
 
 
-def write_similarities(output: Output, embeddings: Output, excluded: np.ndarray, labelled: Output | None, seed: int) -> None:
-    """Write densities over [-1, 1] of the centred cosine: of random pairs of the images, labelled and mined pairs.
+def write_similarities(output: Output, embeddings: Output, ids: np.ndarray, labelled: Output | None, seed: int) -> None:
+    """Write densities over [-1, 1] of the centred cosine: of random pairs of the images `ids`, labelled and mined pairs.
 
-    Images of the ids `excluded` are not counted. Only the features of the images drawn are read.
+    Only the features of the images drawn are read.
     """
-    ids = np.concatenate([read_ids(embeddings, part) for part in plain_parts(embeddings)])
-    ids = ids[np.isin(ids, excluded, invert=True)]
     rng, mined = np.random.default_rng(seed), output.read_parts(tables.PAIRS, IDS)
     rows = {
         "gallery": rng.integers(len(ids), size=(2, HISTOGRAM_PAIRS)),
