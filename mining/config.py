@@ -61,6 +61,9 @@ class IngestConfig(Section):
     triplets: dict[str, TripletsConfig] = Field(description="name -> labelled triplets")
     captions: dict[str, CaptionsConfig] = Field({}, description="name -> image-caption pairs")
     shard_rows: int = Field(512, gt=0, description="images of one part: the unit of resume of ingest and embed")
+    shard_bytes: int = Field(
+        2**28, gt=0, description="encoded bytes of one part, by the sizes that the source lists; a larger image is one alone"
+    )
     max_pixels: int = Field(89_478_485, gt=0, description="larger images are rejected as decompression bombs")
     max_reject_fraction: float = Field(0.01, ge=0, le=1, description="share of rejected rows above which a stage fails")
 

@@ -1,6 +1,6 @@
 """Tower outputs for training: cached views, memory-mapped on each node, or the tower run online on fresh views."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,7 +15,7 @@ from cluster.stage import Run, Stage
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.embeddings import INFO, MEAN, plain_parts, read_ids, read_part, view_of
-from mining.gallery import read_images
+from mining.gallery import encoded_images
 from mining.images import render
 from mining.scratch import shared
 
@@ -132,14 +132,14 @@ class CachedFeatures:
 
 
 class Pixels:
-    """Freshly augmented views as a tower takes them; the encoded images asked for are held in memory."""
+    """Freshly augmented views as a tower takes them."""
 
     def __init__(self, online: Online, image_ids: np.ndarray) -> None:
         self.online, self.image_ids = online, image_ids
 
     @cached_property
-    def _images(self) -> dict[int, bytes]:
-        return read_images(self.online.galleries, self.image_ids)
+    def _images(self) -> Mapping[int, bytes]:
+        return encoded_images(self.online.galleries, self.image_ids)
 
     def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """A fresh view each time; the plain one is as rare as any other."""

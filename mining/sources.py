@@ -152,8 +152,10 @@ def _rows(stream: pa.NativeFile, path: str) -> Iterator[_Image]:
     """Images of a Parquet file. Raises UserError when it has other columns, ArrowException or OSError where it is broken."""
     file = pq.ParquetFile(stream)
     _check_columns(file.schema_arrow, path)
+    groups, rows = (file.metadata.row_group(i) for i in range(file.num_row_groups)), max(file.metadata.num_rows, 1)
+    length = sum(group.total_byte_size for group in groups) // rows  # the mean: the file does not list each one's
     keys = (key for block in file.iter_batches(LISTED_ROWS, columns=["key"]) for key in block["key"].to_pylist())
-    yield from ((key, row, 0) for row, key in enumerate(keys))
+    yield from ((key, row, length) for row, key in enumerate(keys))
 
 
 def _check_columns(schema: pa.Schema, path: str) -> None:

@@ -88,6 +88,7 @@ def ingest_gallery(
         images=Source(f"ingest.galleries.{name}.images", config.images, kept=not config.copy_images),
         splits=tuple(Source(f"ingest.galleries.{name}.split", split) for split in config.splits),
         shard_rows=options.shard_rows,
+        shard_bytes=options.shard_bytes,
         max_pixels=options.max_pixels,
         max_reject_fraction=Limit(1),
         resources=resources,
