@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_memory.py --images 10000 100000
 
 Goal: the largest at most 1.1 times the smallest for ingest, embed, generate and for training on pixels of the whole gallery;
-mine and training grow by some bytes an image or triplet. Each size runs in a process and a Ray of its own, with a random tower and a random language model, both tiny. Galleries are kept in
-`--folder`.
+mine and training grow by some bytes an image or triplet. Each size runs in a process and a Ray of its own, with a random
+tower and random models, all tiny. Galleries are kept in `--folder`.
 """
 
 import argparse
