@@ -10,8 +10,6 @@ from cluster.monitor import Monitor
 if TYPE_CHECKING:
     import ray.data
 
-WAVE_PARTS = 256  # parts of one Ray Data execution: some minutes of work on a cluster
-
 
 def run_parts(
     output: Output,
@@ -20,7 +18,7 @@ def run_parts(
     monitor: Monitor,
     unit: str,
 ) -> None:
-    """Make the parts that are missing from `output`, wave by wave, each wave one Ray Data execution.
+    """Make the parts that are missing from `output` in one Ray Data execution, so that its actors load their models once.
 
     `parts` maps a part's file name to its number of rows; `dataset` turns names into a Dataset that writes them and
     gives one row {"part", "rows"} for each part written. A part is renamed into place when it is whole, so a killed
@@ -29,8 +27,8 @@ def run_parts(
     finished = set(output.parts())
     monitor.start(sum(parts.values()), unit, sum(rows for name, rows in parts.items() if name in finished))
     missing = [name for name in parts if name not in finished]
-    for first in range(0, len(missing), WAVE_PARTS):
-        for row in dataset(missing[first : first + WAVE_PARTS]).iter_rows():
+    if missing:
+        for row in dataset(missing).iter_rows():
             monitor.advance(row["rows"])
 
 

@@ -62,6 +62,9 @@ class IngestConfig(Section):
     triplets: dict[str, TripletsConfig] = Field(description="name -> labelled triplets")
     captions: dict[str, CaptionsConfig] = Field({}, description="name -> image-caption pairs")
     shard_rows: int = Field(512, gt=0, description="images of one part: the unit of resume of ingest and embed")
+    shard_bytes: int = Field(
+        2**28, gt=0, description="encoded bytes of one part, by the sizes that the source lists; a larger image is one alone"
+    )
     max_pixels: int = Field(89_478_485, gt=0, description="larger images are rejected as decompression bombs")
     max_reject_fraction: float = Field(0.01, ge=0, le=1, description="share of rejected rows above which a stage fails")
 
@@ -141,7 +144,7 @@ class IndexConfig(Section):
     kind: Literal["auto", "exact", "ivf", "ondisk"] = Field(
         "auto",
         description="exact, inverted lists in memory, or inverted lists in a file on the node's disk; "
-        "auto: exact up to 200,000 images, ivf up to 1,000,000, then ondisk",
+        "auto: exact up to 200,000 images and on GPUs, ivf up to 1,000,000, then ondisk",
     )
     nlist: int | None = Field(None, gt=0, description="inverted lists; None: 4 x the root of the number of images")
     nprobe: int | None = Field(
@@ -157,10 +160,8 @@ class WalkConfig(Section):
     max_similarity: float = Field(0.94, description="neighbours above are near duplicates")
     spacing: float = Field(0.002, ge=0, description="least distance in similarity to the image added before")
     max_overlap: int = Field(2, ge=0, description="images that two kept groups may share; of matched groups too")
-    max_slots: int | None = Field(
-        None,
-        gt=0,
-        description="kept groups that an image may be in; it bounds the work of max_overlap on large galleries",
+    max_slots: int = Field(
+        32, gt=0, description="kept groups that an image may be in; it bounds the work of max_overlap on large galleries"
     )
 
 
@@ -169,7 +170,7 @@ class MatchedConfig(Section):
 
     pairs: int = Field(3000, gt=0, description="expected number of pairs")
     neighbours: int = Field(20, ge=0, description="nearest images offered to each anchor")
-    sample: int = Field(1024, gt=0, description="images of one seeded sample of the gallery, offered to every anchor")
+    sample: int = Field(1024, gt=0, description="images of the seeded sample of the gallery that a block of anchors is offered")
     bins: int = Field(40, gt=1, description="bins of the histogram of similarity over [-1, 1]")
 
 

@@ -1,5 +1,7 @@
 """Reading the embeddings that embed wrote: one part a (gallery part, view)."""
 
+from functools import lru_cache
+
 import numpy as np
 import pyarrow.compute as pc
 
@@ -38,6 +40,7 @@ def read_ids(output: Output, name: str) -> np.ndarray:
     return output.read_table(name, tables.embeddings(*_info(output)), ["image_id"])["image_id"].to_numpy()
 
 
+@lru_cache(maxsize=64)
 def _info(output: Output) -> tuple[int, int]:
     if not output.exists(INFO):
         raise FileNotFoundError(f"{output.uri} has no {INFO}: the embeddings are not finished")

@@ -1,6 +1,6 @@
 """Leak guards: a gallery's images that must not be mined, as they are a benchmark's val or test images or nearly so."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Output
 from mining import tables
-from mining.embeddings import gallery_part, plain_parts, read_part
+from mining.embeddings import gallery_part, read_part
 from mining.features import ORIGIN, centred, unit_vectors
 
 LISTING = "excluded.parquet"  # tables.EXCLUDED, beside a gallery of the benchmark's images where they are given
@@ -25,32 +25,28 @@ class Excluded:
     embeddings: Output | None  # of those images by the mining tower, where they are given
 
 
-@dataclass(frozen=True)
-class Guard:
-    """The gallery that is mined, and what is kept out of its pairs."""
+class Guards:
+    """What several benchmarks forbid to mine of one gallery."""
 
-    gallery: Output
-    benchmarks: tuple[Excluded, ...]
-    similarity: float  # cosine from which an image is a near duplicate
+    def __init__(self, gallery: Output, benchmarks: Sequence[Excluded], similarity: float) -> None:
+        self.gallery, self.similarity = gallery, similarity  # the latter a cosine from which an image is a near duplicate
+        self._benchmarks = [(excluded.benchmark, _Listing(excluded), _Looks(excluded)) for excluded in benchmarks]
 
+    def find(self, embeddings: Output, part: str) -> dict[int, Reject]:
+        """The images of one part of the embeddings that must not be mined, by id, each with the first reason found.
 
-def find_excluded(guard: Guard, embeddings: Output) -> dict[int, Reject]:
-    """The embedded images that must not be mined, by id, each with the first reason found, part by part of the gallery.
-
-    Reasons are excluded_name, excluded_prefix (both of the last part of the key), excluded_content (the encoded bytes are
-    the same) and near_duplicate.
-    """
-    benchmarks = [(excluded.benchmark, _Listing(excluded), _Looks(excluded)) for excluded in guard.benchmarks]
-    found: dict[int, Reject] = {}
-    for part in plain_parts(embeddings):
+        Reasons are excluded_name, excluded_prefix (both of the last part of the key), excluded_content (the encoded bytes
+        are the same) and near_duplicate.
+        """
         image_ids, values = read_part(embeddings, part)
-        images = _images(guard.gallery, part, image_ids)
+        images = _images(self.gallery, part, image_ids)
         keys = dict(zip(images["image_id"].to_pylist(), images["key"].to_pylist(), strict=True))
-        for benchmark, listing, looks in benchmarks:
-            for image_id, reason, detail in (*listing.find(images), *looks.find(image_ids, values, guard.similarity)):
-                row = {"key": keys[image_id], "stage": "mine", "reason": reason, "detail": f"{benchmark}: {detail}"[:200]}
+        found: dict[int, Reject] = {}
+        for benchmark, listing, looks in self._benchmarks:
+            for image_id, reason, detail in (*listing.find(images), *looks.find(image_ids, values, self.similarity)):
+                row = {"key": keys[image_id], "stage": "exclude", "reason": reason, "detail": f"{benchmark}: {detail}"[:200]}
                 found.setdefault(image_id, row)
-    return found
+        return found
 
 
 def _images(gallery: Output, part: str, image_ids: np.ndarray) -> pa.Table:

@@ -1,6 +1,6 @@
 """Tower outputs for training: cached views, memory-mapped on each node, or the tower run online on fresh views."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,9 +12,10 @@ import numpy as np
 from cluster.artifacts import Output, fingerprint
 from cluster.errors import UserError
 from cluster.stage import Run, Stage
+from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.embeddings import INFO, MEAN, plain_parts, read_ids, read_part, view_of
-from mining.gallery import read_images
+from mining.gallery import encoded_images
 from mining.images import render
 from mining.scratch import shared
 
@@ -138,14 +139,14 @@ class CachedFeatures:
 
 
 class Pixels:
-    """Freshly augmented views as a tower takes them; the encoded images asked for are held in memory."""
+    """Freshly augmented views as a tower takes them."""
 
     def __init__(self, online: Online, image_ids: np.ndarray) -> None:
         self.online, self.image_ids = online, image_ids
 
     @cached_property
-    def _images(self) -> dict[int, bytes]:
-        return read_images(self.online.galleries, self.image_ids)
+    def _images(self) -> Mapping[int, bytes]:
+        return encoded_images(self.online.galleries, self.image_ids)
 
     def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """A fresh view each time; the plain one is as rare as any other."""
@@ -224,23 +225,32 @@ def centred(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return shifted / np.linalg.norm(shifted, axis=-1, keepdims=True).clip(1e-12)
 
 
-def unit_vectors(output: Output, mean: np.ndarray, without: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def mineable_ids(output: Output, mineable: Output | None) -> dict[str, np.ndarray]:
+    """Image ids int64 [n] of each plain part of embeddings, of those images alone that no benchmark excludes."""
+    parts = {name: read_ids(output, name) for name in plain_parts(output)}
+    if mineable is None:
+        return parts
+    free = {name: mineable.read_table(name, tables.MINEABLE)["image_id"].to_numpy() for name in parts}
+    return {name: ids[np.isin(ids, free[name])] for name, ids in parts.items()}
+
+
+def unit_vectors(output: Output, mean: np.ndarray, mineable: Output | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(image ids int64 [n], float32 [n, dim]) of a gallery's plain view: tokens averaged, less `mean`, of norm 1.
 
-    The images `without` (their ids) are left out. The vectors are memory-mapped, from one file a node (`mining.scratch`):
-    they are in no process's own memory.
+    Of the `mineable` images alone, where they are given. The vectors are memory-mapped, from one file a node
+    (`mining.scratch`): they are in no process's own memory.
     """
-    found = [read_ids(output, name) for name in plain_parts(output)]
-    kept = [np.isin(ids, [] if without is None else without, invert=True) for ids in found]
-    ids = np.concatenate([ids[mask] for ids, mask in zip(found, kept, strict=True)])
+    kept = mineable_ids(output, mineable)
+    ids = np.concatenate(list(kept.values()))
 
     def write(path: Path) -> None:
         shape, first = (len(ids), output.read_json(INFO)["dim"]), 0
         vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        for name, mask in zip(plain_parts(output), kept, strict=True):
-            values = read_part(output, name)[1][mask].mean(axis=1, dtype=np.float32)
-            vectors[first : first + len(values)] = centred(values, mean)
-            first += len(values)
+        for name, kept_ids in kept.items():
+            found, values = read_part(output, name)
+            means = values[np.isin(found, kept_ids)].mean(axis=1, dtype=np.float32)
+            vectors[first : first + len(means)] = centred(means, mean)
+            first += len(means)
 
     key = repr(("unit", _identity(output))).encode() + mean.tobytes() + ids.tobytes()
     return ids, np.load(shared(key, ".npy", write), mmap_mode="r")

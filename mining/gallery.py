@@ -1,6 +1,8 @@
 """A gallery's images, as ingest wrote them: their names, ids and bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Output
 from mining import tables
+from mining.scratch import shared
 from mining.sources import BytesReader
 
+HELD_IMAGES = 2048  # encoded images that a process may hold in its own memory
 GROUPS = "groups.parquet"  # of triplets: the images of their groups, where their rows list them
 _Row = dict[str, Any]
 
@@ -55,3 +59,48 @@ def read_images(galleries: Iterable[Output], image_ids: Iterable[int]) -> dict[i
     if missing := set(wanted.tolist()) - set(found):
         raise KeyError(f"{len(missing)} images are in none of the galleries, such as {min(missing)}")
     return found
+
+
+def encoded_images(galleries: Sequence[Output], image_ids: np.ndarray) -> Mapping[int, bytes]:
+    """As `read_images`; more than a few are memory-mapped, from files that the node's processes share."""
+    ids = np.unique(image_ids)
+    return read_images(galleries, ids) if len(ids) <= HELD_IMAGES else _Mapped(galleries, ids)
+
+
+class _Mapped(Mapping[int, bytes]):
+    """Encoded bytes of some images, one behind the other in one file, made once a node (`mining.scratch`)."""
+
+    def __init__(self, galleries: Sequence[Output], image_ids: np.ndarray) -> None:
+        key = repr(("images", *galleries)).encode() + image_ids.tobytes()
+        folder = shared(key, ".images", partial(_write_encoded, galleries, image_ids))
+        self._ids, self._bytes = image_ids, np.memmap(folder / "bytes", np.uint8, mode="r")
+        self._places = np.load(folder / "places.npy", mmap_mode="r")  # first byte and length of each
+
+    def __getitem__(self, image_id: int) -> bytes:
+        row = int(np.searchsorted(self._ids, image_id))
+        if row == len(self._ids) or self._ids[row] != image_id:
+            raise KeyError(image_id)
+        first, length = self._places[row].tolist()
+        return self._bytes[first : first + length].tobytes()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids.tolist())
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+def _write_encoded(galleries: Sequence[Output], image_ids: np.ndarray, folder: Path) -> None:
+    """Part by part of the galleries."""
+    folder.mkdir()
+    places, end, reader = np.full((len(image_ids), 2), -1), 0, BytesReader()
+    with (folder / "bytes").open("wb") as file:
+        for gallery in galleries:
+            for part in gallery.parts():
+                for row in _rows_of(gallery, part, image_ids).to_pylist():
+                    content = image_bytes(row, reader)
+                    places[np.searchsorted(image_ids, row["image_id"])] = end, len(content)
+                    end += file.write(content)
+    if len(missing := image_ids[places[:, 0] < 0]):
+        raise KeyError(f"{len(missing)} images are in none of the galleries, such as {missing[0]}")
+    np.save(folder / "places.npy", places)

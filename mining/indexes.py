@@ -11,7 +11,7 @@ from mining.scratch import shared
 
 EXACT_ROWS = 200_000  # larger galleries are searched through inverted lists
 IN_MEMORY_ROWS = 1_000_000  # the lists of larger galleries lie on the node's disk
-SHARD_ROWS = 200_000  # vectors that are added in memory before they are merged into the lists on disk
+SHARD_ROWS = 200_000  # vectors that are searched, or added to lists, at a time
 POINTS_A_LIST = 50  # vectors that each centroid is trained on
 Kind = Literal["exact", "ivf", "ondisk"]
 
@@ -25,24 +25,12 @@ def kind_for(config: IndexConfig, rows: int) -> Kind:
     return "ivf" if rows <= IN_MEMORY_ROWS else "ondisk"
 
 
-def inverted_lists(vectors: np.ndarray, kind: Kind, nlist: int | None) -> Any:
-    """An index of half-precision copies of unit vectors float32 [n, dim], which may be memory-mapped.
-
-    `ivf` holds the copies in memory, 2 x dim bytes an image; `ondisk` in a file that the node's processes share, so that a
-    killed stage finds it again.
-    """
-    lists = min(nlist or int(4 * np.sqrt(len(vectors))), len(vectors))
-    if kind == "ondisk":
-        return _on_disk(vectors, lists)
-    index = _trained(vectors, lists)
-    index.add(vectors)
-    return index
-
-
-def _trained(vectors: np.ndarray, lists: int) -> Any:
+def trained(vectors: np.ndarray, nlist: int | None) -> Any:
+    """Empty inverted lists for half-precision copies of unit vectors float32 [n, dim], which may be memory-mapped."""
     import faiss
 
     rows, dim = vectors.shape
+    lists = min(nlist or int(4 * np.sqrt(rows)), rows)
     half = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, lists, half, faiss.METRIC_INNER_PRODUCT)
     sample = np.random.default_rng(0).choice(rows, min(rows, POINTS_A_LIST * lists), replace=False)
@@ -50,23 +38,36 @@ def _trained(vectors: np.ndarray, lists: int) -> Any:
     return index
 
 
-def _on_disk(vectors: np.ndarray, lists: int) -> Any:
+def filled(lists: Any, vectors: np.ndarray, on_disk: bool) -> Any:
+    """The lists with the vectors in them: read into memory, 2 x dim bytes an image, or left in their file.
+
+    The file is made once a node: whoever searches the same vectors, and a killed stage, finds it again.
+    """
     import faiss
 
-    content = hashlib.sha256(repr((vectors.shape, lists)).encode())
+    content = hashlib.sha256(faiss.serialize_index(lists).tobytes() + bytes([on_disk]))
     for first in range(0, len(vectors), SHARD_ROWS):
         content.update(vectors[first : first + SHARD_ROWS].data)
-    folder = shared(content.digest(), ".lists", lambda partial: _write_lists(vectors, lists, partial))
+    write = _write_on_disk if on_disk else _write
+    folder = shared(content.digest(), ".lists", lambda partial: write(faiss.clone_index(lists), vectors, partial))
     return faiss.read_index(str(folder / "index"), faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR)
 
 
-def _write_lists(vectors: np.ndarray, lists: int, folder: Path) -> None:
+def _write(index: Any, vectors: np.ndarray, folder: Path) -> None:
+    import faiss
+
+    folder.mkdir()
+    for first in range(0, len(vectors), SHARD_ROWS):
+        index.add(vectors[first : first + SHARD_ROWS])
+    faiss.write_index(index, str(folder / "index"))
+
+
+def _write_on_disk(index: Any, vectors: np.ndarray, folder: Path) -> None:
     """Add the vectors shard by shard, each shard to a file of its own, and merge the files."""
     import faiss
     from faiss.contrib.ondisk import merge_ondisk
 
     folder.mkdir()
-    index = _trained(vectors, lists)
     shards: list[Path] = []
     for first in range(0, len(vectors), SHARD_ROWS):
         shard = faiss.clone_index(index)

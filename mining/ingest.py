@@ -5,10 +5,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -48,12 +49,13 @@ class Ingest(Stage):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class IngestGallery(Ingest):
-    """`ingest:<gallery>`: every image of a source, or its index, in parts of `shard_rows`."""
+    """`ingest:<gallery>`: every image of a source, or its index, in parts of `shard_rows` or `shard_bytes`."""
 
     images: Source  # kept where the images are indexed in place
     splits: tuple[Source, ...] = ()
     without: Source | None = None  # the names to leave out
     shard_rows: int
+    shard_bytes: int
     max_pixels: int
     resources: DecodeResources
 
@@ -71,8 +73,8 @@ class IngestGallery(Ingest):
         if self.without is not None:
             index = index.filter(pc.invert(pc.is_in(index["key"], pa.array(list(read_names(self.without.path)), pa.string()))))
         tables.check_unique((tables.stable_id(self.name, key) for key in _keys(index)), f"gallery {self.name}")
-        starts = range(0, len(index), self.shard_rows)
-        shards = {part_name(i): index.slice(start, self.shard_rows) for i, start in enumerate(starts)}
+        starts = _starts(index["length"].to_numpy(), self.shard_rows, self.shard_bytes)
+        shards = {part_name(i): index[first:last] for i, (first, last) in enumerate(pairwise(starts))}
         ingest = partial(
             _ingest_shard, output=output, gallery=self.name, copy_images=not self.images.kept, max_pixels=self.max_pixels
         )
@@ -139,6 +141,15 @@ class IngestCaptions(Ingest):
         """Write them."""
         captions, rejects = read_captions(self.file.path, keys(run.output(self.gallery)), self.until)
         _write_rows(output, captions, rejects, tables.CAPTIONS, run)
+
+
+def _starts(lengths: np.ndarray, most_rows: int, most_bytes: int) -> list[int]:
+    """The first row of each part, and the number of rows: parts have at most so many rows and bytes, or are of one row."""
+    ends, starts = np.cumsum(lengths), [0]
+    while (first := starts[-1]) < len(lengths):
+        fitting = int(np.searchsorted(ends, ends[first] - lengths[first] + most_bytes, side="right"))
+        starts.append(min(max(fitting, first + 1), first + most_rows, len(lengths)))
+    return starts
 
 
 def _keys(index: pa.Table) -> Iterator[str]:

@@ -1,111 +1,188 @@
-"""Nearest neighbours of the images of a gallery, by FAISS; scores are exact whichever index found them."""
+"""The stage neighbours: each image's nearest in its gallery, and their exact cosines.
 
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+Actors take blocks of images and meet the gallery's vectors shard by shard: all need not fit in an actor's memory.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from cluster.artifacts import Output
+from cluster.config import ActorResources
+from cluster.parts import run_actors
+from cluster.stage import Run, Stage
+from mining import tables
 from mining.config import IndexConfig
-from mining.indexes import inverted_lists, kind_for
+from mining.embeddings import plain_parts
+from mining.features import ORIGIN, read_mean, unit_vectors
+from mining.gallery import part_name
+from mining.indexes import filled, kind_for
+from mining.scratch import shared
+from mining.search import Exact, Found, Lists, Search, has_gpus, limit_threads, plan
 
-BLOCK = 4096  # queries searched at a time
-RESCORED = 512  # queries whose neighbours' vectors are gathered at a time
-FIRST_PROBES = 4  # lists searched at first, doubled until the recall is reached,
-LAST_PROBES, LISTS_A_PROBE = 16, 32  # but at most so many, or one of so many
-RECALL_QUERIES = 512
-GPU_BYTES = 2**31  # of vectors that are on the GPU at a time
-EPSILON = 1e-6  # two ways of computing one cosine differ by less
-Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+BLOCK = 4096  # images of one part
+REPORT = "neighbours.json"  # how the neighbours were found, and with which recall
+LISTS = "lists.faiss"  # trained and empty: every node fills the same ones
 
 
-class Neighbours:
-    """Finds the `top` nearest of unit vectors float32 [n, dim], which may be memory-mapped.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Neighbours(Stage):
+    """`neighbours:<tower>.<gallery>`: the `top` nearest of each image that may be mined, best first.
 
-    Small galleries are searched exactly, larger ones through one approximate index, which is searched as widely as the
-    config's recall needs on a seeded sample of queries; what it finds is scored again by the vectors themselves. `report`
-    says which index it is and its recall.
+    Small galleries are searched exactly, larger ones through inverted lists; a GPU searches any gallery exactly, unless the
+    config asks for lists. Actors, nodes and threads change nothing.
     """
 
-    def __init__(self, vectors: np.ndarray, top: int, config: IndexConfig | None = None, seed: int = 0) -> None:
-        config = config or IndexConfig()
-        self.vectors, self.top = vectors, top
-        kind = kind_for(config, len(vectors)) if top else "exact"
-        self._index: Any = None if kind == "exact" else inverted_lists(vectors, kind, config.nlist)
-        self.report: dict[str, Any] = {"index": kind, "images": len(vectors), "top": top, "recall": 1.0}
-        if self._index is not None:
-            self.report |= self._probe(config, np.random.default_rng(seed))
+    table = "neighbours"
+    embeddings: Stage
+    mineable: Stage | None = None  # of the images, where some are excluded
+    top: int
+    center: Stage | None = None  # cosines are of the vectors less this mean; None: raw
+    index: IndexConfig
+    seed: int
+    resources: ActorResources
 
-    def blocks(self, anchors: np.ndarray | None = None) -> Iterator[Block]:
-        """Blocks (rows [b], neighbour rows [b, top], cosines [b, top]), most similar first, the image itself left out.
+    def work(self, output: Output, run: Run) -> None:
+        """Raises UserError when the gallery has no images."""
+        embeddings, mineable = run.output(self.embeddings), run.output(self.mineable) if self.mineable else None
+        rows = (mineable or embeddings).part_rows()
+        images = sum(rows[part] for part in plain_parts(embeddings))
+        index = "exact" if self.resources.gpus and self.index.kind == "auto" else kind_for(self.index, images)
+        parts = {part_name(i): block for i, block in enumerate(blocks(images))}
+        center = run.output(self.center) if self.center else None
+        job = _Job(output, embeddings, mineable, center, self.top, self.resources.gpus > 0, parts)
+        if not output.exists(REPORT):
+            self._plan(job, index, images)
+        sizes = {part: last - first for part, (first, last) in parts.items()}
+        run_actors(_Searcher, job, sizes, self.resources, run.monitor, "image")
 
-        `anchors` are the rows to search for (None: all). A place that no neighbour fills has row -1 and cosine -inf.
-        """
-        for rows in blocks_of(np.arange(len(self.vectors)) if anchors is None else anchors):
-            yield rows, *self.search(rows)
+    def _plan(self, job: "_Job", index: str, images: int) -> None:
+        """Write how to search, once for all actors."""
+        if index == "exact" or not self.top:
+            job.output.write_json(REPORT, {"index": "exact", "images": images, "top": self.top, "recall": 1.0})
+            return
+        import ray
 
-    def search(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(neighbour rows [b, top], cosines [b, top]) of one block."""
-        if self._index is None:
-            return self._exact(rows)
-        found = self._index.search(self.vectors[rows], min(self.top + 1, len(self.vectors)))[1]
-        return _without_self(rows, *self._rescored(rows, found))
+        options: Any = self.resources.ray_options()
+        task: Any = ray.remote(**options)(_write_plan)
+        ray.get(task.remote(job, self.index, self.seed, self.resources.cpus))
 
-    def _exact(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+
+@dataclass(frozen=True)
+class _Job:
+    output: Output
+    embeddings: Output
+    mineable: Output | None
+    center: Output | None
+    top: int
+    on_gpu: bool
+    blocks: dict[str, tuple[int, int]]  # first and last + 1 of the rows of each part
+
+    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [n], unit vectors float32 [n, dim])."""
+        return unit_vectors(self.embeddings, read_mean(self.center) if self.center else ORIGIN, self.mineable)
+
+
+def _write_plan(job: _Job, index: IndexConfig, seed: int, cpus: float) -> None:
+    import faiss
+
+    limit_threads(cpus)
+    report, lists = plan(job.vectors()[1], job.top, index, seed)
+    job.output.write_bytes(LISTS, faiss.serialize_index(lists).tobytes())
+    job.output.write_json(REPORT, report)
+
+
+class _Searcher:
+    """An actor that searches block by block."""
+
+    def __init__(self, job: _Job, cpus: float) -> None:
+        limit_threads(cpus)
+        self.job = job
+        self.ids, vectors = job.vectors()
+        self.search = _opened(job, vectors)
+
+    def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Write one part."""
+        part = str(row["part"][0])
+        rows = np.arange(*self.job.blocks[part])
+        self.job.output.write_table(part, _to_table(self.ids, rows, self.search(rows)), tables.NEIGHBOURS)
+        return {"part": [part], "rows": [len(rows)]}
+
+
+def _opened(job: _Job, vectors: np.ndarray) -> Search:
+    report = job.output.read_json(REPORT)
+    if report["index"] != "exact":
         import faiss
 
-        count = min(self.top + 1, len(self.vectors))
-        scores, found = self._knn(self.vectors[rows], self.vectors, count, metric=faiss.METRIC_INNER_PRODUCT)
-        return _without_self(rows, found, scores)
+        lists = faiss.deserialize_index(np.frombuffer(job.output.read_bytes(LISTS), np.uint8))
+        index = filled(lists, vectors, report["index"] == "ondisk")
+        index.nprobe = report["nprobe"]
+        return Lists(vectors, job.top, index)
+    if job.on_gpu and not has_gpus():
+        from cluster.devices import device
+        from mining.block_product import BlockProduct
 
-    @cached_property
-    def _knn(self) -> Callable[..., tuple[Any, Any]]:
-        """FAISS's exact search, on the GPU of this process where it has one and FAISS is built for it.
-
-        The GPU's has not been run on a GPU yet: only the choice is tested.
-        """
-        import faiss
-
-        if getattr(faiss, "get_num_gpus", int)() > 0:
-            return partial(faiss.knn_gpu, faiss.StandardGpuResources(), vectorsMemoryLimit=GPU_BYTES)
-        return faiss.knn
-
-    def _rescored(self, rows: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Approximate neighbours in the order of their cosines, computed again from the vectors, and those."""
-        scores = np.empty(found.shape, np.float32)
-        for first in range(0, len(rows), RESCORED):
-            here = slice(first, first + RESCORED)
-            scores[here] = np.einsum("bd,bkd->bk", self.vectors[rows[here]], self.vectors[found[here].clip(0)])
-        scores[found < 0] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")
-        return np.take_along_axis(found, order, 1), np.take_along_axis(scores, order, 1)
-
-    def _probe(self, config: IndexConfig, rng: np.random.Generator) -> dict[str, Any]:
-        """Search the fewest lists that find the share `config.recall` of a sample's neighbours, or `config.nprobe` lists."""
-        rows = np.sort(rng.choice(len(self.vectors), min(RECALL_QUERIES, len(self.vectors)), replace=False))
-        last = self._exact(rows)[1][:, -1:]
-        lists, recall = self._index.nlist, 0.0
-        for probes in [config.nprobe] if config.nprobe else _doubled(FIRST_PROBES, max(lists // LISTS_A_PROBE, LAST_PROBES)):
-            self._index.nprobe = min(probes, lists)
-            recall = float((self.search(rows)[1] >= last - EPSILON).mean())
-            if recall >= config.recall:
-                break
-        return {"nlist": lists, "nprobe": self._index.nprobe, "recall": round(recall, 4), "recall_queries": len(rows)}
+        return BlockProduct(vectors, job.top, device())
+    return Exact(vectors, job.top)
 
 
-def blocks_of(anchors: np.ndarray) -> list[np.ndarray]:
-    """The rows that are searched at a time."""
-    return np.array_split(anchors, -(-len(anchors) // BLOCK)) if len(anchors) else []
+def _to_table(ids: np.ndarray, rows: np.ndarray, best: Found) -> pa.Table:
+    """Places that no neighbour fills are left out."""
+    found, cosines = best
+    offsets = pa.array(np.append(0, (found >= 0).sum(axis=1).cumsum()), pa.int32())
+    neighbour_ids = pa.ListArray.from_arrays(offsets, pa.array(ids[found[found >= 0]]))
+    return pa.table(
+        [ids[rows], neighbour_ids, pa.ListArray.from_arrays(offsets, cosines[found >= 0])], schema=tables.NEIGHBOURS
+    )
 
 
-def _doubled(first: int, last: int) -> list[int]:
-    """first, twice first and so on below last, and last."""
-    return [first * 2**i for i in range(last.bit_length()) if first * 2**i < last] + [last]
+def blocks(images: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of the rows of each part."""
+    count = -(-images // BLOCK)
+    return ((images * i // count, images * (i + 1) // count) for i in range(count))
 
 
-def _without_self(rows: np.ndarray, found: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop each row's own image, or its last neighbour where copies of the image pushed it out."""
-    own = found == rows[:, None]
-    own[~own.any(axis=1), -1] = True
-    shape = (len(rows), found.shape[1] - 1)
-    return found[~own].reshape(shape), scores[~own].reshape(shape)
+@dataclass(frozen=True)
+class Nearest:
+    """The table of neighbours as arrays, memory-mapped from one file a node."""
+
+    ids: np.ndarray  # int64 [n], in the order of the gallery
+    rows: np.ndarray  # int32 [n, top] of the neighbours among `ids`; -1 where a place has none
+    cosines: np.ndarray  # float32 [n, top]; -inf there
+
+    def blocks(self) -> Iterator[slice]:
+        """The rows of each part."""
+        return (slice(*block) for block in blocks(len(self.ids)))
+
+
+def read_neighbours(output: Output) -> Nearest:
+    """The table of a finished `Neighbours`."""
+    ids = output.read_parts(tables.NEIGHBOURS, ["image_id"])["image_id"].to_numpy()
+    folder = shared(repr(("neighbours", output)).encode() + ids.tobytes(), ".nearest", partial(_write_arrays, output, ids))
+    return Nearest(ids, *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("rows", "cosines")))
+
+
+def _write_arrays(output: Output, ids: np.ndarray, folder: Path) -> None:
+    folder.mkdir()
+    order, shape = np.argsort(ids), (len(ids), output.read_json(REPORT)["top"])
+    rows = np.lib.format.open_memmap(folder / "rows.npy", mode="w+", dtype=np.int32, shape=shape)
+    cosines = np.lib.format.open_memmap(folder / "cosines.npy", mode="w+", dtype=np.float32, shape=shape)
+    first = 0
+    for name in output.parts():
+        part = output.read_table(name, tables.NEIGHBOURS)
+        here, places = slice(first, first := first + len(part)), _places(part["cosines"], shape[1])
+        rows[here], cosines[here] = -1, -np.inf
+        neighbours = pc.list_flatten(part["neighbour_ids"]).to_numpy()
+        rows[here][places] = order[np.searchsorted(ids, neighbours, sorter=order)]
+        cosines[here][places] = pc.list_flatten(part["cosines"]).to_numpy()
+
+
+def _places(lists: pa.ChunkedArray, top: int) -> np.ndarray:
+    """bool [n, top]: the places that a list fills."""
+    return np.arange(top) < pc.list_value_length(lists).to_numpy()[:, None]

@@ -7,6 +7,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -25,7 +26,7 @@ def shared(key: bytes, suffix: str, make: Callable[[Path], None]) -> Path:
     """
     folder = _own_folder()
     path = folder / f"{hashlib.sha256(key).hexdigest()[:24]}{suffix}"
-    with FileLock(folder / "lock"):
+    with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             _remove_unused(folder)
             partial = path.with_suffix(".partial")
@@ -50,9 +51,10 @@ def _own_folder() -> Path:
 
 
 def _remove_unused(folder: Path) -> None:
-    for path in folder.glob("*.*"):  # not the lock
-        if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
-            _remove(path)
+    for path in folder.glob("*.*"):
+        with suppress(FileNotFoundError):  # another process removes it too
+            if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
+                _remove(path)
 
 
 def _remove(path: Path) -> None:

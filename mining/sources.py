@@ -242,6 +242,8 @@ def _rows(stream: pa.NativeFile, file: File, aside: _Aside) -> Iterator[_Image]:
     """Images of a Parquet file. Raises UserError when it has other columns, ArrowException or OSError where it is broken."""
     parquet = pq.ParquetFile(stream)
     column = _key_column(parquet.schema_arrow, file.path)
+    groups, rows = (parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)), max(parquet.metadata.num_rows, 1)
+    length = sum(group.total_byte_size for group in groups) // rows  # the mean: the file does not list each one's
     blocks = (texts(block[0]) for block in _key_blocks(parquet, column))
     for row, key in enumerate(chain.from_iterable(blocks)):
         if not key:
@@ -249,7 +251,7 @@ def _rows(stream: pa.NativeFile, file: File, aside: _Aside) -> Iterator[_Image]:
         elif not is_text(key):
             aside.rejects.append(reject(f"{file.relative} row {row}", "not_utf8", f"its key {key!r} is not UTF-8"))
         else:
-            yield key, without_suffix(key), row, 0
+            yield key, without_suffix(key), row, length
 
 
 def _key_blocks(parquet: pq.ParquetFile, column: str) -> Iterator[pa.RecordBatch]:

@@ -21,6 +21,14 @@ GALLERY = pa.schema(
         ("height", pa.int32()),
     ]
 )
+MINEABLE = pa.schema([("image_id", pa.int64())])  # images that no benchmark excludes
+NEIGHBOURS = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("neighbour_ids", pa.list_(pa.int64())),  # the nearest images, most similar first, the image itself left out
+        ("cosines", pa.list_(pa.float32())),
+    ]
+)
 PAIRS = pa.schema(
     [
         ("pair_id", pa.int64()),

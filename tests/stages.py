@@ -28,10 +28,12 @@ from cluster.stage import Limit, Run, Source, Stage
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig
 from mining.embed import Embed
 from mining.embeddings import MEAN, plain_parts, read_part
-from mining.excluded import Guard
+from mining.exclude import Exclude
+from mining.excluded import Excluded
 from mining.features import Features, Online
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets
 from mining.mine import Mine
+from mining.neighbours import Neighbours
 from vdg.align import Align
 from vdg.config import AlignConfig, GenerateConfig, InstructConfig, VdgConfig
 from vdg.generate import Generate
@@ -103,6 +105,7 @@ def ingest_gallery(
         images=Source(f"ingest.galleries.{name}.images", config.images, kept=not config.copy_images),
         splits=tuple(Source(f"ingest.galleries.{name}.split", split) for split in config.splits),
         shard_rows=options.shard_rows,
+        shard_bytes=options.shard_bytes,
         max_pixels=options.max_pixels,
         max_reject_fraction=Limit(1),
         resources=resources,
@@ -133,6 +136,50 @@ def embed_gallery(
     stage.work(output, running(monitor))
 
 
+@dataclass(frozen=True)
+class Guard:
+    """The gallery that is mined, and what is kept out of its pairs."""
+
+    gallery: Output
+    benchmarks: tuple[Excluded, ...]
+    similarity: float
+
+
+def exclude(output: Output, embeddings: Output, guard: Guard) -> Output:
+    Exclude(
+        name="g",
+        gallery=given(guard.gallery),
+        embeddings=given(embeddings),
+        benchmarks={one.benchmark: given(one.images) for one in guard.benchmarks},
+        looks={one.benchmark: given(one.embeddings) for one in guard.benchmarks if one.embeddings},
+        duplicate_similarity=guard.similarity,
+        resources=ActorResources(),
+    ).work(output, running())
+    return output
+
+
+def find_neighbours(
+    output: Output,
+    embeddings: Output,
+    mineable: Output | None,
+    config: MineConfig,
+    resources: ActorResources | None = None,
+    monitor: Monitor | None = None,
+) -> Output:
+    walks = config.method == "walk"
+    Neighbours(
+        name="t.g",
+        embeddings=given(embeddings),
+        mineable=maybe(mineable),
+        top=config.walk.top if walks else config.matched.neighbours,
+        center=None if walks else given(embeddings),  # a test keeps the mean there
+        index=config.index,
+        seed=0,
+        resources=resources or ActorResources(),
+    ).work(output, running(monitor))
+    return output
+
+
 def mine_pairs(
     output: Output,
     embeddings: Output,
@@ -143,15 +190,16 @@ def mine_pairs(
     resources: TaskResources,
     monitor: Monitor,
 ) -> None:
-    benchmarks = guard.benchmarks if guard else ()
+    """With what comes before: `.exclude` and `.neighbours` beside the output."""
+    mineable = exclude(Output(f"{output.uri}.exclude"), embeddings, guard) if guard else None
+    neighbours = Output(f"{output.uri}.neighbours")
     Mine(
         name="g",
         embeddings=given(embeddings),
+        neighbours=None if config.method == "random" else given(find_neighbours(neighbours, embeddings, mineable, config)),
+        mineable=maybe(mineable),
         labelled=maybe(labelled),
         center=given(embeddings) if labelled else None,  # a test keeps the mean there
-        gallery=given(guard.gallery) if guard else None,
-        excluded={one.benchmark: given(one.images) for one in benchmarks},
-        looks={one.benchmark: given(one.embeddings) for one in benchmarks if one.embeddings},
         config=config,
         seed=seed,
         resources=resources,

@@ -1,6 +1,6 @@
 """Images as pixels, for backbones that see with their own image tower."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.stage import Run, Stage
 from mining.features import Features, features_of
-from mining.gallery import read_image_ids, read_images
+from mining.gallery import encoded_images, read_image_ids
 from mining.images import decode
 
 CROP, ASPECT = (0.8, 1.0), (0.9, 1.1)  # share of the area, and change of the aspect (paper, supplement)
@@ -78,14 +78,14 @@ def images_of(
 
 
 class Pixels:
-    """Decoded images; the encoded bytes of those asked for are held in memory."""
+    """Decoded images."""
 
     def __init__(self, galleries: tuple[Output, ...], image_ids: np.ndarray, views: int) -> None:
         self.galleries, self.image_ids, self.views = galleries, image_ids, views
 
     @cached_property
-    def _encoded(self) -> dict[int, bytes]:
-        return read_images(self.galleries, self.image_ids)
+    def _encoded(self) -> Mapping[int, bytes]:
+        return encoded_images(self.galleries, self.image_ids)
 
     def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """A fresh crop each time; the plain image is as rare as any other."""

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cir.config import VariantConfig
 from cir.tasks.triplets import TripletTask
+from cluster.artifacts import digest_of
+from cluster.config import content_of
 from mining.embeddings import INFO
 from mining.features import FeatureSource
+from mining.scratch import shared
 
 
 class FusionTask(TripletTask):
@@ -36,13 +40,20 @@ class FusionTask(TripletTask):
         return load_text_encoder(self.config.text)
 
     @cached_property
-    def _text_features(self) -> tuple[dict[str, int], Any]:
-        """Row of each distinct text, and the frozen encoder's features float32 [texts, width]: computed once."""
+    def _text_features(self) -> tuple[dict[str, int], np.ndarray]:
+        """Row of each distinct text, and the frozen encoder's features float32 [texts, width]: computed once a node."""
         from cir.models.text import encode_texts
         from cluster.devices import device
 
+        assert self.config.text is not None
         texts = sorted({*self._rows.texts.unique().to_pylist(), *self._validation.first()})
-        return {text: i for i, text in enumerate(texts)}, encode_texts(self._encoder, texts, device())
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # a path's name would get another suffix
+                np.save(file, encode_texts(self._encoder, texts, device()).cpu().numpy())
+
+        key = digest_of(["texts", content_of(self.config.text), texts]).encode()
+        return {text: i for i, text in enumerate(texts)}, np.load(shared(key, ".npy", write), mmap_mode="r")
 
     @property
     def _trains_text(self) -> bool:
@@ -73,5 +84,7 @@ class FusionTask(TripletTask):
     def _text(self, texts: list[str]) -> Any:
         if self._trains_text:
             return self._encoder.tokenize(texts)
+        import torch
+
         places, features = self._text_features
-        return features[[places[text] for text in texts]]
+        return torch.from_numpy(features[[places[text] for text in texts]])

@@ -121,6 +121,8 @@ class RunResources(Section):
     stages: int | None = Field(None, ge=1, description="stages at a time; None: as many as Ray has CPUs and GPUs for")
     ingest: DecodeResources = DecodeResources()
     embed: EmbedResources = EmbedResources()
+    exclude: ActorResources = ActorResources()
+    neighbours: ActorResources = ActorResources()
     mine: TaskResources = TaskResources()
     align: WorkerResources = WorkerResources()
     instruct: WorkerResources = WorkerResources()

@@ -24,13 +24,29 @@ from cluster.stage import Limit, Source, Stage
 from mining.center import Center
 from mining.config import CaptionsConfig, ExcludeConfig, ViewsConfig
 from mining.embed import Embed
+from mining.exclude import Exclude
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets
 from mining.mine import Mine, MineLabelled
+from mining.neighbours import Neighbours
 from vdg.align import Align
 from vdg.generate import Generate
 from vdg.instruct import Instruct
 
-FLOW: tuple[type[Stage], ...] = (IngestGallery, Embed, Center, Mine, Align, Instruct, Generate, Score, Select, Train, Evaluate)
+FLOW: tuple[type[Stage], ...] = (
+    IngestGallery,
+    Embed,
+    Center,
+    Exclude,
+    Neighbours,
+    Mine,
+    Align,
+    Instruct,
+    Generate,
+    Score,
+    Select,
+    Train,
+    Evaluate,
+)
 KINDS = tuple(stage.kind for stage in FLOW)
 Made = TypeVar("Made", bound=Stage)
 
@@ -134,6 +150,7 @@ class Sources:
                 splits=splits,
                 without=without,
                 shard_rows=options.shard_rows,
+                shard_bytes=options.shard_bytes,
                 max_pixels=options.max_pixels,
                 max_reject_fraction=self.limit,
                 resources=self.config.resources.ingest,
@@ -152,6 +169,7 @@ class Sources:
                 images=Source("evaluate.images", section.images, kept=True),
                 annotations=self._annotations,
                 shard_rows=options.shard_rows,
+                shard_bytes=options.shard_bytes,
                 max_pixels=options.max_pixels,
                 max_reject_fraction=self.limit,
                 resources=self.config.resources.ingest,
@@ -206,6 +224,7 @@ class Sources:
                 images=Source(f"{field}.images", source.images, kept=True),
                 annotations=annotations,
                 shard_rows=options.shard_rows,
+                shard_bytes=options.shard_bytes,
                 max_pixels=options.max_pixels,
                 max_reject_fraction=self.limit,
                 resources=self.config.resources.ingest,
@@ -270,25 +289,57 @@ def _each(field: str, paths: list[str]) -> tuple[Source, ...]:
 
 
 def mined(config: RunConfig, sources: Sources) -> Mine:
-    """`mine:<gallery>`: the pairs of the auxiliary gallery's images, and what must be kept out of them."""
+    """`mine:<gallery>`: the pairs of the auxiliary gallery's images."""
     mine = config.mine
-    excluded: dict[str, Stage] = {}
-    looks: dict[str, Stage] = {}
-    for benchmark, source in mine.exclude.items():
-        excluded[benchmark] = sources.excluded(benchmark, source)
-        if source.images is not None:
-            looks[benchmark] = sources.embed(mine.tower, f"excluded-{benchmark}", excluded[benchmark], ViewsConfig())
+    embeddings, mineable = sources.embeddings(mine.tower, mine.gallery), excluding(config, sources)
+    center = sources.center(mine.tower, mine.triplets) if mine.triplets else None
     return Mine(
         name=mine.gallery,
-        embeddings=sources.embeddings(mine.tower, mine.gallery),
+        embeddings=embeddings,
+        neighbours=None if mine.method == "random" else neighbours(config, embeddings, mineable, center),
+        mineable=mineable,
         labelled=sources.triplets(mine.triplets) if mine.triplets else None,
-        center=sources.center(mine.tower, mine.triplets) if mine.triplets else None,
-        gallery=sources.gallery(mine.gallery) if excluded else None,
-        excluded=excluded,
-        looks=looks,
+        center=center,
         config=mine,
         seed=config.seed,
         resources=config.resources.mine,
+    )
+
+
+def neighbours(config: RunConfig, embeddings: Stage, mineable: Stage | None, center: Stage | None) -> Neighbours:
+    """`neighbours:<tower>.<gallery>`: as many of each image as the method looks at; matched pairs are by centred cosine."""
+    mine = config.mine
+    walks = mine.method == "walk"
+    return Neighbours(
+        name=f"{mine.tower}.{mine.gallery}",
+        embeddings=embeddings,
+        mineable=mineable,
+        top=mine.walk.top if walks else mine.matched.neighbours,
+        center=None if walks else center,
+        index=mine.index,
+        seed=config.seed,
+        resources=config.resources.neighbours,
+    )
+
+
+def excluding(config: RunConfig, sources: Sources) -> Exclude | None:
+    """`exclude:<gallery>`: which images may be mined, where the config keeps benchmarks out of the pairs."""
+    mine = config.mine
+    if not mine.exclude:
+        return None
+    benchmarks: dict[str, Stage] = {name: sources.excluded(name, source) for name, source in mine.exclude.items()}
+    return Exclude(
+        name=mine.gallery,
+        gallery=sources.gallery(mine.gallery),
+        embeddings=sources.embeddings(mine.tower, mine.gallery),
+        benchmarks=benchmarks,
+        looks={
+            name: sources.embed(mine.tower, f"excluded-{name}", benchmarks[name], ViewsConfig())
+            for name, source in mine.exclude.items()
+            if source.images is not None
+        },
+        duplicate_similarity=mine.duplicate_similarity,
+        resources=config.resources.exclude,
     )
 
 

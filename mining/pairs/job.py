@@ -12,11 +12,11 @@ from mining import tables
 from mining.config import MineConfig
 from mining.features import read_mean, unit_vectors
 from mining.gallery import part_name
+from mining.neighbours import Nearest, read_neighbours
 from mining.pairs.similarities import cosines
 
 # (reference rank, target rank) within a group of six, as in every full CIRR subset (PAPER.md section 2.1)
 PAIR_RANKS = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0))
-NEIGHBOURS = "neighbours.json"  # the index that found the neighbours, and its recall
 _RANKS = np.array(PAIR_RANKS)
 
 
@@ -26,12 +26,13 @@ class Mining:
 
     output: Output
     embeddings: Output
+    mineable: Output | None  # where some images are excluded
+    neighbours: Output | None  # where the method looks at them
     labelled: Output | None
     center: Output | None  # of the labelled images
     config: MineConfig
     seed: int
-    excluded: np.ndarray  # ids of images that are not mined
-    shards: dict[str, np.ndarray]  # rows of the anchors of each part that is still to be walked from or matched
+    shards: dict[str, np.ndarray]  # rows of the anchors of each part that is still to be matched
 
     @property
     def mean(self) -> np.ndarray:
@@ -41,7 +42,12 @@ class Mining:
 
     def vectors(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n], unit vectors float32 [n, dim]) of the images that may be mined."""
-        return unit_vectors(self.embeddings, mean, self.excluded)
+        return unit_vectors(self.embeddings, mean, self.mineable)
+
+    def nearest(self) -> Nearest:
+        """The neighbours of those images."""
+        assert self.neighbours is not None
+        return read_neighbours(self.neighbours)
 
 
 def pairs_table(

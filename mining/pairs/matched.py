@@ -10,39 +10,37 @@ import numpy as np
 
 from cluster.errors import UserError
 from mining import tables
-from mining.config import IndexConfig, MatchedConfig
-from mining.neighbours import Block, Neighbours
-from mining.pairs.job import NEIGHBOURS, Mining, pairs_table
+from mining.config import MatchedConfig
+from mining.neighbours import Nearest
+from mining.pairs.job import Mining, pairs_table
 from mining.pairs.similarities import cosines, labelled_rows
 
 COUNTED_ANCHORS = 4096  # anchors whose candidates estimate the gallery's histogram
+BLOCK = 256  # anchors that share a sample
+Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Matcher:
     """Draws about `config.pairs` pairs over all anchors of a gallery, shard of anchors by shard.
 
-    `vectors` are centred unit vectors float32 [n, dim], `labelled` the similarities of the labelled pairs. Each anchor has
-    as candidates one seeded sample of the gallery and its nearest neighbours. A candidate of similarity bin b is drawn with
+    `vectors` are centred unit vectors float32 [n, dim], `nearest` their neighbours, `labelled` the similarities of the
+    labelled pairs. Each anchor has as candidates its nearest neighbours and a seeded sample of the gallery, a fresh one
+    for each block of anchors: one for all would hold nearly all targets. A candidate of similarity bin b is drawn with
     probability pairs x labelled share of b / candidates in b: both sides of the ratio are histograms, so the drawn pairs'
     histogram is the labelled pairs'.
     """
 
-    def __init__(
-        self, vectors: np.ndarray, labelled: np.ndarray, config: MatchedConfig, seed: int, index: IndexConfig | None = None
-    ) -> None:
-        rng = np.random.default_rng(seed)
-        self.vectors = vectors
-        self.neighbours = Neighbours(vectors, config.neighbours, index, seed)
-        self._sample = np.sort(rng.choice(len(vectors), min(config.sample, len(vectors)), replace=False))
-        self._in_sample = np.isin(np.arange(len(vectors)), self._sample)
+    def __init__(self, vectors: np.ndarray, nearest: Nearest, labelled: np.ndarray, config: MatchedConfig, seed: int) -> None:
+        self.vectors, self.nearest = vectors, nearest
+        self._sampled = min(config.sample, len(vectors))
         self._edges = np.linspace(-1, 1, config.bins + 1)
         self._wanted = np.histogram(labelled, self._edges)[0] / len(labelled) * config.pairs
-        self._probability = self._ratio(self._candidate_counts(rng))
+        self._probability = self._ratio(self._candidate_counts(np.random.default_rng(seed)))
 
     def draw(self, anchors: np.ndarray, rng: np.random.Generator) -> Block:
         """(reference rows, target rows, similarities), each [m], of pairs whose references are `anchors`."""
         drawn = []
-        for rows, columns, scores in self.candidates(anchors):
+        for rows, columns, scores in self.candidates(anchors, rng):
             valid = np.isfinite(scores)
             block = np.broadcast_to(rows[:, None], columns.shape)[valid], columns[valid], scores[valid]
             chosen = rng.random(len(block[2])) < self.probability(block[2])
@@ -59,16 +57,18 @@ class Matcher:
         bins = self._bin(similarities)
         return self._ratio(np.bincount(bins, minlength=len(self._wanted)))[bins]
 
-    def candidates(self, anchors: np.ndarray) -> Iterator[Block]:
-        """Blocks (anchor rows [b], candidate rows [b, c], cosines [b, c]) of the sample, and neighbours that are not in it.
+    def candidates(self, anchors: np.ndarray, rng: np.random.Generator) -> Iterator[Block]:
+        """Blocks (anchor rows [b], candidate rows [b, c], cosines [b, c]) of a sample, and neighbours that are not in it.
 
         The cosine is -inf where a place has no candidate.
         """
-        sample = self._sample
-        for rows, near, near_scores in self.neighbours.blocks(anchors):
+        for first in range(0, len(anchors), BLOCK):
+            rows = anchors[first : first + BLOCK]
+            near, near_scores = self.nearest.rows[rows], np.array(self.nearest.cosines[rows])
+            sample = np.sort(rng.choice(len(self.vectors), self._sampled, replace=False))
+            near_scores[(near < 0) | np.isin(near, sample)] = -np.inf
             columns = np.hstack([np.broadcast_to(sample, (len(rows), len(sample))), near])
             scores = np.hstack([self.vectors[rows] @ self.vectors[sample].T, near_scores])
-            scores[:, len(sample) :][(near < 0) | self._in_sample[near]] = -np.inf
             scores[columns == rows[:, None]] = -np.inf
             yield rows, columns, scores
 
@@ -83,7 +83,7 @@ class Matcher:
         images = len(self.vectors)
         anchors = np.sort(rng.choice(images, min(COUNTED_ANCHORS, images), replace=False))
         counts = np.zeros(len(self._edges) - 1)
-        for _, _, scores in self.candidates(anchors):
+        for _, _, scores in self.candidates(anchors, rng):
             counts += np.bincount(self._bin(scores[np.isfinite(scores)]), minlength=len(counts))
         return counts * (images / len(anchors))
 
@@ -106,6 +106,4 @@ def matcher_of(job: Mining, ids: np.ndarray, cosine: np.ndarray) -> Matcher:
     if not len(labels):
         config = job.config
         raise UserError(f"mine.triplets: no labelled pair of '{config.triplets}' has both images in gallery '{config.gallery}'")
-    matcher = Matcher(cosine, labels, job.config.matched, job.seed, job.config.index)
-    job.output.write_json(NEIGHBOURS, matcher.neighbours.report)
-    return matcher
+    return Matcher(cosine, job.nearest(), labels, job.config.matched, job.seed)

@@ -38,7 +38,7 @@ def draw_groups(
     """
     drawn = [np.empty((0, GROUP_SIZE), np.int64)]
     wanted, left = int(-(-OFFERED * pairs // len(PAIR_RANKS))), len(anchors)
-    for rows, columns, scores in matcher.candidates(anchors):
+    for rows, columns, scores in matcher.candidates(anchors, rng):
         drawn.append(_draw(matcher, rows, columns, scores, rng))
         left -= len(rows)
         yield len(rows)

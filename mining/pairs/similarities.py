@@ -5,7 +5,6 @@ import pyarrow as pa
 
 from cluster.artifacts import Output
 from mining import tables
-from mining.embeddings import plain_parts, read_ids
 from mining.features import ORIGIN, Features, FeatureSource, centred, read_mean
 
 SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs
@@ -37,15 +36,12 @@ def _rows(ids: np.ndarray, pairs: pa.Table) -> np.ndarray:
 
 
 def write_similarities(
-    output: Output, embeddings: Output, center: Output | None, excluded: np.ndarray, labelled: Output | None, seed: int
+    output: Output, embeddings: Output, center: Output | None, ids: np.ndarray, labelled: Output | None, seed: int
 ) -> None:
-    """Write densities over [-1, 1] of the cosine: of random pairs of the images, labelled and mined pairs.
+    """Write densities over [-1, 1] of the cosine: of random pairs of the images `ids`, labelled and mined pairs.
 
-    Centred where there is a `center`. Images of the ids `excluded` are not counted. Only the features of the images drawn
-    are read.
+    Centred where there is a `center`. Only the features of the images drawn are read.
     """
-    ids = np.concatenate([read_ids(embeddings, part) for part in plain_parts(embeddings)])
-    ids = ids[np.isin(ids, excluded, invert=True)]
     rng, mined = np.random.default_rng(seed), output.read_parts(tables.PAIRS, IDS)
     mean = read_mean(center) if center else ORIGIN
     rows = {

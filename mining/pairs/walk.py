@@ -7,46 +7,32 @@ from array import array
 from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from cluster.artifacts import Output
 from mining.config import WalkConfig
 from mining.features import ORIGIN
-from mining.neighbours import Neighbours
-from mining.pairs.job import NEIGHBOURS, PAIR_RANKS, Mining, write_grouped
+from mining.neighbours import Nearest
+from mining.pairs.job import PAIR_RANKS, Mining, write_grouped
 
 GROUP_SIZE = 6  # images of a group, the anchor included; its nine pairs need all six
-CANDIDATES = "candidates"  # folder of the groups before the overlap rule: what a killed walk goes on from
-_CANDIDATE = pa.schema([("rows", pa.list_(pa.int32(), GROUP_SIZE))])  # of the images that may be mined
 
 
 def write_walked(job: Mining) -> Iterator[int]:
-    """Groups of all anchors, then their pairs. Yields the number of anchors searched, block by block."""
+    """Groups of all anchors, then their pairs. Yields the number of anchors walked from, block by block."""
+    nearest, groups = job.nearest(), []
+    for block in nearest.blocks():
+        groups.append(groups_of(nearest, block, job.config.walk))
+        yield block.stop - block.start
     ids, vectors = job.vectors(ORIGIN)
-    if job.shards:
-        neighbours = Neighbours(vectors, job.config.walk.top, job.config.index, job.seed)
-        job.output.write_json(NEIGHBOURS, neighbours.report)
-        for name, anchors in job.shards.items():
-            rows = pa.FixedSizeListArray.from_arrays(groups_of(neighbours, anchors, job.config.walk).ravel(), GROUP_SIZE)
-            job.output.write_table(f"{CANDIDATES}/{name}", pa.table([rows], schema=_CANDIDATE), _CANDIDATE)
-            yield len(anchors)
-    groups = without_overlap(shuffled(_candidates(job.output), len(ids), job.seed), len(ids), job.config.walk)
-    write_grouped(job, ids, vectors, groups, *pairs_of(groups, len(ids)))
+    kept = without_overlap(shuffled(np.concatenate(groups), len(ids), job.seed), len(ids), job.config.walk)
+    write_grouped(job, ids, vectors, kept, *pairs_of(kept, len(ids)))
 
 
-def _candidates(output: Output) -> np.ndarray:
-    """Groups int32 [m, 6] of all anchors, in the order of the anchors."""
-    parts = [output.read_table(f"{CANDIDATES}/{name}", _CANDIDATE)["rows"] for name in output.names(CANDIDATES)]
-    return np.concatenate([pc.list_flatten(rows).to_numpy() for rows in parts]).reshape(-1, GROUP_SIZE)
-
-
-def groups_of(neighbours: Neighbours, anchors: np.ndarray, config: WalkConfig) -> np.ndarray:
+def groups_of(nearest: Nearest, block: slice, config: WalkConfig) -> np.ndarray:
     """Groups int32 [m, 6] of one block of anchors, at most one an anchor."""
-    found, scores = neighbours.search(anchors)
+    rankings = zip(nearest.rows[block].tolist(), nearest.cosines[block].tolist(), strict=True)
     groups = [
         (anchor, *members)
-        for anchor, ranking, similarity in zip(anchors.tolist(), found.tolist(), scores.tolist(), strict=True)
+        for anchor, (ranking, similarity) in enumerate(rankings, block.start)
         if len(members := _walk_down(ranking, similarity, config)) == GROUP_SIZE - 1
     ]
     return np.array(groups, np.int32).reshape(-1, GROUP_SIZE)
@@ -76,17 +62,15 @@ def without_overlap(groups: np.ndarray, images: int, config: WalkConfig) -> np.n
     """The groups kept, first come first kept.
 
     One is dropped that shares more than `max_overlap` images with a kept one, or has an image that is in `max_slots` kept
-    ones. The kept groups of each image are linked lists in flat arrays: 4 bytes an image and 24 a group. A group is
-    compared with all kept ones of its images: with `max_slots` these are few, without they grow with the gallery where
-    images are near many others.
+    ones: a group is compared with six times as many at most. The kept groups of each image are linked lists in flat
+    arrays: 4 bytes an image and 24 a group.
     """
     newest = array("i", [-1]) * images  # of each image the last of its slots; slot 6 g + r is rank r of group g
     older = array("i", [-1]) * groups.size
     slots = array("i", [0]) * images
     kept = np.zeros(len(groups), bool)
-    most = config.max_slots or len(groups)
     for place, rows in enumerate(map(np.ndarray.tolist, groups)):
-        if any(slots[row] >= most for row in rows) or _overlap(rows, newest, older) > config.max_overlap:
+        if any(slots[row] >= config.max_slots for row in rows) or _overlap(rows, newest, older) > config.max_overlap:
             continue
         kept[place] = True
         for rank, row in enumerate(rows):

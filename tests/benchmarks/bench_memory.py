@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_memory.py --images 10000 100000
 
-Goal: the largest at most 1.1 times the smallest for ingest, embed and generate; mine grows by some bytes an image. Each size
-runs in a process and a Ray of its own, with a random tower and a random language model, both tiny. Galleries are kept in
-`--folder`.
+Goal: the largest at most 1.1 times the smallest for ingest, embed, generate and for training on pixels of the whole gallery;
+mine and training grow by some bytes an image or triplet. Each size runs in a process and a Ray of its own, with a random
+tower and random models, all tiny. Galleries are kept in `--folder`.
 """
 
 import argparse
@@ -15,8 +15,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from large_gallery import make
 from memory import peaks
 from rich.console import Console
@@ -24,20 +26,25 @@ from rich.table import Table
 from safetensors.torch import save
 
 from cluster.artifacts import Output
-from cluster.config import ActorResources, EmbedResources, TaskResources
+from cluster.config import ActorResources, EmbedResources, TaskResources, TrainingConfig, WorkerResources
 from cluster.driver import session
 from cluster.monitor import Silent
 from cluster.training.checkpoints import WEIGHTS
 from mining import tables
 from mining.config import GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig, WalkConfig
-from mining.features import copy_mean
-from tests.stages import centred_by_own, embed_gallery, generate, ingest_gallery, mine_pairs
+from mining.features import Online, copy_mean
+from tests.cir import world
+from tests.stages import centred_by_own, embed_gallery, generate, ingest_gallery, instruct, mine_pairs, train_cir
+from tests.tiny import WORDS, image_text_model, text_tower
 from vdg.backbones import build
-from vdg.config import GenerateConfig, VdgConfig
+from vdg.config import GenerateConfig, InstructConfig, VdgConfig
 from vdg.description import DESCRIPTION, describe
+from vdg.images import Images
 
 PAIRS, PART_PAIRS = 256, 64
-STAGES = ("ingest", "embed", "mine", "generate")
+T = TypeVar("T")
+STAGES = ("ingest", "embed", "mine", "generate", "instruct", "train")
+TRAINING = TrainingConfig(steps=8, batch_size=16, learning_rate=1e-3)
 
 
 def measure(images: int, folder: Path) -> dict[str, dict[str, float]]:
@@ -70,6 +77,15 @@ def _stages(source: Path, work: Path) -> Iterator[tuple[str, Callable[[], None]]
     pseudo, model = Output(str(work / "pseudo")), _generator(embeddings, work)
     how = GenerateConfig(max_new_tokens=8, batch_size=32), 0, ActorResources(), Silent()
     yield "generate", lambda: generate(pseudo, centred_by_own(embeddings), sample, model, *how)
+    labelled, seen = _labelled(mined, Output(str(work / "labelled"))), Images((gallery,))
+    vdg = VdgConfig(backbone="image_text", language_model=_made(image_text_model, "llava", work / "llava"), lora_rank=4)
+    fit = 0, WorkerResources(), Silent()
+    instructed = Output(str(work / "instructed"))
+    yield "instruct", lambda: instruct(instructed, seen, labelled, None, vdg, InstructConfig(training=TRAINING), *fit)
+    views = ViewsConfig(online=True)
+    variant = world.variant(_made(text_tower, work / "text"), training=TRAINING.model_dump())
+    online, trained = centred_by_own(embeddings, Online((gallery,), tower, views)), Output(str(work / "trained"))
+    yield "train", lambda: train_cir(trained, online, labelled, None, variant, *fit)
 
 
 def _sample(mined: Output, sample: Output) -> None:
@@ -78,6 +94,24 @@ def _sample(mined: Output, sample: Output) -> None:
     table = table.take(np.random.default_rng(0).permutation(len(table))[:PAIRS])
     for part, first in enumerate(range(0, len(table), PART_PAIRS)):
         sample.write_table(f"part-{part:05d}.parquet", table.slice(first, PART_PAIRS), tables.PAIRS)
+
+
+def _labelled(mined: Output, labelled: Output) -> Output:
+    """A triplet of every mined pair: their images are nearly all of the gallery."""
+    for name in mined.parts():
+        pairs = mined.read_table(name, tables.PAIRS)
+        columns = {"triplet_id": pairs["pair_id"], "reference_id": pairs["reference_id"], "target_id": pairs["target_id"]}
+        constant = {"deltas": [[WORDS[0]]] * len(pairs), "source": ["human"] * len(pairs)}
+        nulls = {name: [None] * len(pairs) for name in ("pair_id", "group_id")}
+        triplets = pa.Table.from_pydict({**columns, **constant, **nulls}, schema=tables.TRIPLETS)
+        labelled.write_table(name, triplets, tables.TRIPLETS)
+    return labelled
+
+
+def _made(make: Callable[..., T], *arguments: Any) -> T:
+    """A tiny model in a folder that is the last argument."""
+    arguments[-1].mkdir()
+    return make(*arguments)
 
 
 def _generator(embeddings: Output, work: Path) -> Output:

@@ -7,12 +7,15 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from memory import peaks
 
 from mining.config import IndexConfig
-from mining.neighbours import Neighbours
+from mining.indexes import filled
+from mining.neighbours import blocks
+from mining.search import Exact, Lists, Search, plan
 
 DIM, ROWS_A_CLUSTER, NOISE, TOP = 256, 50, 0.6, 20
 WRITTEN_ROWS = 50_000  # vectors in memory at a time
@@ -34,6 +37,16 @@ def write_vectors(path: Path, rows: int) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
+def opened(vectors: np.ndarray, index: str) -> tuple[dict[str, Any], Search]:
+    """As the actors of the stage open it."""
+    if index == "exact":
+        return {"index": index}, Exact(vectors, TOP)
+    report, lists = plan(vectors, TOP, IndexConfig.model_validate({"kind": index}), seed=0)
+    lists = filled(lists, vectors, index == "ondisk")
+    lists.nprobe = report["nprobe"]
+    return report, Lists(vectors, TOP, lists)
+
+
 def main() -> None:
     """Print what building and searching take."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,13 +58,13 @@ def main() -> None:
         vectors = write_vectors(Path(folder) / "vectors.npy", arguments.rows)
         began = time.perf_counter()
         with peaks() as private:
-            neighbours = Neighbours(vectors, TOP, IndexConfig(kind=arguments.index))
+            report, search = opened(vectors, arguments.index)
             built = time.perf_counter() - began
-            searched = sum(len(rows) for rows, _, _ in neighbours.blocks())
+            searched = sum(len(search(np.arange(*block))[0]) for block in blocks(arguments.rows))
         seconds = time.perf_counter() - began - built
         on_disk = sum(path.stat().st_size for path in Path(folder).glob("*/*.lists/*"))
         tempfile.tempdir = None
-    print(f"neighbours: {neighbours.report}")
+    print(f"neighbours: {report}")
     print(
         f"neighbours of {searched:,} vectors: built in {built:.0f} s, searched in {seconds:.0f} s, peak private memory "
         f"{private['driver'] / 2**20:.0f} MiB ({private['driver'] / searched:.0f} bytes an image), "

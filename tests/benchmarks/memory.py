@@ -10,7 +10,13 @@ import psutil
 
 INTERVAL_S = 0.2
 # Ray's own helpers are no workers of ours
-WORKERS = {"ray::MapWorker": "actor", "ray::Map": "task", "ray::IDLE": "task", "ray::_": "task"}
+WORKERS = {
+    "ray::RayTrainWorker": "worker",
+    "ray::MapWorker": "actor",
+    "ray::Map": "task",
+    "ray::IDLE": "task",
+    "ray::_": "task",
+}
 HELPERS = ("Stats", "Autoscal", "Location", "Dashboard")
 
 

@@ -1,6 +1,8 @@
 import json
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.artifacts import Output
@@ -10,8 +12,8 @@ from cluster.monitor import Monitor
 from cluster.stage import Limit, Source
 from mining import tables
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig
-from mining.gallery import GROUPS, image_bytes, keys, read_images
-from mining.ingest import IngestGallery
+from mining.gallery import GROUPS, encoded_images, image_bytes, keys, read_images
+from mining.ingest import IngestGallery, _starts
 from mining.sources import BytesReader
 from tests.stages import ingest_captions, ingest_gallery, ingest_triplets, running
 
@@ -22,6 +24,12 @@ OPTIONS = IngestConfig(galleries={}, triplets={}, shard_rows=10)
 def ingest(folder: Path, output: Output, monitor: Monitor, copy_images: bool = True) -> Output:
     ingest_gallery(output, "shop", GalleryConfig(images=str(folder), copy_images=copy_images), OPTIONS, RESOURCES, monitor)
     return output
+
+
+def test_parts_are_bounded_in_rows_and_in_bytes() -> None:
+    lengths = np.array([5, 5, 5, 5, 100, 1, 1, 1, 1])
+    assert _starts(lengths, most_rows=3, most_bytes=12) == [0, 2, 4, 5, 8, 9]
+    assert _starts(np.empty(0, int), most_rows=3, most_bytes=12) == [0]
 
 
 def test_bad_files_are_rejected_counted_and_nothing_else_is_lost(
@@ -50,6 +58,23 @@ def test_copied_and_indexed_galleries_have_the_same_images(
     assert indexed.read_parts(tables.GALLERY, ["image"])["image"].null_count == 24
     with pytest.raises(KeyError, match="none of the galleries"):
         read_images([copied], [1])
+
+
+def test_many_images_are_mapped_from_files_of_the_node(
+    gallery: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("mining.gallery.HELD_IMAGES", 3)
+    ids = np.array(sorted(keys(gallery).values()))[::2]
+    held, mapped = (encoded_images([gallery], some) for some in (ids[:3], ids))
+    assert isinstance(held, dict)
+    assert dict(mapped) == read_images([gallery], ids)
+    assert dict(encoded_images([gallery], ids)) == dict(mapped)
+    assert len(list(tmp_path.glob("*/*.images"))) == 1
+    with pytest.raises(KeyError, match="5"):
+        mapped[5]
+    with pytest.raises(KeyError, match=r"1 images are in none of the galleries, such as 1"):
+        encoded_images([gallery], np.append(ids, 1))
 
 
 def test_a_file_that_is_gone_spoils_its_own_row_alone(
@@ -166,6 +191,7 @@ def test_names_to_leave_out_are_in_no_gallery(ray_session: None, photo_folder: P
         images=Source("images", str(photo_folder)),
         without=Source("without", str(tmp_path / "held-out.json")),
         shard_rows=10,
+        shard_bytes=10**9,
         max_pixels=10**8,
         max_reject_fraction=Limit(0),
         resources=RESOURCES,

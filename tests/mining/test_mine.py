@@ -1,8 +1,7 @@
-import tempfile
+import hashlib
 from itertools import combinations, pairwise
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 from safetensors.numpy import save
@@ -11,17 +10,16 @@ from cluster.artifacts import Output
 from cluster.config import TaskResources
 from cluster.errors import UserError
 from mining import tables
-from mining.config import IndexConfig, MatchedConfig, MineConfig, RandomConfig, WalkConfig
+from mining.config import MatchedConfig, MineConfig, RandomConfig, WalkConfig
 from mining.embed import _schema, _to_table
 from mining.embeddings import INFO, MEAN
 from mining.features import centred
-from mining.indexes import kind_for
-from mining.neighbours import Neighbours, blocks_of
-from mining.pairs.job import NEIGHBOURS
+from mining.neighbours import Nearest
 from mining.pairs.matched import Matcher
 from mining.pairs.random import random_pairs
 from mining.pairs.similarities import SIMILARITIES
-from mining.pairs.walk import CANDIDATES, PAIR_RANKS, groups_of, shuffled, without_overlap
+from mining.pairs.walk import PAIR_RANKS, groups_of, shuffled, without_overlap
+from mining.search import Exact
 from tests.conftest import Recorder
 from tests.stages import mine_pairs
 
@@ -47,93 +45,12 @@ def embeddings(folder: Path, values: np.ndarray, first: int = 1000) -> Output:
     return output
 
 
-def test_neighbours_agree_with_brute_force() -> None:
-    vectors = clustered(300)
-    cosine = vectors @ vectors.T
-    np.fill_diagonal(cosine, -np.inf)
-    for rows, found, scores in Neighbours(vectors, 5).blocks():
-        expected = -np.sort(-cosine[rows], axis=1)[:, :5]
-        assert np.allclose(scores, expected, atol=1e-5)
-        assert np.allclose(np.take_along_axis(cosine[rows], found, 1), scores, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["ivf", "ondisk"])
-def test_approximate_neighbours_have_exact_scores(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("mining.indexes.SHARD_ROWS", 800)
-    vectors = clustered(3000)
-    neighbours = Neighbours(vectors, 5, IndexConfig.model_validate({"kind": kind}))
-    hits = []
-    for rows, found, scores in neighbours.blocks():
-        exact = np.einsum("bd,bkd->bk", vectors[rows], vectors[found.clip(0)])
-        assert np.allclose(exact[found >= 0], scores[found >= 0], atol=1e-5)
-        cosine = vectors[rows] @ vectors.T
-        cosine[np.arange(len(rows)), rows] = -np.inf
-        best = np.argsort(-cosine, axis=1)[:, :5]
-        hits += [len(set(f) & set(b)) / 5 for f, b in zip(found.tolist(), best.tolist(), strict=True)]
-    assert np.mean(hits) > 0.9
-    assert neighbours.report["index"] == kind
-    assert neighbours.report["recall"] == pytest.approx(np.mean(hits), abs=0.03)
-
-
-def test_lists_on_disk_find_what_lists_in_memory_do_and_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("mining.indexes.SHARD_ROWS", 800)
-    np.save(tmp_path / "vectors.npy", clustered(3000))
-    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
-    in_memory, *on_disk = (
-        Neighbours(mapped, 5, IndexConfig.model_validate({"kind": kind, "nprobe": 4})) for kind in ("ivf", "ondisk", "ondisk")
-    )
-    rows = np.arange(0, 3000, 7)
-    for neighbours in on_disk:
-        assert all(np.array_equal(*both) for both in zip(in_memory.search(rows), neighbours.search(rows), strict=True))
-    assert [sorted(path.name for path in folder.iterdir()) for folder in tmp_path.glob("*/*.lists")] == [["index", "lists"]]
-
-
-def test_no_more_lists_are_searched_than_the_recall_needs() -> None:
-    vectors = clustered(20_000, clusters=400, dim=32)
-    probes, recalls = [], []
-    for wanted in (0.3, 1.0):
-        report = Neighbours(vectors, 10, IndexConfig(kind="ivf", nlist=1024, recall=wanted)).report
-        probes.append(report["nprobe"])
-        recalls.append(report["recall"])
-    assert probes == [4, 32]
-    assert recalls[0] <= recalls[1]
-
-
-def test_no_anchors_have_no_neighbours() -> None:
-    assert list(Neighbours(clustered(50), top=5).blocks(np.empty(0, np.int64))) == []
-
-
-def test_the_gpu_of_the_process_searches_where_faiss_is_built_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, used = clustered(50), []
-
-    def knn_gpu(resources: str, queries: np.ndarray, gallery: np.ndarray, k: int, **options: int) -> tuple[np.ndarray, ...]:
-        used.append(resources)
-        return faiss.knn(queries, gallery, k, metric=options["metric"])
-
-    expected = Neighbours(vectors, top=5).search(np.arange(50))
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
-    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
-    monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
-    assert np.array_equal(Neighbours(vectors, top=5).search(np.arange(50)), expected)
-    assert used == ["resources"]
-
-
-def test_auto_takes_the_index_of_the_size() -> None:
-    kinds = [kind_for(IndexConfig(), rows) for rows in (6, 200_000, 200_001, 1_000_000, 1_000_001)]
-    assert kinds == ["exact", "exact", "ivf", "ivf", "ondisk"]
-
-
-def test_exact_copies_do_not_hide_an_image_from_its_neighbours() -> None:
-    vectors = np.repeat(clustered(4), 8, axis=0)
-    for rows, found, _ in Neighbours(vectors, 3).blocks():
-        assert not (found == rows[:, None]).any()
+def nearest(vectors: np.ndarray, top: int) -> Nearest:
+    return Nearest(np.arange(len(vectors)), *Exact(vectors, top)(np.arange(len(vectors))))
 
 
 def walk_all(vectors: np.ndarray, config: WalkConfig) -> list[tuple[int, ...]]:
-    neighbours = Neighbours(vectors, config.top)
-    groups = np.concatenate([groups_of(neighbours, rows, config) for rows in blocks_of(np.arange(len(vectors)))])
+    groups = groups_of(nearest(vectors, config.top), slice(0, len(vectors)), config)
     kept = without_overlap(shuffled(groups, len(vectors), seed=0), len(vectors), config)
     return [tuple(group) for group in kept.tolist()]
 
@@ -152,7 +69,7 @@ def test_walk_keeps_the_papers_rules() -> None:
 
 def test_a_cap_of_slots_bounds_the_groups_of_an_image() -> None:
     vectors = clustered(800)
-    free, capped = (walk_all(vectors, WalkConfig(max_slots=slots)) for slots in (None, 2))
+    free, capped = (walk_all(vectors, WalkConfig(max_slots=slots)) for slots in (32, 2))
     assert np.bincount(np.ravel(free)).max() > 2
     assert np.bincount(np.ravel(capped)).max() == 2
     assert max(len(set(a) & set(b)) for a, b in combinations(capped, 2)) <= 2
@@ -171,7 +88,7 @@ def test_walk_skips_a_neighbour_that_is_too_close_to_the_last() -> None:
 def test_matched_pairs_have_the_labelled_histogram() -> None:
     vectors = centred(clustered(1500), np.zeros(1, np.float32))
     labelled = np.random.default_rng(1).normal(0.3, 0.1, 5000).clip(-1, 1)
-    matcher = Matcher(vectors, labelled, MatchedConfig(pairs=4000, bins=20), seed=0)
+    matcher = Matcher(vectors, nearest(vectors, 20), labelled, MatchedConfig(pairs=4000, bins=20), seed=0)
     shards = np.array_split(np.random.default_rng(0).permutation(1500), 4)
     blocks = [matcher.draw(anchors, np.random.default_rng(i)) for i, anchors in enumerate(shards)]
     assert all(set(block[0]) <= set(shard) for block, shard in zip(blocks, shards, strict=True))
@@ -183,6 +100,19 @@ def test_matched_pairs_have_the_labelled_histogram() -> None:
     references, targets = (np.concatenate([block[side] for block in blocks]) for side in (0, 1))
     assert (references != targets).all()
     assert np.allclose(np.einsum("nd,nd->n", vectors[references], vectors[targets]), scores, atol=1e-5)
+
+
+def test_matched_targets_come_from_the_whole_gallery() -> None:
+    found = {}
+    for images in (3000, 12_000):
+        vectors = clustered(images, clusters=images // 20)
+        labelled = np.random.default_rng(1).normal(0.1, 0.2, 5000).clip(-1, 1)
+        config = MatchedConfig(pairs=images, sample=256)
+        matcher = Matcher(vectors, nearest(vectors, 20), labelled, config, seed=0)
+        found[images] = matcher.draw(np.random.default_rng(0).permutation(images), np.random.default_rng(0))[1]
+    assert len(np.unique(found[12_000])) > 3.5 * len(np.unique(found[3000]))
+    most_of_256 = np.sort(np.bincount(found[12_000]))[-256:].sum()  # no 256 images, whichever they are, have more targets
+    assert most_of_256 < 0.2 * len(found[12_000])
 
 
 def test_mined_tables(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
@@ -199,38 +129,6 @@ def test_mined_tables(ray_session: None, tmp_path: Path, monitor: Recorder) -> N
     mine_pairs(again, source, None, None, WALK, 0, TaskResources(), monitor)
     assert again.read_parts(tables.PAIRS).equals(table)
     assert monitor.advanced == 400
-    assert output.read_json(NEIGHBOURS) == {"index": "exact", "images": 400, "top": 20, "recall": 1.0}
-
-
-def test_a_killed_walk_goes_on_from_its_candidates(
-    ray_session: None, tmp_path: Path, monitor: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mining.neighbours.BLOCK", 150)
-    source, output = embeddings(tmp_path / "e", clustered(400)), Output(str(tmp_path / "m"))
-    mine_pairs(output, source, None, None, WALK, 0, TaskResources(), monitor)
-    before = output.hashes(output.parts())
-    assert output.names(CANDIDATES) == [f"part-0000{i}.parquet" for i in range(3)]
-    for name in (f"{CANDIDATES}/part-00001.parquet", *output.parts()):
-        (tmp_path / "m" / name).unlink()
-    kept = (tmp_path / "m" / CANDIDATES / "part-00000.parquet").stat().st_mtime_ns
-    monitor.advanced = 0
-    mine_pairs(output, source, None, None, WALK, 0, TaskResources(), monitor)
-    assert (monitor.total, monitor.resumed, monitor.advanced) == (400, 267, 133)
-    assert (tmp_path / "m" / CANDIDATES / "part-00000.parquet").stat().st_mtime_ns == kept
-    assert output.hashes(output.parts()) == before
-
-
-def test_a_gallery_mined_through_lists_on_disk(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
-    source = embeddings(tmp_path / "e", clustered(400))
-    pairs = {}
-    for kind in ("exact", "ondisk"):
-        config = WALK.model_copy(update={"index": IndexConfig.model_validate({"kind": kind, "nprobe": 80})})
-        output = Output(str(tmp_path / kind))
-        mine_pairs(output, source, None, None, config, 0, TaskResources(), monitor)
-        assert output.read_json(NEIGHBOURS)["index"] == kind
-        table = output.read_parts(tables.PAIRS)
-        pairs[kind] = set(zip(table["reference_id"].to_pylist(), table["target_id"].to_pylist(), strict=True))
-    assert pairs["exact"] == pairs["ondisk"]  # all lists are searched, and scores are exact
 
 
 def labelled_pairs(folder: Path) -> Output:
@@ -243,6 +141,15 @@ def labelled_pairs(folder: Path) -> Output:
     ]
     labelled.write_table("part-00000.parquet", tables.pa.Table.from_pylist(rows, tables.TRIPLETS), tables.TRIPLETS)
     return labelled
+
+
+def test_the_walk_finds_what_it_found_when_it_searched_itself(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
+    """The digest is of the pairs of version 3 of the stage."""
+    source, output = embeddings(tmp_path / "e", clustered(5000, clusters=100)), Output(str(tmp_path / "m"))
+    mine_pairs(output, source, None, None, WALK, 0, TaskResources(), monitor)
+    table = output.read_parts(tables.PAIRS)
+    ids = np.stack([table[name].to_numpy() for name in ("pair_id", "reference_id", "target_id")])
+    assert hashlib.sha256(ids.tobytes()).hexdigest()[:16] == "f3dbd1d0296ceed2"
 
 
 def test_matched_table_imitates_labelled_triplets(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:

@@ -30,6 +30,7 @@ def _stage(kind: type, benchmark: str, part: Part | None, images: str) -> Stage:
         images=Source("evaluate.images", images, kept=True),
         annotations=annotations(benchmark, part),
         shard_rows=1500,
+        shard_bytes=2**28,
         max_pixels=10**8,
         max_reject_fraction=Limit(0),
         resources=DecodeResources(),

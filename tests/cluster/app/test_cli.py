@@ -180,7 +180,7 @@ def test_excluded_images_are_ingested_and_seen_by_the_mining_tower(config: str, 
 
     names = f"mine.exclude.cirr.annotations={photo_folder}"
     free, named, seen = stages(), stages(names), stages(names, f"mine.exclude.cirr.images={photo_folder}")
-    assert set(named) - set(free) == {"ingest:excluded-cirr"}
+    assert set(named) - set(free) == {"ingest:excluded-cirr", "exclude:photos"}
     assert set(seen) - set(named) == {"embed:photo.excluded-cirr"}
     assert len({digests["mine:photos"] for digests in (free, named, seen)}) == 3
     shown = invoke("mine", config, "--dry-run", "--set", "mine.exclude.circo={annotations: nowhere}")

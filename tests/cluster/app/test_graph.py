@@ -144,6 +144,7 @@ def test_photos_that_come_later_leave_what_knows_only_labels_as_it_is(photo_fold
     assert changed - {instance for instance in changed if "oracle" in instance} == {
         "ingest:photos",
         "embed:photo.photos",
+        "neighbours:photo.photos",
         "mine:photos",
         "generate:photos",
         "evaluate:all",

@@ -32,11 +32,11 @@ def test_images_named_as_cirrs_are_not_mined(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     graph = Graph(configs.load(str(tmp_path / "run.yaml"), []))
     runner.run(graph, graph.select("mine", None, None))
-    mined = graph.output(graph["mine:photos"])
-    manifest = mined.manifest()
+    mined, excluded = (graph.output(graph[f"{kind}:photos"]) for kind in ("mine", "exclude"))
+    manifest = excluded.manifest()
     assert manifest is not None
     assert manifest["rejects"] == {"excluded_name": 2, "excluded_prefix": 1}
-    assert {key.rpartition("/")[2] for key in mined.rejects()["key"].to_pylist()} == set(held_out)
+    assert {key.rpartition("/")[2] for key in excluded.rejects()["key"].to_pylist()} == set(held_out)
     known = {image_id: key for key, image_id in keys(graph.output(graph["ingest:photos"])).items()}
     pairs = mined.read_parts(tables.PAIRS)
     assert len(pairs) == 500
