@@ -19,14 +19,17 @@ class BadImage(Exception):
         self.reason, self.detail = reason, detail
 
 
-def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
-    """Decode an image whole, as RGB. Raises BadImage: empty_file, not_an_image, too_large or truncated."""
+def decode(content: bytes, max_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Decode an image whole, as RGB. Raises BadImage: empty_file, not_an_image, too_large or truncated.
+
+    `formats`: Pillow's names of those that are tried; None: all.
+    """
     if not content:
         raise BadImage("empty_file", "0 bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(content))
+            image = Image.open(BytesIO(content), formats=formats)
     except Exception as error:  # of whatever class: each of Pillow's decoders has its own
         reason = "too_large" if isinstance(error, Image.DecompressionBombError) else "not_an_image"
         raise BadImage(reason, str(error)) from error
@@ -43,10 +46,11 @@ def render(content: bytes, tower: TowerConfig, views: ViewsConfig, seed: tuple[i
     image = decode(content)
     if seed[1] > 0:
         return np.asarray(_augment(image, tower.image_size, views, seed))
-    return np.asarray(_plain(image, tower))
+    return np.asarray(plain(image, tower))
 
 
-def _plain(image: Image.Image, tower: TowerConfig) -> Image.Image:
+def plain(image: Image.Image, tower: TowerConfig) -> Image.Image:
+    """The whole image, or its central square, in the tower's size."""
     size = tower.image_size
     if tower.resize == "squash":
         return image.resize((size, size), Image.Resampling.BICUBIC)
