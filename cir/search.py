@@ -1,7 +1,7 @@
 """Searching a gallery with trained models: a reference image and a text give images and scores. No HTTP, no Ray."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from cir.compose import Composer, target_side
+from cir.compose import Composer
 from cir.metrics import unit
 from cir.train import MODEL
 from cluster.artifacts import Output
@@ -80,6 +80,62 @@ class Matrix:
         return Hits(ids[kept][:top], scores[kept][:top])
 
 
+class Encoder:
+    """An image tower at work on single images; it is loaded when the first is encoded."""
+
+    def __init__(self, tower: TowerConfig) -> None:
+        self.tower = tower
+        self._loading = Lock()
+        self._loaded: Any = None
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """uint8 [size, size, 3], as the tower takes them."""
+        return np.asarray(plain(image, self.tower))
+
+    def vector(self, image: Image.Image) -> np.ndarray:
+        """float32 [dim] of an RGB image, rounded as cached embeddings are."""
+        import torch
+
+        pixels = torch.from_numpy(self.pixels(image)[None].copy())
+        return self.load()(pixels).half().float().cpu().numpy()[0, 0]
+
+    def load(self) -> Any:
+        """The tower."""
+        with self._loading:
+            if self._loaded is None:
+                from mining.towers import ImageTower
+
+                self._loaded = ImageTower(self.tower)
+        return self._loaded
+
+
+class Model:
+    """A trained model alone, without the gallery that it was evaluated on: what an export holds."""
+
+    def __init__(self, model: Output, tower: TowerConfig) -> None:
+        self.encoder = Encoder(tower)
+        self._composer = Composer(model, model, model)  # neither embeddings nor images of a gallery are read
+
+    def query(self, image: Image.Image, text: str) -> np.ndarray:
+        """float32 [dim] of norm 1: what is wanted, from a reference and what should change."""
+        pixels = self.encoder.pixels(image) if self._composer.takes_pixels else None
+        return _query(self._composer, Reference(None, self.encoder.vector(image), pixels), text)
+
+    def images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """float32 [n, dim] of norm 1 of images to search in: `images(...) @ query(...)` are their scores."""
+        return unit(self._composer.prepare(np.stack([self.encoder.vector(image) for image in images])))
+
+
+def _query(composer: Composer, reference: Reference, text: str) -> np.ndarray:
+    """float32 [dim] of norm 1."""
+    if composer.takes_pixels:
+        assert reference.pixels is not None
+        image = reference.pixels
+    else:
+        image = composer.prepare(reference.vector)
+    return unit(composer.compose(image[None].copy(), [text])[0])
+
+
 class Searcher:
     """Trained models over one embedded gallery. Each is loaded when it is first asked for.
 
@@ -87,10 +143,11 @@ class Searcher:
     """
 
     def __init__(self, models: Mapping[str, Output], embeddings: Output, gallery: Output, tower: TowerConfig) -> None:
-        self.models, self.embeddings, self.gallery, self.tower = models, embeddings, gallery, tower
+        self.models, self.embeddings, self.gallery, self.encoder = models, embeddings, gallery, Encoder(tower)
         self._loading = Lock()
         self._composers: dict[str, Composer] = {}
-        self._matrices: dict[bytes, Matrix] = {}
+        self._matrices: dict[bytes, Matrix] = {}  # by the mean
+        self._matrix_of: dict[str, Matrix] = {}
 
     def composer(self, name: str) -> Composer:
         """A model, loaded. Raises UserError when there is none of this name."""
@@ -103,11 +160,13 @@ class Searcher:
 
     def matrix(self, name: str) -> Matrix:
         """What a model's queries are compared with."""
-        mean = self._mean(name)
         with self._loading:
-            if mean.tobytes() not in self._matrices:
-                self._matrices[mean.tobytes()] = Matrix(*unit_vectors(self.embeddings, mean))
-            return self._matrices[mean.tobytes()]
+            if name not in self._matrix_of:
+                mean = self._mean(name)
+                if mean.tobytes() not in self._matrices:
+                    self._matrices[mean.tobytes()] = Matrix(*unit_vectors(self.embeddings, mean))
+                self._matrix_of[name] = self._matrices[mean.tobytes()]
+            return self._matrix_of[name]
 
     def _mean(self, name: str) -> np.ndarray:
         model = self.models[name]
@@ -140,25 +199,13 @@ class Searcher:
     def known(self, image_id: int) -> Reference:
         """An image of the gallery, with the features that the models were evaluated on. Raises KeyError for any other id."""
         vector = self._plain.take(np.array([image_id]), np.zeros(1, np.int64))[0, 0]
-        pixels = self._pixels(decode(read_images((self.gallery,), [image_id])[image_id])) if self._takes_pixels else None
+        pixels = self.encoder.pixels(decode(read_images((self.gallery,), [image_id])[image_id])) if self._takes_pixels else None
         return Reference(image_id, vector, pixels)
 
     def uploaded(self, content: bytes, image: Image.Image) -> Reference:
         """Any image, encoded and as it decodes to RGB; where the same file is in the gallery, that image."""
         found = self._find("sha256", hashlib.sha256(content).hexdigest())
-        return Reference(found, self.encode(image), self._pixels(image) if self._takes_pixels else None)
-
-    def encode(self, image: Image.Image) -> np.ndarray:
-        """The tower's vector float32 [dim] of an image, rounded as the cached ones are."""
-        import torch
-
-        pixels = torch.from_numpy(self._pixels(image)[None].copy())
-        with self._loading:
-            tower = self._tower
-        return tower(pixels).half().float().cpu().numpy()[0, 0]
-
-    def _pixels(self, image: Image.Image) -> np.ndarray:
-        return np.asarray(plain(image, self.tower))
+        return Reference(found, self.encoder.vector(image), self.encoder.pixels(image) if self._takes_pixels else None)
 
     @cached_property
     def _takes_pixels(self) -> bool:
@@ -169,21 +216,9 @@ class Searcher:
         parts = [read_ids(self.embeddings, part) for part in plain_parts(self.embeddings)]
         return Features(self.embeddings).open_plain(np.concatenate(parts))
 
-    @cached_property
-    def _tower(self) -> Any:
-        from mining.towers import ImageTower
-
-        return ImageTower(self.tower)
-
     def compose(self, name: str, reference: Reference, text: str) -> np.ndarray:
         """A model's query float32 [dim] of norm 1."""
-        composer = self.composer(name)
-        if composer.takes_pixels:
-            assert reference.pixels is not None
-            image = reference.pixels
-        else:
-            image = target_side(self.models[name])(reference.vector)
-        return unit(composer.compose(image[None].copy(), [text])[0])
+        return _query(self.composer(name), reference, text)
 
     def search(self, name: str, reference: Reference, text: str, top: int, remove_reference: bool = True) -> Hits:
         """The `top` images of the gallery for a reference and what should change, as one model ranks them."""

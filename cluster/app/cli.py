@@ -221,7 +221,7 @@ def list_outputs(config: Config, assignments: Set = []) -> None:  # noqa: B006
     from cluster.app.outputs import outputs
 
     graph = _graph(config, assignments)
-    used = {graph.output(stage).uri for stage in graph.stages}
+    used = {graph.output(stage).uri for stage in graph.known}
     table = Table("output", "size", "finished", "used", title=Output(graph.root).uri)
     for found in outputs(graph.root):
         row = f"{found.size / 2**20:,.1f} MB", "yes" if found.finished else "no", "yes" if found.uri in used else "no"

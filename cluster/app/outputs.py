@@ -8,7 +8,7 @@ from pyarrow import fs as pafs
 
 from cluster.app.checks import check_sources
 from cluster.app.config import RunConfig
-from cluster.app.graph import KINDS, Graph
+from cluster.app.graph import MADE, Graph
 from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
 from cluster.driver import lease
@@ -26,9 +26,18 @@ class Found:
 def outputs(root: str) -> Iterator[Found]:
     """Every output folder below a root."""
     system, _ = filesystem(root)
-    for output in (output for kind in KINDS for output in outputs_of(root, kind)):
+    for output in (output for kind in MADE for output in outputs_of(root, kind)):
         files = system.get_file_info(pafs.FileSelector(filesystem(output.uri)[1], recursive=True))
         yield Found(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
+
+
+def run_configs(root: str) -> Iterator[RunConfig]:
+    """The configs of the whole runs that were done below a root."""
+    system, base = filesystem(root)
+    for folder in system.get_file_info(pafs.FileSelector(f"{base}/runs", allow_not_found=True)):
+        run = Output(below(root, f"runs/{folder.base_name}"))
+        if run.exists("config.yaml"):
+            yield validate(RunConfig, yaml.safe_load(run.read_bytes("config.yaml")), run.path("config.yaml"))
 
 
 def unused(graph: Graph) -> list[Found]:
@@ -36,16 +45,10 @@ def unused(graph: Graph) -> list[Found]:
 
     Raises UserError when a source of such a run is missing: without it nobody can tell which outputs are the run's.
     """
-    system, base = filesystem(graph.root)
-    graphs = [graph]
-    for folder in system.get_file_info(pafs.FileSelector(f"{base}/runs", allow_not_found=True)):
-        run = Output(below(graph.root, f"runs/{folder.base_name}"))
-        if run.exists("config.yaml"):
-            content = yaml.safe_load(run.read_bytes("config.yaml"))
-            graphs.append(Graph(validate(RunConfig, content, run.path("config.yaml"))))
+    graphs = [graph, *map(Graph, run_configs(graph.root))]
     for found in graphs:
         check_sources(found.config, found.stages)
-    used = {p.output(stage).uri for p in graphs for stage in p.stages}
+    used = {p.output(stage).uri for p in graphs for stage in p.known}
     return [found for found in outputs(graph.root) if found.uri not in used]
 
 
