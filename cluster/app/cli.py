@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cluster.app import config as configs
 from cluster.app.commands import config as config_commands
-from cluster.app.commands import doctor, jobs, lineage, weights
+from cluster.app.commands import doctor, jobs, lineage, search, weights
 from cluster.app.commands.options import Config, Set
 from cluster.artifacts import Output, filesystem
 from cluster.driver.failures import explained
@@ -24,6 +24,7 @@ app.add_typer(config_commands.app)
 app.add_typer(doctor.app)
 app.add_typer(jobs.app)
 app.add_typer(lineage.app)
+app.add_typer(search.app)
 app.add_typer(weights.app)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the stages and what would be done; touch nothing")]
