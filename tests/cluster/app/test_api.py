@@ -15,6 +15,7 @@ from cluster.app.graph import Graph
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.monitor import Silent
+from cluster.stage import Run as At
 from mining import tables
 from mining.images import decode
 from tests.cluster.app.test_cli import RUNNER, app
@@ -81,7 +82,7 @@ def test_an_index_goes_on_from_its_parts(finished: Graph, tmp_path: Path) -> Non
     part = made.parts()[0]
     for name in (part, f"packs/{part.replace('parquet', 'arrow')}"):
         root.write_bytes(name, made.read_bytes(name))
-    stage.work(root, __import__("cluster.stage").stage.Run(finished.root, Silent()))
+    stage.work(root, At(finished.root, Silent()))
     assert dict(Thumbnails(root)) == dict(Thumbnails(made))
 
 
@@ -123,7 +124,7 @@ def test_the_command_prints_a_table_json_and_a_page(run: Run, config: str, world
     assert "&lt;b&gt;red&lt;/b&gt;" in page
     shown = RUNNER.invoke(app, [*arguments, "--models", "semi.s0"], catch_exceptions=False).stdout
     assert printed["semi.s0"][0]["key"] in shown
-    with pytest.raises(UserError, match="--models worst.s0: there is none"):
+    with pytest.raises(UserError, match=r"--models worst\.s0: there is none"):
         RUNNER.invoke(app, [*arguments, "--models", "worst.s0"], catch_exceptions=False)
 
 
