@@ -1,11 +1,12 @@
 """`vdg search` and `vdg serve`: what was trained, asked by a photo and a text."""
 
 import base64
+import getpass
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -109,10 +110,32 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="address to bind; any but loopback needs --token-file")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
     token_file: Annotated[Path | None, typer.Option("--token-file", help="a file whose content clients have to give")] = None,
+    author: Annotated[str | None, typer.Option("--author", help="whose labels are kept; None: this user")] = None,
 ) -> None:
     """A page and an API that search the gallery with the run's models, in one process."""
     from cluster.app.serve.local import read_token, serve_forever
 
     token = read_token(host, token_file)
     run = open_run(config, assignments)
-    serve_forever(run, chosen(list(run.models), models), host, port, token)
+    serve_forever(run, chosen(list(run.models), models), host, port, token, author or getpass.getuser())
+
+
+@app.command()
+def labels(
+    action: Annotated[Literal["list", "freeze"], typer.Argument(help="print them as JSON lines, or make them a source")],
+    config: Config,
+    assignments: Set = [],  # noqa: B006
+) -> None:
+    """What people said of the generator's deltas on the page of `vdg serve`."""
+    from cluster.app.labels import Labelling
+
+    labelling = Labelling(open_run(config, assignments))
+    if action == "list":
+        for label in labelling.store.last(labelling.digest).values():
+            print(json.dumps(label, ensure_ascii=False))
+        return
+    path = labelling.freeze()
+    console.print(
+        f"{path}: labelled triplets; add it to ingest.triplets.NAME.file, which takes a list, of a gallery with these images"
+    )
+    print(path)

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.concurrency import run_in_threadpool
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cir.index import thumbnail
 from cir.search import Reference
 from cluster.app.api import Run
+from cluster.app.labels import Judged, Labelling, precision
 from cluster.app.serve.guard import Guard
 from cluster.errors import UserError
 from mining.gallery import read_images
@@ -126,14 +127,16 @@ class Service:
         return {"answers": answers, "took_ms": took}
 
 
-def make_app(run: Run, models: list[str], hosts: Collection[str], token: str | None = None) -> FastAPI:
-    """The app, its models loaded."""
+def make_app(run: Run, models: list[str], hosts: Collection[str], token: str | None = None, author: str = "unknown") -> FastAPI:
+    """The app, its models loaded. `author` is whose labels are kept."""
     service = Service(run, models)
     app = FastAPI(title="Visual Delta", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, hosts=hosts, token=token)
     _add_state(app, service)
     _add_search(app, service)
     _add_images(app, service)
+    if any(stage.kind == "generate" for stage in run.graph.stages):
+        _add_labels(app, Labelling(run), author)
     _add_page(app)
     return app
 
@@ -218,6 +221,44 @@ def _add_images(app: FastAPI, service: Service) -> None:
             raise HTTPException(404, "no such image")
         content = read_images((service.searcher.gallery,), [image_id])[image_id]
         return Response(thumbnail(content, SHOWN_SIDE), media_type="image/jpeg", headers=IMMUTABLE)
+
+
+def _add_labels(app: FastAPI, labelling: Labelling, author: str) -> None:
+    @app.get("/v1/queue")
+    def queue(n: Annotated[int, Query(ge=1, le=50)] = 10) -> dict[str, Any]:
+        """Pairs to judge, with their deltas, and why each was drawn."""
+        pairs = []
+        for triplet, reason in labelling.queue(n):
+            row = labelling.rows[triplet]
+            ids = {name: str(row[name]) for name in ("triplet_id", "reference_id", "target_id")}
+            pairs.append(ids | {"deltas": row["deltas"][:3], "reason": reason})
+        return {"pairs": pairs}
+
+    @app.post("/v1/labels", status_code=201)
+    def judge(judged: Judged) -> dict[str, Any]:
+        """Keep a label. The same one again gives the same answer."""
+        try:
+            return labelling.judge(judged, author)
+        except KeyError as error:
+            raise HTTPException(404, "no such triplet") from error
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
+
+    @app.get("/v1/labels/summary")
+    def summary() -> dict[str, Any]:
+        """Counts by verdict, and the generator's precision."""
+        labels = list(labelling.store.last(labelling.digest).values())
+        measured = precision(labels)
+        counts = Counter(label["verdict"] for label in labels)
+        return {"of": len(labelling.rows), "counts": counts, "precision": measured and asdict(measured)}
+
+    @app.get("/v1/pairs/images/{image_id}")
+    def image(image_id: ImageId) -> Response:
+        """A JPEG of an image of a mined pair."""
+        if image_id not in labelling.images:
+            raise HTTPException(404, "no such image")
+        content = read_images((labelling.gallery,), [image_id])[image_id]
+        return Response(thumbnail(content, SHOWN_SIDE // 2), media_type="image/jpeg", headers=IMMUTABLE)
 
 
 def _add_page(app: FastAPI) -> None:

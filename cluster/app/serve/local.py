@@ -30,9 +30,9 @@ def read_token(host: str, file: Path | None) -> str | None:
     return token
 
 
-def serve_forever(run: Run, models: list[str], host: str, port: int, token: str | None) -> None:
+def serve_forever(run: Run, models: list[str], host: str, port: int, token: str | None, author: str) -> None:
     """Load the models, then answer until Ctrl-C."""
-    app = make_app(run, models, hosts={*LOOPBACK, host, socket.gethostname(), socket.getfqdn()}, token=token)
+    app = make_app(run, models, hosts={*LOOPBACK, host, socket.gethostname(), socket.getfqdn()}, token=token, author=author)
     bound = bind(host, port, token)
     place = f"[{host}]" if ":" in host else host
     console.print(f"{', '.join(models)} answer at http://{place}:{port}/{'?token=...' if token else ''}; Ctrl-C ends")

@@ -165,6 +165,7 @@ function submit(event) {
 // Arrows move between the photos of a list, by rows and columns as they lie on the screen.
 function move(event) {
   const here = document.activeElement;
+  if (at("search").hidden) return;
   if (event.key === "/" && here !== at("text")) {
     event.preventDefault();
     at("text").focus();
@@ -185,6 +186,83 @@ function move(event) {
   next.focus();
 }
 
+// Labelling: a queue of pairs, a verdict on a key.
+const labelling = { queue: [], past: [] };
+const VERDICTS = { n: ["no_change", "No change"], w: ["wrong", "Wrong pair"], x: ["skip", "Skip"] };
+
+async function judge(pair, verdict, text = "") {
+  const body = JSON.stringify({ label_id: crypto.randomUUID(), triplet_id: pair.triplet_id, verdict, text, reason: pair.reason });
+  await ask("v1/labels", { method: "POST", headers: { "content-type": "application/json" }, body });
+}
+
+async function decide(verdict, text) {
+  const pair = labelling.queue.shift();
+  if (!pair) return;
+  try {
+    await judge(pair, verdict, text);
+    labelling.past.push(pair);
+  } catch (error) {
+    labelling.queue.unshift(pair);
+    at("progress").textContent = error.message;
+    return;
+  }
+  await nextPair();
+}
+
+async function undo() {
+  const pair = labelling.past.pop();
+  if (!pair) return;
+  await judge(pair, "undone");
+  labelling.queue.unshift(pair);
+  await nextPair();
+}
+
+async function nextPair() {
+  if (!labelling.queue.length) labelling.queue = (await ask("v1/queue?n=10")).pairs;
+  const { of, counts, precision } = await ask("v1/labels/summary");
+  const done = Object.values(counts).reduce((sum, count) => sum + count, 0);
+  const share = precision ? `; ${(100 * precision.share).toFixed(0)} % of the generator's deltas are right (${(100 * precision.low).toFixed(0)} to ${(100 * precision.high).toFixed(0)}, of ${precision.judged})` : "";
+  at("progress").textContent = `${done} of ${of.toLocaleString("en")} pairs judged${share}`;
+  const pair = labelling.queue[0];
+  at("edit").value = "";
+  if (!pair) return;
+  at("from").src = `v1/pairs/images/${pair.reference_id}`;
+  at("to").src = `v1/pairs/images/${pair.target_id}`;
+  const key = (name, text, onclick) => element("button", { type: "button", onclick }, element("b", { textContent: name }), text);
+  at("deltas").replaceChildren(...pair.deltas.map((delta, i) => key(i + 1, delta, () => decide("right", delta))));
+  at("keys").replaceChildren(
+    ...Object.entries(VERDICTS).map(([name, [verdict, text]]) => key(name.toUpperCase(), text, () => decide(verdict))),
+    key("Z", "Undo", undo),
+  );
+}
+
+async function labelKey(event) {
+  if (at("label").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (document.activeElement === at("edit")) {
+    if (event.key === "Enter" && at("edit").value.trim()) await decide("edited", at("edit").value.trim());
+    if (event.key === "Escape" || event.key === "Enter") at("edit").blur();
+    return;
+  }
+  const delta = labelling.queue[0]?.deltas[Number(event.key) - 1];
+  if (delta) await decide("right", delta);
+  else if (VERDICTS[event.key]) await decide(VERDICTS[event.key][0]);
+  else if (event.key === "z") await undo();
+  else if (event.key === "e") {
+    event.preventDefault();
+    at("edit").focus();
+  }
+}
+
+at("tab").addEventListener("click", async () => {
+  const label = at("label").hidden;
+  at("label").hidden = !label;
+  at("search").hidden = label;
+  at("help").hidden = label;
+  at("tab").textContent = label ? "Search" : "Label pairs";
+  at("tab").blur();
+  if (label) await nextPair().catch((error) => (at("progress").textContent = error.message));
+});
+addEventListener("keydown", labelKey);
 at("ask").addEventListener("submit", submit);
 at("file").addEventListener("change", () => upload(at("file").files[0]));
 at("drop").addEventListener("keydown", (event) => event.key === "Enter" && (event.preventDefault(), at("file").click()));
