@@ -50,8 +50,9 @@ class Store:
                 if label["label_id"] == judged.label_id:
                     return label
             label = judged.model_dump() | {"author": author, "time": round(time.time(), 3), "digest": digest}
+            half = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
             with self.path.open("a") as file:
-                file.write(json.dumps(label, ensure_ascii=False) + "\n")
+                file.write("\n" * half + json.dumps(label, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         return label
