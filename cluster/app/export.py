@@ -62,7 +62,7 @@ def _snippet(folder: Path) -> str:
 from PIL import Image
 from cluster.app.api import load_model
 
-model = load_model({str(folder)!r})  # or wherever this folder is
+model = load_model({folder.name!r})  # this folder, from the one it is in
 query = model.query(Image.new("RGB", (224, 224), "red"), "the same in green")
 gallery = model.images([Image.new("RGB", (224, 224), colour) for colour in ("green", "blue")])
 print(gallery @ query)  # a score for each image, higher is closer

@@ -86,12 +86,15 @@ def test_an_index_goes_on_from_its_parts(finished: Graph, tmp_path: Path) -> Non
     assert dict(Thumbnails(root)) == dict(Thumbnails(made))
 
 
-def test_an_export_answers_alone_and_its_snippet_runs(run: Run, finished: Graph, tmp_path: Path, world: Path) -> None:
+def test_an_export_answers_alone_and_its_snippet_runs(
+    run: Run, finished: Graph, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "exported"
     RUNNER.invoke(app, ["export", finished.root, "semi.s0", str(folder)], catch_exceptions=False)
     card = (folder / "README.md").read_text()
     row = run.metrics()["semi"]
     assert f"R@1: {row['R@1']['seeds'][0]:.1f}" in card
+    monkeypatch.chdir(tmp_path)
     exec(card.partition("```python")[2].partition("```")[0], {})
     model = load_model(folder)
     assert isinstance(model, Model)
