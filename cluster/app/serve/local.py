@@ -46,7 +46,8 @@ def bind(host: str, port: int, token: str | None) -> socket.socket:
         bound = socket.create_server((host, port), family=family)
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: cannot be bound ({error.strerror}); give another") from error
-    if token is None and not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
+    address = bound.getsockname()[0]
+    if token is None and not ipaddress.ip_address(address).is_loopback:
         bound.close()
-        raise UserError(f"--host {host}: is bound to {bound.getsockname()[0]}, which is no loopback address")
+        raise UserError(f"--host {host}: is bound to {address}, which is no loopback address")
     return bound
