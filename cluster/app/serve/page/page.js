@@ -109,8 +109,9 @@ const encode = (steps) => steps.map((s) => `${s.image_id ?? `u${s.upload}`}~${en
 
 function decode(hash) {
   return hash.split("/").filter(Boolean).map((part) => {
-    const [name, text] = part.split("~");
-    return { ...(name.startsWith("u") ? { upload: name.slice(1) } : { image_id: name }), text: decodeURIComponent(text ?? "") };
+    const cut = part.indexOf("~"); // a text may hold more of them
+    const name = part.slice(0, cut);
+    return { ...(name.startsWith("u") ? { upload: name.slice(1) } : { image_id: name }), text: decodeURIComponent(part.slice(cut + 1)) };
   });
 }
 
