@@ -110,14 +110,16 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="address to bind; any but loopback needs --token-file")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
     token_file: Annotated[Path | None, typer.Option("--token-file", help="a file whose content clients have to give")] = None,
+    names: Annotated[list[str], typer.Option("--name", help="a further host name that browsers call it by")] = [],  # noqa: B006
     author: Annotated[str | None, typer.Option("--author", help="whose labels are kept; None: this user")] = None,
 ) -> None:
     """A page and an API that search the gallery with the run's models, in one process."""
-    from cluster.app.serve.local import read_token, serve_forever
+    from cluster.app.serve.local import local_app, read_token, serve_forever
 
     token = read_token(host, token_file)
     run = open_run(config, assignments)
-    serve_forever(run, chosen(list(run.models), models), host, port, token, author or getpass.getuser())
+    app = local_app(run, chosen(list(run.models), models), [host, *names], token, author or getpass.getuser())
+    serve_forever(app, host, port, token)
 
 
 @app.command()

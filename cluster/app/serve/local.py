@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from cluster.app.api import Run
 from cluster.app.serve.app import make_app
@@ -30,12 +31,17 @@ def read_token(host: str, file: Path | None) -> str | None:
     return token
 
 
-def serve_forever(run: Run, models: list[str], host: str, port: int, token: str | None, author: str) -> None:
-    """Load the models, then answer until Ctrl-C."""
-    app = make_app(run, models, hosts={*LOOPBACK, host, socket.gethostname(), socket.getfqdn()}, token=token, author=author)
+def local_app(run: Run, models: list[str], names: list[str], token: str | None, author: str) -> FastAPI:
+    """The app for requests to this machine, by its own names and these."""
+    hosts = {*LOOPBACK, socket.gethostname().lower(), socket.getfqdn().lower(), *(name.lower() for name in names)}
+    return make_app(run, models, hosts, token, author)
+
+
+def serve_forever(app: FastAPI, host: str, port: int, token: str | None) -> None:
+    """Answer until Ctrl-C."""
     bound = bind(host, port, token)
     place = f"[{host}]" if ":" in host else host
-    console.print(f"{', '.join(models)} answer at http://{place}:{port}/{'?token=...' if token else ''}; Ctrl-C ends")
+    console.print(f"ready at http://{place}:{port}/{'?token=...' if token else ''}; Ctrl-C ends")
     uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)).run(sockets=[bound])
 
 
