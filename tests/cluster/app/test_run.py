@@ -59,7 +59,7 @@ def test_mlflow_names_what_each_model_was_made_from(finished: Graph) -> None:
     assert model.data.tags["parent.pseudo_triplets"] == f"{pseudo.instance}-{pseudo.digest}"
     assert "loss" in model.data.metrics
     writer = runs["generate:photos"]
-    assert writer.data.tags["parent.vdg"] == f"instruct:vdg-{finished.generator().digest}"
+    assert writer.data.tags["parent.vdg"] == f"instruct:vdg-{finished['instruct:vdg'].digest}"
     assert {i.dataset.name for i in writer.inputs.dataset_inputs} >= {"pairs/photos", "embeddings/photo.photos"}
     assert "pseudo_triplets/photos" in {i.dataset.name for i in writer.inputs.dataset_inputs}
     assert all(run.info.status == "FINISHED" for run in runs.values())
