@@ -58,24 +58,31 @@ class Composer:
 
         self.model, self.embeddings, self.gallery = model, embeddings, gallery
         self.module, self.device = load_cir(model).to(device()), device()
+        self.takes_pixels = TASKS[_config(model).model].sees_pixels  # as references
+        self.prepare = target_side(model)
 
     def queries(self, reference_ids: np.ndarray, texts: list[str], batch_size: int) -> np.ndarray:
         """Queries float32 [n, dim] for references (ids [n]) and deltas."""
+        take = self._references(reference_ids)
+        batches = (slice(i, i + batch_size) for i in range(0, len(texts), batch_size))
+        return np.concatenate([self.compose(take(reference_ids[rows]), texts[rows]) for rows in batches])
+
+    def compose(self, references: np.ndarray, texts: list[str]) -> np.ndarray:
+        """Queries float32 [n, dim] of one batch, from references as the model takes them: see `takes_pixels`.
+
+        They are pixels uint8 [n, size, size, 3], or plain features float32 [n, dim] that went through `prepare`.
+        """
         import torch
 
-        take, queries = self._references(reference_ids), []
         with torch.inference_mode():
-            for rows in (slice(i, i + batch_size) for i in range(0, len(texts), batch_size)):
-                reference = torch.from_numpy(take(reference_ids[rows])).to(self.device)
-                tokens = self.module.tokenize(texts[rows]).to(self.device)
-                queries.append(self.module.compose(reference, tokens).cpu().numpy())
-        return np.concatenate(queries)
+            tokens = self.module.tokenize(texts).to(self.device)
+            return self.module.compose(torch.from_numpy(references).to(self.device), tokens).cpu().numpy()
 
     def _references(self, image_ids: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         """What gives the model's plain inputs of some of these images."""
-        if TASKS[_config(self.model).model].sees_pixels:
+        if self.takes_pixels:
             tower = TowerConfig.model_validate(self.model.read_json(MODEL)["tower"])
             pixels = Pixels(Online((self.gallery,), tower, ViewsConfig()), image_ids)
             return lambda ids: pixels.take(ids, np.zeros(len(ids), np.int64))
-        source, prepare = Features(self.embeddings).open_plain(image_ids), target_side(self.model)
-        return lambda ids: prepare(source.take(ids, np.zeros(len(ids), np.int64))[:, 0])
+        source = Features(self.embeddings).open_plain(image_ids)
+        return lambda ids: self.prepare(source.take(ids, np.zeros(len(ids), np.int64))[:, 0])

@@ -124,10 +124,11 @@ def render(content: bytes, tower: TowerConfig, views: ViewsConfig, seed: tuple[i
     image = decode(content)
     if seed[1] > 0:
         return np.asarray(_augment(image, tower.image_size, views, seed))
-    return np.asarray(_plain(image, tower))
+    return np.asarray(plain(image, tower))
 
 
-def _plain(image: Image.Image, tower: TowerConfig) -> Image.Image:
+def plain(image: Image.Image, tower: TowerConfig) -> Image.Image:
+    """An RGB image as the tower takes it, without augmentation."""
     size = tower.image_size
     if tower.resize == "squash":
         return image.resize((size, size), Image.Resampling.BICUBIC)

@@ -2,14 +2,14 @@
 
 import typer
 
-from cluster.app.commands import config, doctor, jobs, lineage, outputs, run, sweep, weights
+from cluster.app.commands import config, doctor, jobs, lineage, outputs, run, search, sweep, weights
 from cluster.driver.failures import explained
 from cluster.driver.progress import console
 from cluster.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The command `vdg`.")
 app.callback()(config.common)
-for part in (run, config, outputs, sweep, lineage, jobs, weights, doctor):
+for part in (run, config, search, outputs, sweep, lineage, jobs, weights, doctor):
     app.add_typer(part.app)
 
 

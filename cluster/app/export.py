@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 from cir.export import export_model
+from cluster.app.outputs import run_configs
+from cluster.config import content_of
 from cluster.driver.lineage import Lineage, Made, problems
 from cluster.errors import UserError
 from cluster.training.loop import TRAINING
 from vdg.export import export_generator
 
 EXPORTS = {"instruct": export_generator, "train": export_model}
+TOWER = "tower.json"  # the image tower that an exported retrieval model sees through, and its weights
 USES = {
     "instruct": "writes what turns a reference image into a target image, to make training triplets. Its texts are drafts: "
     "they may name what is in neither image, and carry over what the language model and the labelled triplets are biased to.",
@@ -33,11 +36,53 @@ def export(lineage: Lineage, made: Made, folder: Path) -> list[str]:
         raise UserError(f"{folder}: is not an empty folder; give a new one")
     folder.mkdir(parents=True, exist_ok=True)
     notes = EXPORTS[kind](made.output, folder)
-    (folder / "README.md").write_text(card(lineage, made, notes))
+    if kind == "train":
+        notes += _with_tower(lineage, made, folder)
+    (folder / "README.md").write_text(card(lineage, made, notes, folder))
     return notes
 
 
-def card(lineage: Lineage, made: Made, notes: list[str]) -> str:
+def _with_tower(lineage: Lineage, made: Made, folder: Path) -> list[str]:
+    """Write the config of the tower whose embeddings the model was trained on. A manifest says what its weights are, and the
+    config of a run below the same root where they are."""
+    embeddings = [near for role, near in lineage.above(made) if role.startswith("embeddings") and near.manifest]
+    wanted = [
+        near.manifest["settings"]["tower"] for near in embeddings if near.manifest and "tower" in near.manifest["settings"]
+    ]
+    towers = [tower for config in run_configs(lineage.root) for tower in config.embed.towers.values()]
+    for tower in (tower for tower in towers if content_of(tower) in wanted):
+        (folder / TOWER).write_text(tower.model_dump_json(indent=1))
+        where = tower.weights.model_dump(mode="json", exclude_none=True) if tower.weights else "none"
+        return [f"{TOWER} names the image tower, {tower.library}'s {tower.model}, and its weights: {where}."]
+    return ["The config of the run is gone, which says where the image tower's weights are: `load_model` needs it."]
+
+
+def _snippet(folder: Path) -> str:
+    return f"""```python
+from PIL import Image
+from cluster.app.api import load_model
+
+model = load_model({folder.name!r})  # this folder, from the one it is in
+query = model.query(Image.new("RGB", (224, 224), "red"), "the same in green")
+gallery = model.images([Image.new("RGB", (224, 224), colour) for colour in ("green", "blue")])
+print(gallery @ query)  # a score for each image, higher is closer
+```"""
+
+
+def _recalls(lineage: Lineage, made: Made) -> list[str]:
+    """What every evaluation of this model that is finished says of it."""
+    lines = []
+    variant = made.instance.partition(":")[2].partition(".s")[0]
+    for role, near in lineage.below(made):
+        if near.manifest is None or not near.instance.startswith("evaluate:") or not near.output.exists("metrics.json"):
+            continue
+        seeds = [r for r in lineage.parents[near.name] if r.startswith(f"models.{variant}.s")]
+        row = near.output.read_json("metrics.json").get(variant, {})
+        lines += [f"{metric}: {value['seeds'][seeds.index(role)]:.1f} ({near.name})" for metric, value in row.items()]
+    return lines
+
+
+def card(lineage: Lineage, made: Made, notes: list[str], folder: Path) -> str:
     """The model card: data, training, metrics, parents by digest, licence, use, loading."""
     assert made.manifest is not None
     ancestors = [near for near in lineage.ancestors(made).values() if near is not made]
@@ -46,10 +91,11 @@ def card(lineage: Lineage, made: Made, notes: list[str]) -> str:
     settings = json.dumps(made.manifest["settings"], indent=1)
     sections = {
         "Use and limits": f"This model {USES[made.instance.partition(':')[0]]}",
-        "Loading": _list(notes),
+        "Loading": _list(notes) + (f"\n\n{_snippet(folder)}" if (folder / TOWER).exists() else ""),
         "Data": _list([f"{near.name}: {_rows(near)}, sources {_sources(near)}" for near in data]),
         "Made from": _list([f"{near.name}" for near in ancestors if near not in data]),
         "Metrics": "At the step whose weights are kept:\n\n" + _list([f"{name}: {value:g}" for name, value in metrics.items()]),
+        "Evaluation": _list(_recalls(lineage, made)),
         "Licence": "The manifests name no licence. Those of the data above and of the pretrained weights in the settings hold "
         "for this model too: look them up before passing it on.",
         "Settings": f"```json\n{settings}\n```",

@@ -13,6 +13,7 @@ from typing import TypedDict, TypeVar
 from cir.benchmarks.official import Annotations, IngestExcluded, IngestExcludedNames, IngestImages, IngestQueries
 from cir.config import TextTower, VariantConfig
 from cir.evaluate import Evaluate, EvaluateGiven
+from cir.index import Index
 from cir.score import Score
 from cir.select import Select, SelectOwn
 from cir.tasks import TASKS
@@ -48,6 +49,7 @@ FLOW: tuple[type[Stage], ...] = (
     Evaluate,
 )
 KINDS = tuple(stage.kind for stage in FLOW)
+MADE = (*KINDS, Index.kind)  # all that has outputs
 Made = TypeVar("Made", bound=Stage)
 
 
@@ -66,6 +68,7 @@ class Graph:
         sources = Sources(config)
         rounds = Rounds(config, sources, Generator(config, sources), mined(config, sources))
         self.evaluation = evaluated(config, sources, rounds)
+        self.index = indexed(config, sources)
 
     def output(self, stage: Stage) -> Output:
         """Where a stage's output lives."""
@@ -74,13 +77,18 @@ class Graph:
     @cached_property
     def stages(self) -> list[Stage]:
         """All instances, parents before children; of those that could come next, the earliest kind first."""
-        waiting = {stage.instance: stage for stage in _with_ancestors(self.evaluation)}
+        waiting = {stage.instance: stage for stage in ancestors(self.evaluation)}
         ordered: dict[str, Stage] = {}
         while waiting:
             ready = [s for s in waiting.values() if all(parent.instance in ordered for parent in s.parents.values())]
             stage = min(ready, key=lambda stage: KINDS.index(stage.kind))
             ordered[stage.instance] = waiting.pop(stage.instance)
         return list(ordered.values())
+
+    @property
+    def known(self) -> list[Stage]:
+        """All instances, and those that a command beside `vdg run` makes."""
+        return self.stages + ([self.index] if self.index else [])
 
     def __getitem__(self, instance: str) -> Stage:
         """The stage of this name. Raises KeyError."""
@@ -98,7 +106,7 @@ class Graph:
         ]
         if not chosen:
             raise UserError(f"no stage instance matches {only or kind}; `--dry-run` lists them")
-        needed = {ancestor.instance for stage in chosen for ancestor in _with_ancestors(stage)}
+        needed = {ancestor.instance for stage in chosen for ancestor in ancestors(stage)}
         return [stage for stage in self.stages if stage.instance in needed]
 
 
@@ -107,7 +115,7 @@ def _matches(stage: Stage, pattern: str) -> bool:
     return fnmatch(stage.instance, pattern) or fnmatch(f"{stage.instance}-{stage.digest}", pattern)
 
 
-def _with_ancestors(stage: Stage) -> Iterator[Stage]:
+def ancestors(stage: Stage) -> Iterator[Stage]:
     """Every ancestor once, parents before children, then the stage itself."""
     seen: set[str] = set()
 
@@ -510,6 +518,13 @@ def evaluated(config: RunConfig, sources: Sources, rounds: Rounds) -> Stage:
         config=section,
         resources=resources,
     )
+
+
+def indexed(config: RunConfig, sources: Sources) -> Index | None:
+    """`index:evaluate`: what `vdg search` and `vdg serve` show of the gallery that they search; None without its images."""
+    if config.evaluate.images is None:
+        return None
+    return Index(name="evaluate", gallery=sources.gallery("evaluate"), resources=config.resources.ingest)
 
 
 def _shared_text(config: RunConfig) -> TextTower | None:

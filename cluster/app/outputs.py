@@ -9,7 +9,7 @@ from pyarrow import fs as pafs
 
 from cluster.app.checks import check_sources
 from cluster.app.config import RunConfig
-from cluster.app.graph import KINDS, Graph
+from cluster.app.graph import MADE, Graph
 from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
 from cluster.driver import lease
@@ -35,7 +35,7 @@ class Found:
 def outputs(root: str) -> Iterator[Found]:
     """Every output folder below a root."""
     system, _ = filesystem(root)
-    for output in (output for kind in KINDS for output in outputs_of(root, kind)):
+    for output in (output for kind in MADE for output in outputs_of(root, kind)):
         files = system.get_file_info(pafs.FileSelector(filesystem(output.uri)[1], recursive=True))
         yield Found(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
 
@@ -47,24 +47,32 @@ def keep_models(run: Output, stages: list[Stage]) -> None:
     run.write_json(MODELS, list(dict.fromkeys([*known, *made])))
 
 
+def run_configs(root: str) -> Iterator[RunConfig]:
+    """The configs of the whole runs that were done below a root."""
+    for run in _runs(root):
+        if run.exists("config.yaml"):
+            yield validate(RunConfig, yaml.safe_load(run.read_bytes("config.yaml")), run.path("config.yaml"))
+
+
+def _runs(root: str) -> Iterator[Output]:
+    system, base = filesystem(root)
+    for folder in system.get_file_info(pafs.FileSelector(f"{base}/runs", allow_not_found=True)):
+        yield Output(below(root, f"runs/{folder.base_name}"))
+
+
 def users(graph: Graph) -> dict[str, list[str]]:
     """Who refers to an output, by its name: this config, the config of a run below the same root, its earlier models.
 
     Raises UserError when a source of such a run is missing: without it nobody can tell which outputs are the run's.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    system, base = filesystem(graph.root)
-    graphs = {"this config": graph}
-    for folder in system.get_file_info(pafs.FileSelector(f"{base}/runs", allow_not_found=True)):
-        run = Output(below(graph.root, f"runs/{folder.base_name}"))
-        if run.exists("config.yaml"):
-            content = yaml.safe_load(run.read_bytes("config.yaml"))
-            graphs[f"run {folder.base_name}"] = Graph(validate(RunConfig, content, run.path("config.yaml")))
+    for run in _runs(graph.root):
         for name in run.read_json(MODELS) if run.exists(MODELS) else ():
-            found[name].append(f"models of {folder.base_name}")
+            found[name].append(f"models of {run.uri.rpartition('/')[2]}")
+    graphs = {"this config": graph, **{f"run {config.name}": Graph(config) for config in run_configs(graph.root)}}
     for user, other in graphs.items():
         check_sources(other.config, other.stages)
-        for stage in other.stages:
+        for stage in other.known:
             found[f"{stage.instance}-{stage.digest}"].append(user)
     return found
 

@@ -30,6 +30,7 @@ class Lineage:
 
     def __init__(self, root: str) -> None:
         """Reads every manifest below `root`, `<root>/<stage>/<instance>-<digest>/manifest.json`."""
+        self.root = root
         self.made: dict[str, Made] = {}
         self.parents: dict[str, dict[str, str]] = {}  # name -> role -> the parent's name
         for output in _finished(root):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,15 +91,55 @@ def export(
     """A trained model as PEFT adapter or safetensors, with a model card; says what needs this package."""
     from cluster.app.export import export as write
 
-    root, _ = _root(place, assignments)
-    found = Lineage(root)
-    made = found.find(model)
-    if len(made) != 1:
-        names = ", ".join(one.name for one in made) or "none"
-        raise UserError(f"{model}: expected one finished output below {Output(root).uri}, found {names}; give its digest")
-    for note in write(found, made[0], folder):
+    found = Lineage(_root(place, assignments)[0])
+    for note in write(found, _one(found, model), folder):
         console.print(note)
     console.print(f"exported to {folder}")
+
+
+@app.command()
+def push(
+    place: Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")],
+    model: Annotated[str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg) or a digest")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub, made private where it is new")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the files; send nothing")] = False,
+    assignments: Set = [],  # noqa: B006
+) -> None:
+    """Send an export to the Hugging Face hub, as the user that `hf auth login` knows."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from cluster.app.export import export as write
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"{repository}: {error}; give owner/name") from error
+    found = Lineage(_root(place, assignments)[0])
+    made = _one(found, model)
+    with tempfile.TemporaryDirectory() as folder:
+        exported = Path(folder) / repository.rpartition("/")[2]
+        write(found, made, exported)
+        for path in sorted(exported.iterdir()):
+            answers.print(f"{path.name}  {path.stat().st_size / 2**20:,.1f} MB")
+        if dry_run:
+            return
+        try:
+            HfApi().create_repo(repository, private=True, exist_ok=True)
+            HfApi().upload_folder(repo_id=repository, folder_path=exported, commit_message=made.name)
+        except OSError as error:
+            raise UserError(f"{repository}: the hub does not take it ({error}); `hf auth login` first") from error
+    console.print(f"{made.name} is in {repository}")
+
+
+def _one(lineage: Lineage, model: str) -> Made:
+    made = lineage.find(model)
+    if len(made) != 1:
+        names = ", ".join(one.name for one in made) or "none"
+        where = Output(lineage.root).uri
+        raise UserError(f"{model}: expected one finished output below {where}, found {names}; give its digest")
+    return made[0]
 
 
 def _root(place: str, assignments: list[str]) -> tuple[str, str | None]:

@@ -108,6 +108,22 @@ def test_export_writes_the_model_and_its_card(root: Path, stages: dict[str, Stag
         run("semi.s1")
 
 
+def test_a_push_lists_what_it_would_send(root: Path) -> None:
+    def run(repository: str) -> Result:
+        arguments = ["push", str(root), "semi.s1", repository, "--dry-run"]
+        return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+    shown = run("someone/model").stdout
+    assert [line.split()[0] for line in shown.splitlines()] == [
+        "README.md",
+        "cir.json",
+        "text_tower.safetensors",
+        "weights.safetensors",
+    ]
+    with pytest.raises(UserError, match="give owner/name"):
+        run("no such/name")
+
+
 def test_an_mlflow_run_names_its_output(root: Path, stages: dict[str, Stage]) -> None:
     from cluster.driver.tracking import Tracker
 

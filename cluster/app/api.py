@@ -1,0 +1,174 @@
+"""What a finished run, or an exported model alone, can do from Python.
+
+run = Run.open("outputs", "demo")
+run.search("photo.jpg", "the same in green", model="semi.s0", top=20)
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from cir.index import Thumbnails
+from cir.search import Hits, Model, Reference, Searcher
+from cluster.app.config import RunConfig
+from cluster.app.export import TOWER
+from cluster.app.graph import Graph
+from cluster.app.runner import metrics_of
+from cluster.artifacts import Output, below
+from cluster.config import validate
+from cluster.errors import UserError
+from mining import tables
+from mining.config import TowerConfig
+from mining.images import BadImage, decode
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An image that was found."""
+
+    rank: int  # from 1
+    image_id: int
+    key: str
+    score: float  # cosine with the query
+
+
+class Run:
+    """A finished run: its models search the gallery of the config's evaluate section."""
+
+    def __init__(self, graph: Graph) -> None:
+        """Raises UserError when the run has no models, or is not finished."""
+        config = graph.config
+        if config.evaluate.embeddings is not None:
+            raise UserError(f"{config.name}: scores given embeddings; there is no model to search with")
+        unfinished = [stage.instance for stage in graph.stages if graph.output(stage).manifest() is None]
+        if unfinished:
+            raise UserError(
+                f"{config.name}: {len(unfinished)} stage(s) are not finished below {Output(graph.root).uri}, such as "
+                f"{unfinished[0]}: `vdg run` does them. Another version of this package may have made other digests"
+            )
+        self.graph = graph
+
+    @classmethod
+    def open(cls, root: str, name: str) -> "Run":
+        """A run by its name, below the root folder of its outputs. Raises UserError when it is not there or not finished."""
+        folder = Output(below(root, f"runs/{name}"))
+        if not folder.exists("config.yaml"):
+            raise UserError(f"{folder.path('config.yaml')}: does not exist; give the root and the name of a run that was done")
+        content = yaml.safe_load(folder.read_bytes("config.yaml")) | {"root": root}
+        return cls(Graph(validate(RunConfig, content, folder.path("config.yaml"))))
+
+    def _output(self, role: str) -> Output:
+        return self.graph.output(self.graph.evaluation.parents[role])
+
+    @cached_property
+    def models(self) -> dict[str, Output]:
+        """Every trained model, as `<variant>.s<seed>`."""
+        parents = self.graph.evaluation.parents
+        return {r.removeprefix("models."): self._output(r) for r in parents if r.startswith("models.")}
+
+    @cached_property
+    def searcher(self) -> Searcher:
+        """All models over the gallery; each is loaded when it is first asked for."""
+        config = self.graph.config
+        tower = config.embed.towers[config.train.tower]
+        return Searcher(self.models, self._output("embeddings"), self._output("gallery"), tower)
+
+    @cached_property
+    def thumbnails(self) -> Thumbnails:
+        """Of the gallery's images. They are made on Ray, once."""
+        from cluster.app.runner import run
+
+        assert self.graph.index is not None
+        if self.graph.output(self.graph.index).manifest() is None:
+            run(self.graph, [self.graph.index])
+        return Thumbnails(self.graph.output(self.graph.index))
+
+    def reference(self, image: str | Path | bytes | int) -> Reference:
+        """An image to start from: a file, encoded bytes, or an image of the gallery by its key or id.
+
+        Raises UserError when it is none of these.
+        """
+        if isinstance(image, int):
+            try:
+                return self.searcher.known(image)
+            except KeyError:
+                raise UserError(f"image {image}: the gallery has no image of this id") from None
+        if isinstance(image, str) and not Path(image).is_file():
+            return self.searcher.known(self.searcher.image_id(image))
+        try:
+            content = image if isinstance(image, bytes) else Path(image).read_bytes()
+            return self.searcher.uploaded(content, decode(content, self.graph.config.ingest.max_pixels))
+        except (OSError, BadImage) as error:
+            name = "the image" if isinstance(image, bytes) else image
+            raise UserError(f"{name}: cannot be read ({error}); give an image file or a key of the gallery") from error
+
+    def search(self, image: str | Path | bytes | int, text: str, model: str = "semi.s0", top: int = 20) -> list[Hit]:
+        """The `top` images of the gallery for a reference and a text that says what should differ, best first.
+
+        The reference is not among them. Raises UserError for an unknown model, or an image that cannot be read.
+        """
+        self.searcher.composer(model)
+        return self.hits(self.searcher.search(model, self.reference(image), text, top))
+
+    def hits(self, found: Hits) -> list[Hit]:
+        """With names and ranks."""
+        rows = zip(found.image_ids.tolist(), self.searcher.keys(found.image_ids), found.scores.tolist(), strict=True)
+        return [Hit(rank, *row) for rank, row in enumerate(rows, 1)]
+
+    def metrics(self) -> dict[str, Any]:
+        """variant -> metric -> {"mean", "seeds"}, of the evaluation."""
+        return metrics_of(self.graph)
+
+    def triplets(self) -> "pd.DataFrame":
+        """The pseudo triplets: reference and target as keys, their first delta, and its log-probability."""
+        import pyarrow as pa
+
+        found = []
+        for stage in (stage for stage in self.graph.stages if stage.kind == "generate"):
+            made = self.graph.output(stage)
+            scores = [made.read_table(f"scores/{name}", tables.SCORES) for name in made.names("scores")]
+            values = {r["triplet_id"]: r["value"] for r in _rows(scores) if r["scorer"] == tables.SCORER}
+            names = self._names(stage)
+            found += [
+                {
+                    "stage": stage.instance,
+                    "reference": names.get(row["reference_id"]),
+                    "target": names.get(row["target_id"]),
+                    "delta": row["deltas"][0],
+                    "log_probability": values.get(row["triplet_id"]),
+                }
+                for row in made.read_parts(tables.TRIPLETS).to_pylist()
+            ]
+        return pa.Table.from_pylist(found).to_pandas()
+
+    def _names(self, stage: Any) -> Mapping[int, str]:
+        """Keys of the images that a stage's ancestors ingested."""
+        from cluster.app.graph import ancestors
+        from mining.gallery import keys
+        from mining.ingest import IngestGallery
+
+        galleries = [one for one in ancestors(stage) if isinstance(one, IngestGallery)]
+        return {image_id: key for one in galleries for key, image_id in keys(self.graph.output(one)).items()}
+
+
+def _rows(parts: list[Any]) -> list[dict[str, Any]]:
+    return [row for part in parts for row in part.to_pylist()]
+
+
+def load_model(folder: str | Path) -> Model:
+    """An exported retrieval model by itself. Raises UserError when the folder is none, or its tower's weights are missing."""
+    path = Path(folder) / TOWER
+    if not path.is_file():
+        raise UserError(f"{path}: does not exist; give a folder that `vdg export` wrote of a retrieval model")
+    tower = validate(TowerConfig, json.loads(path.read_text()), str(path))
+    if tower.weights is not None:
+        tower.weights.location()
+    return Model(Output(str(folder)), tower)

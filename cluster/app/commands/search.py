@@ -1,0 +1,143 @@
+"""`vdg search` and `vdg serve`: what was trained, asked by a photo and a text."""
+
+import base64
+import getpass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from cluster.app import config as configs
+from cluster.app.commands.options import Config, Set
+from cluster.driver.progress import answers, console
+from cluster.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.app.api import Hit, Run
+
+app = typer.Typer()
+
+Models = Annotated[str | None, typer.Option("--models", help="such as supervised.s0,semi.s0; None: the first seed of each")]
+
+
+@app.command()
+def search(
+    config: Config,
+    image: Annotated[str, typer.Option("--image", help="a file, or the key of an image of the gallery")],
+    text: Annotated[str, typer.Option("--text", help="what should differ")],
+    assignments: Set = [],  # noqa: B006
+    models: Models = None,
+    top: Annotated[int, typer.Option("--top", min=1, max=1000, help="images a model")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="print the answer as JSON on standard output")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="draw the answer into this file")] = None,
+) -> None:
+    """The photos of the evaluate section's gallery that a photo and a text ask for, as the run's models rank them."""
+    if html is not None and not html.absolute().parent.is_dir():
+        raise UserError(f"--html {html}: its folder does not exist; make it")
+    run = open_run(config, assignments)
+    reference = run.reference(image)
+    found = {name: run.hits(run.searcher.search(name, reference, text, top)) for name in chosen(list(run.models), models)}
+    if as_json:
+        print(json.dumps({name: [asdict(hit) for hit in hits] for name, hits in found.items()}, indent=1))
+    else:
+        _show(found)
+    if html is not None:
+        html.write_text(_page(run, image, text, found))
+        console.print(f"drawn in {html}")
+
+
+def open_run(config: str, assignments: list[str]) -> "Run":
+    """A finished run. Raises UserError."""
+    loaded = configs.load(config, assignments)
+    from cluster.app.api import Run
+    from cluster.app.graph import Graph
+
+    return Run(Graph(loaded))
+
+
+def chosen(known: list[str], models: str | None) -> list[str]:
+    """The models asked for, or the first seed of each variant. Raises UserError when one is unknown."""
+    if models is None:
+        first: dict[str, str] = {}
+        for name in known:
+            first.setdefault(name.rpartition(".s")[0], name)
+        return list(first.values())
+    if unknown := set(models.split(",")) - set(known):
+        raise UserError(f"--models {min(unknown)}: there is none of this name; give some of {', '.join(known)}")
+    return list(dict.fromkeys(models.split(",")))
+
+
+def _show(found: Mapping[str, "list[Hit]"]) -> None:
+    table = Table("rank", *(column for name in found for column in (name, "score")))
+    for row in zip(*found.values(), strict=True):
+        table.add_row(str(row[0].rank), *(cell for hit in row for cell in (hit.key, f"{hit.score:.3f}")))
+    answers.print(table)
+
+
+def _page(run: "Run", image: str, text: str, found: Mapping[str, "list[Hit]"]) -> str:
+    """One HTML file that holds its pictures."""
+    import jinja2
+
+    folder = Path(__file__).parents[1]
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined)
+    pictures = {hit.image_id: _data(run.thumbnails.get(hit.image_id, b"")) for hits in found.values() for hit in hits}
+    return environment.get_template("serve/answer.html.j2").render(
+        reference=_data(_reference(run, image)), image=Path(image).name, text=text, found=found, pictures=pictures
+    )
+
+
+def _reference(run: "Run", image: str) -> bytes:
+    from cir.index import thumbnail
+
+    if Path(image).is_file():
+        return thumbnail(Path(image).read_bytes())
+    return run.thumbnails.get(run.searcher.image_id(image), b"")
+
+
+def _data(content: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
+
+
+@app.command()
+def serve(
+    config: Config,
+    assignments: Set = [],  # noqa: B006
+    models: Models = None,
+    host: Annotated[str, typer.Option("--host", help="address to bind; any but loopback needs --token-file")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    token_file: Annotated[Path | None, typer.Option("--token-file", help="a file whose content clients have to give")] = None,
+    names: Annotated[list[str], typer.Option("--name", help="a further host name that browsers call it by")] = [],  # noqa: B006
+    author: Annotated[str | None, typer.Option("--author", help="whose labels are kept; None: this user")] = None,
+) -> None:
+    """A page and an API that search the gallery with the run's models, in one process."""
+    from cluster.app.serve.local import local_app, read_token, serve_forever
+
+    token = read_token(host, token_file)
+    run = open_run(config, assignments)
+    app = local_app(run, chosen(list(run.models), models), [host, *names], token, author or getpass.getuser())
+    serve_forever(app, host, port, token)
+
+
+@app.command()
+def labels(
+    action: Annotated[Literal["list", "freeze"], typer.Argument(help="print them as JSON lines, or make them a source")],
+    config: Config,
+    assignments: Set = [],  # noqa: B006
+) -> None:
+    """What people said of the generator's deltas on the page of `vdg serve`."""
+    from cluster.app.labels import Labelling
+
+    labelling = Labelling(open_run(config, assignments))
+    if action == "list":
+        for label in labelling.store.last(labelling.digest).values():
+            print(json.dumps(label, ensure_ascii=False))
+        return
+    path = labelling.freeze()
+    console.print(
+        f"{path}: labelled triplets; add it to ingest.triplets.NAME.file, which takes a list, of a gallery with these images"
+    )
+    print(path)

@@ -1,0 +1,1 @@
+"""A run's models behind HTTP, and the page that asks them."""

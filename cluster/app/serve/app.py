@@ -1,0 +1,274 @@
+"""The routes: FastAPI over a run. It runs under any ASGI server."""
+
+import hashlib
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi import Path as InPath
+from fastapi.concurrency import run_in_threadpool
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field
+
+from cir.index import thumbnail
+from cir.search import Reference
+from cluster.app.api import Run
+from cluster.app.labels import Judged, Labelling, precision
+from cluster.app.serve.guard import Guard
+from cluster.errors import UserError
+from mining.gallery import read_images
+from mining.images import BadImage, decode
+
+UPLOAD_BYTES = 10 * 2**20
+UPLOAD_PIXELS = 50_000_000
+UPLOADS = 256  # whose vectors are kept
+SHOWN_SIDE = 1024  # pixels of the longer side of an image that is shown large
+SAMPLE = 24
+PAGE = Path(__file__).parent / "page"
+FILES = {"index.html": "text/html; charset=utf-8", "page.js": "text/javascript", "page.css": "text/css"}
+IMMUTABLE = {"cache-control": "private, max-age=31536000, immutable"}
+ImageId = Annotated[int, InPath(ge=0, lt=2**63)]
+
+
+class Body(BaseModel):
+    """A part of a request; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class From(Body):
+    """Where a search starts: an image of the gallery, or an upload by its SHA-256."""
+
+    image_id: int | None = Field(None, ge=0, lt=2**63)
+    upload: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+
+
+class Asked(Body):
+    """A search."""
+
+    reference: From
+    text: str = Field(min_length=1, max_length=512)
+    models: list[str] = Field(min_length=1, max_length=4)
+    top: int = Field(20, ge=1, le=100)
+    exclude_reference: bool = True
+
+
+class Service:
+    """A run, the uploads whose vectors are kept, and the histogram of each step."""
+
+    def __init__(self, run: Run, models: list[str]) -> None:
+        """Loads the models and what they search."""
+        self.run, self.models, self.searcher = run, models, run.searcher
+        self.digests = {name: run.graph.evaluation.parents[f"models.{name}"].digest for name in models}
+        self.registry = CollectorRegistry()
+        self._steps = Histogram("vdg_step_seconds", "Time of a step", ["step"], registry=self.registry)
+        self._uploads: OrderedDict[str, Reference] = OrderedDict()
+        self._lock = Lock()
+        self.thumbnails = run.thumbnails
+        first = next(iter(self.thumbnails))
+        for name in models:
+            self.searcher.search(name, self.searcher.known(first), "warm", 1)
+        self.searcher.encoder.load()
+
+    @contextmanager
+    def step(self, name: str, took: dict[str, float]) -> Iterator[None]:
+        """Time a step into the histogram and into `took`, in ms."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self._steps.labels(name).observe(seconds)
+        took[name] = round(took.get(name, 0) + 1000 * seconds, 3)
+
+    def upload(self, content: bytes) -> dict[str, Any]:
+        """Keep an image's vector. Raises BadImage."""
+        took: dict[str, float] = {}
+        with self.step("decode", took):
+            image = decode(content, UPLOAD_PIXELS)
+        with self.step("encode", took):
+            reference = self.searcher.uploaded(content, image)
+        name = hashlib.sha256(content).hexdigest()
+        with self._lock:
+            self._uploads[name] = reference
+            self._uploads.move_to_end(name)
+            if len(self._uploads) > UPLOADS:
+                self._uploads.popitem(last=False)
+        return {"upload": name, "width": image.width, "height": image.height, "took_ms": took}
+
+    def reference(self, asked: From) -> Reference:
+        """Raises KeyError where it is not known."""
+        if asked.upload is not None:
+            with self._lock:
+                return self._uploads[asked.upload]
+        assert asked.image_id is not None
+        return self.searcher.known(asked.image_id)
+
+    def search(self, asked: Asked) -> dict[str, Any]:
+        """The answer. Raises KeyError where the reference is not known."""
+        took: dict[str, float] = {}
+        with self.step("reference", took):
+            reference = self.reference(asked.reference)
+        answers = []
+        for name in dict.fromkeys(asked.models):
+            with self.step("compose", took):
+                query = self.searcher.compose(name, reference, asked.text)
+            with self.step("search", took):
+                without = reference.image_id if asked.exclude_reference else None
+                found = self.run.hits(self.searcher.matrix(name).nearest(query, asked.top, without))
+            hits = [asdict(hit) | {"image_id": str(hit.image_id)} for hit in found]  # JavaScript's numbers are too short
+            answers.append({"model": name, "digest": self.digests[name], "hits": hits})
+        return {"answers": answers, "took_ms": took}
+
+
+def make_app(run: Run, models: list[str], hosts: Collection[str], token: str | None = None, author: str = "unknown") -> FastAPI:
+    """The app, its models loaded. `author` is whose labels are kept."""
+    service = Service(run, models)
+    app = FastAPI(title="Visual Delta", docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, hosts=hosts, token=token)
+    _add_state(app, service)
+    _add_search(app, service)
+    _add_images(app, service)
+    if any(stage.kind == "generate" for stage in run.graph.stages):
+        _add_labels(app, Labelling(run), author)
+    _add_page(app)
+    return app
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz")
+    @app.get("/readyz")
+    def ready() -> dict[str, str]:
+        """The models are loaded before the first request."""
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        """Of every step, for Prometheus."""
+        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        """What can be asked, and what the evaluation says of it."""
+        table = service.run.metrics()
+        rows = [
+            {"model": name, "digest": digest, "metrics": table.get(name.rpartition(".s")[0], {})}
+            for name, digest in service.digests.items()
+        ]
+        return {"run": service.run.graph.config.name, "images": len(service.thumbnails), "models": rows}
+
+
+def _add_search(app: FastAPI, service: Service) -> None:
+    @app.put("/v1/images")
+    async def upload(request: Request) -> dict[str, Any]:
+        """A JPEG, PNG or WebP as the raw body. Its vector is kept for a while, its pixels are not."""
+        content = await _body(request)
+        try:
+            return await run_in_threadpool(service.upload, content)
+        except BadImage as error:
+            raise HTTPException(422, str(error)) from error
+
+    @app.post("/v1/search")
+    def search(asked: Asked) -> dict[str, Any]:
+        """Images of the gallery for a reference and what should differ."""
+        if unknown := set(asked.models) - set(service.models):
+            raise HTTPException(404, f"{min(unknown)}: no such model; there are {', '.join(service.models)}")
+        if (asked.reference.image_id is None) == (asked.reference.upload is None):
+            raise HTTPException(422, "reference: give image_id or upload")
+        try:
+            return service.search(asked)
+        except KeyError as error:
+            raise HTTPException(404, "the reference is not in the gallery, nor among the last uploads") from error
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
+
+
+async def _body(request: Request) -> bytes:
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > UPLOAD_BYTES:
+            raise HTTPException(413, f"the image is larger than {UPLOAD_BYTES} bytes")
+    return bytes(content)
+
+
+def _add_images(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/gallery")
+    def gallery(seed: int = 0) -> dict[str, Any]:
+        """Some images to start from, drawn by seed."""
+        known = np.fromiter(service.thumbnails, np.int64)
+        ids = np.random.default_rng(abs(seed)).permutation(known)[:SAMPLE]
+        keys = service.searcher.keys(ids)
+        return {"images": [{"image_id": str(i), "key": key} for i, key in zip(ids.tolist(), keys, strict=True)]}
+
+    @app.get("/v1/images/{image_id}/thumbnail")
+    def small(image_id: ImageId) -> Response:
+        """A JPEG."""
+        if image_id not in service.thumbnails:
+            raise HTTPException(404, "no such image")
+        return Response(service.thumbnails[image_id], media_type="image/jpeg", headers=IMMUTABLE)
+
+    @app.get("/v1/images/{image_id}")
+    def large(image_id: ImageId) -> Response:
+        """A JPEG of at most `SHOWN_SIDE` pixels a side, whatever the file is."""
+        if image_id not in service.thumbnails:
+            raise HTTPException(404, "no such image")
+        content = read_images((service.searcher.gallery,), [image_id])[image_id]
+        return Response(thumbnail(content, SHOWN_SIDE), media_type="image/jpeg", headers=IMMUTABLE)
+
+
+def _add_labels(app: FastAPI, labelling: Labelling, author: str) -> None:
+    @app.get("/v1/queue")
+    def queue(n: Annotated[int, Query(ge=1, le=50)] = 10) -> dict[str, Any]:
+        """Pairs to judge, with their deltas, and why each was drawn."""
+        pairs = []
+        for triplet, reason in labelling.queue(n):
+            row = labelling.rows[triplet]
+            ids = {name: str(row[name]) for name in ("triplet_id", "reference_id", "target_id")}
+            pairs.append(ids | {"deltas": row["deltas"][:3], "reason": reason})
+        return {"pairs": pairs}
+
+    @app.post("/v1/labels", status_code=201)
+    def judge(judged: Judged) -> dict[str, Any]:
+        """Keep a label. The same one again gives the same answer."""
+        try:
+            return labelling.judge(judged, author)
+        except KeyError as error:
+            raise HTTPException(404, "no such triplet") from error
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
+
+    @app.get("/v1/labels/summary")
+    def summary() -> dict[str, Any]:
+        """Counts by verdict, and the generator's precision."""
+        labels = list(labelling.store.last(labelling.digest).values())
+        measured = precision(labels)
+        counts = Counter(label["verdict"] for label in labels)
+        return {"of": len(labelling.rows), "counts": counts, "precision": measured and asdict(measured)}
+
+    @app.get("/v1/pairs/images/{image_id}")
+    def image(image_id: ImageId) -> Response:
+        """A JPEG of an image of a mined pair."""
+        if image_id not in labelling.images:
+            raise HTTPException(404, "no such image")
+        content = read_images((labelling.gallery,), [image_id])[image_id]
+        return Response(thumbnail(content, SHOWN_SIDE // 2), media_type="image/jpeg", headers=IMMUTABLE)
+
+
+def _add_page(app: FastAPI) -> None:
+    content = {name: (PAGE / name).read_bytes() for name in FILES}
+
+    @app.get("/", include_in_schema=False)
+    def index() -> Response:
+        return Response(content["index.html"], media_type=FILES["index.html"], headers={"cache-control": "no-cache"})
+
+    @app.get("/page/{name}", include_in_schema=False)
+    def file(name: str) -> Response:
+        if name not in content:
+            raise HTTPException(404, "no such file")
+        return Response(content[name], media_type=FILES[name], headers={"cache-control": "no-cache"})

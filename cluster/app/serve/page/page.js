@@ -1,0 +1,290 @@
+// The page: a reference, a text, and what each model finds. The chain of searches is the URL's fragment.
+const at = (id) => document.getElementById(id);
+const state = { steps: [], reference: null, models: [] }; // a step: {image_id or upload, text}
+
+function element(name, fields = {}, ...children) {
+  const made = Object.assign(document.createElement(name), fields);
+  made.append(...children); // names and texts are text nodes, never HTML
+  return made;
+}
+
+async function ask(path, options) {
+  let answer;
+  try {
+    answer = await fetch(path, options);
+  } catch {
+    throw new Error("The server does not answer. Is vdg serve still running?");
+  }
+  const content = await answer.json().catch(() => ({}));
+  if (answer.ok) return content;
+  const detail = typeof content.detail === "string" ? content.detail : "the server refused this";
+  throw new Error(answer.status === 503 ? "The server is busy; try again in a second." : detail);
+}
+
+function say(text, wrong = false) {
+  at("status").textContent = text;
+  at("status").classList.toggle("wrong", wrong);
+}
+
+const picture = (reference) =>
+  reference.image_id ? `v1/images/${reference.image_id}/thumbnail` : sessionStorage.getItem(reference.upload) || "data:,";
+
+function setReference(reference) {
+  state.reference = reference;
+  at("reference").hidden = !reference;
+  at("invite").hidden = Boolean(reference);
+  if (reference) at("reference").src = picture(reference);
+  at("prompt").textContent = state.steps.length ? "More like this, but" : "Like this photo, but";
+}
+
+// A small copy of an upload for the chain, which a reload keeps; the server keeps no pixels.
+async function remember(name, file) {
+  const bitmap = await createImageBitmap(file);
+  const scale = Math.min(1, 256 / Math.max(bitmap.width, bitmap.height));
+  const canvas = element("canvas", { width: Math.ceil(bitmap.width * scale), height: Math.ceil(bitmap.height * scale) });
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  sessionStorage.setItem(name, canvas.toDataURL("image/jpeg", 0.85));
+}
+
+async function upload(file) {
+  if (!file) return;
+  say("Reading the photo …");
+  try {
+    const { upload: name } = await ask("v1/images", { method: "PUT", body: file });
+    await remember(name, file);
+    state.steps = [];
+    show([]);
+    setReference({ upload: name });
+    say("");
+    at("text").focus();
+  } catch (error) {
+    say(error.message, true);
+  }
+}
+
+function card(hit, onclick, extra = "") {
+  const score = hit.score === undefined ? "" : hit.score.toFixed(3);
+  const caption = element("figcaption", {}, element("b", { textContent: hit.rank ?? "" }), element("i", { textContent: hit.key }), score);
+  const image = element("img", { src: `v1/images/${hit.image_id}/thumbnail`, alt: hit.key, loading: "lazy" });
+  const button = element("button", { type: "button", onclick, title: hit.key }, element("figure", {}, image, caption));
+  return element("li", { className: extra }, button);
+}
+
+function show(answers) {
+  const first = new Map((answers[0]?.hits ?? []).map((hit) => [hit.image_id, hit.rank]));
+  at("answers").replaceChildren(
+    ...answers.map(({ model, hits }, column) => {
+      const change = (hit) => (!column ? "" : !first.has(hit.image_id) ? "new" : first.get(hit.image_id) > hit.rank ? "up" : "");
+      const list = hits.map((hit) => card(hit, () => goOn({ image_id: hit.image_id }), change(hit)));
+      const row = state.models.find((one) => one.model === model);
+      const recall = Object.entries(row?.metrics ?? {})[0];
+      const note = recall ? `${recall[0]} ${recall[1].mean.toFixed(1)}` : "";
+      const title = element("h2", {}, element("span", { className: "dot" }), model);
+      return element("article", {}, element("header", {}, title, element("span", { className: "small", textContent: note })), element("ol", { className: "hits" }, ...list));
+    }),
+  );
+  at("start").hidden = answers.length > 0;
+}
+
+function showChain() {
+  const jump = (count) => () => {
+    location.hash = encode(state.steps.slice(0, count));
+  };
+  at("chain").replaceChildren(
+    ...state.steps.map((step, i) => {
+      const image = element("img", { src: picture(step), alt: "" });
+      return element("li", {}, element("button", { type: "button", onclick: jump(i + 1) }, image, element("span", { textContent: step.text })));
+    }),
+  );
+}
+
+function goOn(reference) {
+  setReference(reference);
+  at("text").value = "";
+  at("text").focus();
+  scrollTo({ top: 0, behavior: "smooth" });
+}
+
+const encode = (steps) => steps.map((s) => `${s.image_id ?? `u${s.upload}`}~${encodeURIComponent(s.text)}`).join("/");
+
+function decode(hash) {
+  return hash.split("/").filter(Boolean).map((part) => {
+    const cut = part.indexOf("~"); // a text may hold more of them
+    const name = part.slice(0, cut);
+    return { ...(name.startsWith("u") ? { upload: name.slice(1) } : { image_id: name }), text: decodeURIComponent(part.slice(cut + 1)) };
+  });
+}
+
+async function followHash() {
+  try {
+    state.steps = decode(location.hash.slice(1));
+  } catch {
+    state.steps = [];
+  }
+  showChain();
+  const last = state.steps.at(-1);
+  if (!last) {
+    setReference(null);
+    show([]);
+    say("");
+    return;
+  }
+  const { text, ...reference } = last;
+  setReference(reference);
+  at("text").value = text;
+  at("go").disabled = true;
+  say("Searching …");
+  try {
+    const body = JSON.stringify({ reference, text, models: state.models.slice(0, 4).map((one) => one.model), top: 20 });
+    const found = await ask("v1/search", { method: "POST", headers: { "content-type": "application/json" }, body });
+    show(found.answers);
+    const steps = Object.entries(found.took_ms).map(([name, ms]) => `${name} ${ms.toFixed(1)} ms`);
+    const marks = found.answers.length > 1 ? `. In ${found.answers.at(-1).model}, framed: not in ${found.answers[0].model}'s list; green rank: higher there.` : "";
+    say(`${steps.join(", ")}${marks}`);
+  } catch (error) {
+    say(error.message, true);
+  }
+  at("go").disabled = false;
+}
+
+let seed = 1;
+async function gallery() {
+  const { images } = await ask(`v1/gallery?seed=${seed++}`);
+  at("gallery").replaceChildren(...images.map((image) => card(image, () => { state.steps = []; goOn({ image_id: image.image_id }); })));
+}
+
+function submit(event) {
+  event.preventDefault();
+  const text = at("text").value.trim();
+  if (!state.reference) return say("Give a photo first: drop, paste or pick one, or choose one below.", true);
+  if (!text) return say("Say what should differ.", true);
+  const hash = `#${encode([...state.steps.filter((s) => encode([s]) !== encode([{ ...state.reference, text }])), { ...state.reference, text }])}`;
+  if (hash === location.hash) followHash();
+  else location.hash = hash;
+}
+
+// Arrows move between the photos of a list, by rows and columns as they lie on the screen.
+function move(event) {
+  const here = document.activeElement;
+  if (at("search").hidden) return;
+  if (event.key === "/" && here !== at("text")) {
+    event.preventDefault();
+    at("text").focus();
+  }
+  const list = here?.closest?.(".hits");
+  if (!list || !event.key.startsWith("Arrow")) return;
+  event.preventDefault();
+  const all = [...document.querySelectorAll(".hits button")].filter((button) => button.offsetParent);
+  const [vertical, sign] = { ArrowDown: [true, 1], ArrowUp: [true, -1], ArrowRight: [false, 1], ArrowLeft: [false, -1] }[event.key];
+  const from = here.getBoundingClientRect();
+  const distance = (button) => {
+    const to = button.getBoundingClientRect();
+    const along = sign * (vertical ? to.top - from.top : to.left - from.left);
+    const across = Math.abs(vertical ? to.left - from.left : to.top - from.top);
+    return along > 4 ? along + 4 * across : Infinity;
+  };
+  const next = all.reduce((best, one) => (distance(one) < distance(best) ? one : best), here);
+  next.focus();
+}
+
+// Labelling: a queue of pairs, a verdict on a key.
+const labelling = { queue: [], past: [] };
+const VERDICTS = { n: ["no_change", "No change"], w: ["wrong", "Wrong pair"], x: ["skip", "Skip"] };
+
+async function judge(pair, verdict, text = "") {
+  const body = JSON.stringify({ label_id: crypto.randomUUID(), triplet_id: pair.triplet_id, verdict, text, reason: pair.reason });
+  await ask("v1/labels", { method: "POST", headers: { "content-type": "application/json" }, body });
+}
+
+async function decide(verdict, text) {
+  const pair = labelling.queue.shift();
+  if (!pair) return;
+  try {
+    await judge(pair, verdict, text);
+    labelling.past.push(pair);
+  } catch (error) {
+    labelling.queue.unshift(pair);
+    at("progress").textContent = error.message;
+    return;
+  }
+  await nextPair();
+}
+
+async function undo() {
+  const pair = labelling.past.pop();
+  if (!pair) return;
+  await judge(pair, "undone");
+  labelling.queue.unshift(pair);
+  await nextPair();
+}
+
+async function nextPair() {
+  if (!labelling.queue.length) labelling.queue = (await ask("v1/queue?n=10")).pairs;
+  const { of, counts, precision } = await ask("v1/labels/summary");
+  const done = Object.values(counts).reduce((sum, count) => sum + count, 0);
+  const share = precision ? `; ${(100 * precision.share).toFixed(0)} % of the generator's deltas are right (${(100 * precision.low).toFixed(0)} to ${(100 * precision.high).toFixed(0)}, of ${precision.judged})` : "";
+  at("progress").textContent = `${done} of ${of.toLocaleString("en")} pairs judged${share}`;
+  const pair = labelling.queue[0];
+  at("edit").value = "";
+  if (!pair) return;
+  at("from").src = `v1/pairs/images/${pair.reference_id}`;
+  at("to").src = `v1/pairs/images/${pair.target_id}`;
+  const key = (name, text, onclick) => element("button", { type: "button", onclick }, element("b", { textContent: name }), text);
+  at("deltas").replaceChildren(...pair.deltas.map((delta, i) => key(i + 1, delta, () => decide("right", delta))));
+  at("keys").replaceChildren(
+    ...Object.entries(VERDICTS).map(([name, [verdict, text]]) => key(name.toUpperCase(), text, () => decide(verdict))),
+    key("Z", "Undo", undo),
+  );
+}
+
+async function labelKey(event) {
+  if (at("label").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (document.activeElement === at("edit")) {
+    if (event.key === "Enter" && at("edit").value.trim()) await decide("edited", at("edit").value.trim());
+    if (event.key === "Escape" || event.key === "Enter") at("edit").blur();
+    return;
+  }
+  const delta = labelling.queue[0]?.deltas[Number(event.key) - 1];
+  if (delta) await decide("right", delta);
+  else if (VERDICTS[event.key]) await decide(VERDICTS[event.key][0]);
+  else if (event.key === "z") await undo();
+  else if (event.key === "e") {
+    event.preventDefault();
+    at("edit").focus();
+  }
+}
+
+at("tab").addEventListener("click", async () => {
+  const label = at("label").hidden;
+  at("label").hidden = !label;
+  at("search").hidden = label;
+  at("help").hidden = label;
+  at("tab").textContent = label ? "Search" : "Label pairs";
+  at("tab").blur();
+  if (label) await nextPair().catch((error) => (at("progress").textContent = error.message));
+});
+addEventListener("keydown", labelKey);
+at("ask").addEventListener("submit", submit);
+at("file").addEventListener("change", () => upload(at("file").files[0]));
+at("drop").addEventListener("keydown", (event) => event.key === "Enter" && (event.preventDefault(), at("file").click()));
+at("more").addEventListener("click", () => gallery().catch((error) => say(error.message, true)));
+addEventListener("keydown", move);
+addEventListener("paste", (event) => upload([...event.clipboardData.files].find((file) => file.type.startsWith("image/"))));
+addEventListener("dragover", (event) => (event.preventDefault(), at("drop").classList.add("over")));
+addEventListener("dragleave", () => at("drop").classList.remove("over"));
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  at("drop").classList.remove("over");
+  upload(event.dataTransfer.files[0]);
+});
+addEventListener("hashchange", followHash);
+
+try {
+  const { run, images, models } = await ask("v1/models");
+  state.models = models;
+  at("run").textContent = `· ${run} · ${images.toLocaleString("en")} photos · ${models.map((one) => one.model).join(", ")}`;
+  await gallery();
+  await followHash();
+} catch (error) {
+  say(error.message, true);
+}

@@ -1,0 +1,138 @@
+"""What a finished run and an export answer from Python and the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cir.evaluate import RANKINGS
+from cir.index import Thumbnails
+from cir.search import Model
+from cluster.app.api import Run, load_model
+from cluster.app.graph import Graph
+from cluster.artifacts import Output
+from cluster.errors import UserError
+from cluster.monitor import Silent
+from cluster.stage import Run as At
+from mining import tables
+from mining.images import decode
+from tests.cluster.app.test_cli import RUNNER, app
+
+
+@pytest.fixture(scope="module")
+def run(finished: Graph) -> Run:
+    assert finished.index is not None
+    finished.index.run(finished.root, Silent())
+    return Run.open(finished.root, "tiny")
+
+
+def test_every_model_ranks_every_query_as_evaluate_does(run: Run) -> None:
+    graph = run.graph
+    queries = graph.output(graph.evaluation.parents["queries"]).read_parts(tables.TRIPLETS).to_pylist()
+    for name in run.models:
+        ranking = graph.output(graph.evaluation).read_table(f"rankings/{name}.parquet", RANKINGS)
+        for query, expected in zip(queries, ranking["image_ids"].to_pylist(), strict=True):
+            found = run.search(query["reference_id"], query["deltas"][0], model=name, top=len(expected))
+            assert [hit.image_id for hit in found] == expected
+
+
+def test_a_file_of_the_gallery_starts_from_its_image(run: Run, world: Path) -> None:
+    path = sorted((world / "photos").iterdir())[3]
+    reference = run.reference(path)
+    assert reference.image_id is not None
+    known = run.searcher.known(reference.image_id)
+    assert np.allclose(reference.vector, known.vector, atol=2e-2)
+    by_file, by_bytes = (run.search(image, "make it red", top=5) for image in (str(path), path.read_bytes()))
+    assert by_file == by_bytes
+    assert reference.image_id not in [hit.image_id for hit in by_file]
+    assert [hit.rank for hit in by_file] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"), [("nowhere.jpg", "has this name"), (b"text", "cannot be read"), (7, "of this id")]
+)
+def test_what_is_no_image_is_named(run: Run, image: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run.search(image, "make it red")
+
+
+def test_metrics_and_triplets_of_the_run(run: Run, finished: Graph) -> None:
+    assert set(run.metrics()) == {"supervised", "semi", "best"}
+    table = run.triplets()
+    assert {"reference", "target", "delta", "log_probability"} <= set(table.columns)
+    assert table["reference"].notna().all()
+    assert (table["log_probability"] <= 0).all()
+    with pytest.raises(UserError, match="does not exist; give the root"):
+        Run.open(finished.root, "other")
+
+
+def test_thumbnails_are_small_and_named(run: Run) -> None:
+    thumbnails = run.thumbnails
+    assert set(thumbnails) == set(run.searcher.matrix("semi.s0").image_ids.tolist())
+    image = decode(thumbnails[next(iter(thumbnails))])
+    assert max(image.size) <= 256
+
+
+def test_an_index_goes_on_from_its_parts(finished: Graph, tmp_path: Path) -> None:
+    stage = finished.index
+    assert stage is not None
+    made, root = stage.output(finished.root), stage.output(str(tmp_path))
+    part = made.parts()[0]
+    for name in (part, f"packs/{part.replace('parquet', 'arrow')}"):
+        root.write_bytes(name, made.read_bytes(name))
+    stage.work(root, At(finished.root, Silent()))
+    assert dict(Thumbnails(root)) == dict(Thumbnails(made))
+
+
+def test_an_export_answers_alone_and_its_snippet_runs(
+    run: Run, finished: Graph, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "exported"
+    RUNNER.invoke(app, ["export", finished.root, "semi.s0", str(folder)], catch_exceptions=False)
+    card = (folder / "README.md").read_text()
+    row = run.metrics()["semi"]
+    assert f"R@1: {row['R@1']['seeds'][0]:.1f}" in card
+    monkeypatch.chdir(tmp_path)
+    exec(card.partition("```python")[2].partition("```")[0], {})
+    model = load_model(folder)
+    assert isinstance(model, Model)
+    path = sorted((world / "photos").iterdir())[3]
+    reference = run.reference(path)
+    assert np.allclose(model.query(decode(path.read_bytes()), "red"), run.searcher.compose("semi.s0", reference, "red"))
+    ids = list(run.thumbnails)[:3]
+    images = [decode((world / "photos" / f"{key}").read_bytes()) for key in _files(run, ids, world)]
+    wanted = run.searcher.matrix("semi.s0")
+    rows = [int(np.flatnonzero(wanted.image_ids == i)[0]) for i in ids]
+    assert np.allclose(model.images(images), wanted.vectors[rows], atol=2e-2)
+    with pytest.raises(UserError, match="give a folder that `vdg export` wrote"):
+        load_model(tmp_path)
+
+
+def _files(run: Run, ids: list[int], world: Path) -> list[str]:
+    names = {path.stem: path.name for path in (world / "photos").iterdir()}
+    return [names[Path(key).stem] for key in run.searcher.keys(np.array(ids))]
+
+
+def test_the_command_prints_a_table_json_and_a_page(run: Run, config: str, world: Path, tmp_path: Path) -> None:
+    path = str(sorted((world / "photos").iterdir())[0])
+    arguments = ["search", config, "--image", path, "--text", "<b>red</b>", "--top", "3"]
+    found = RUNNER.invoke(app, [*arguments, "--json", "--html", str(tmp_path / "a.html")], catch_exceptions=False)
+    printed = json.loads(found.stdout)
+    assert set(printed) == {"supervised.s0", "semi.s0", "best.s0"}
+    assert [hit["rank"] for hit in printed["semi.s0"]] == [1, 2, 3]
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("data:image/jpeg") == 1 + 9
+    assert "&lt;b&gt;red&lt;/b&gt;" in page
+    shown = RUNNER.invoke(app, [*arguments, "--models", "semi.s0"], catch_exceptions=False).stdout
+    assert printed["semi.s0"][0]["key"] in shown
+    with pytest.raises(UserError, match=r"--models worst\.s0: there is none"):
+        RUNNER.invoke(app, [*arguments, "--models", "worst.s0"], catch_exceptions=False)
+
+
+def test_an_index_is_no_waste(run: Run, finished: Graph) -> None:
+    from cluster.app.outputs import unused
+
+    assert finished.index is not None
+    assert Output(finished.index.output(finished.root).uri) not in [Output(found.uri) for found in unused(finished)]
