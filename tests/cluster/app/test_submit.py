@@ -11,7 +11,6 @@ from mlflow import MlflowClient
 from cluster.app import config as configs
 from cluster.app.graph import Graph
 from cluster.app.runner import tracking_uri
-from tests.cluster.app.test_run import config, world  # noqa: F401
 from tests.cluster.local_cluster import PROJECT, LocalCluster, local_cluster
 
 pytestmark = pytest.mark.slow
