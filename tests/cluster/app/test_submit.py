@@ -63,7 +63,7 @@ def test_a_wrong_token_is_refused(cluster: LocalCluster, tmp_path: Path) -> None
     assert "error: resources.ray.address" in refused.stderr
 
 
-def test_both_models_train_with_two_workers_each(cluster: LocalCluster, config: str) -> None:  # noqa: F811
+def test_both_models_train_with_two_workers_each(cluster: LocalCluster, config: str) -> None:
     settings = ["align=null", "rounds.count=1", "train.variants={supervised: {}, semi: {pseudo: true}}"]
     settings += [f"resources.{stage}.{field}" for stage in ("instruct", "train") for field in ("workers=2", "cpus=1")]
     command = ["submit", config, "--local", *(part for setting in settings for part in ("--set", setting))]
