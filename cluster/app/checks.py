@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from cluster.app.config import RunConfig
+from cluster.app.config import PROJECT, RunConfig
 from cluster.errors import UserError
 from cluster.stage import Stage
 
@@ -19,11 +19,13 @@ def check_sources(config: RunConfig, stages: list[Stage]) -> None:
 
 def _refuse(problems: Mapping[str, str], config: RunConfig) -> None:
     if problems:
-        lines = "\n".join(f"  {field}: {problem}{_origin(config, field)}" for field, problem in problems.items())
+        lines = "\n".join(f"  {field}: {problem}{_origin(config, field, problem)}" for field, problem in problems.items())
         raise UserError(f"{len(problems)} thing(s) are missing or do not fit:\n{lines}")
 
 
-def _origin(config: RunConfig, field: str) -> str:
-    """What `sources` says of a field: by the longest name that it starts with."""
+def _origin(config: RunConfig, field: str, problem: str) -> str:
+    """Where the bundled photos are, or what `sources` says of a field: by the longest name that it starts with."""
+    if str(PROJECT / "tests" / "data") in problem:
+        return "\n    the bundled photos are in the source checkout and the container image, not in the wheel"
     known = [name for name in config.sources if field.startswith(name)]
     return f"\n    {config.sources[max(known, key=len)]}" if known else ""

@@ -12,7 +12,6 @@ from cir.index import Thumbnails
 from cir.search import Model
 from cluster.app.api import Run, load_model
 from cluster.app.graph import Graph
-from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.monitor import Silent
 from cluster.stage import Run as At
@@ -132,7 +131,7 @@ def test_the_command_prints_a_table_json_and_a_page(run: Run, config: str, world
 
 
 def test_an_index_is_no_waste(run: Run, finished: Graph) -> None:
-    from cluster.app.outputs import unused
+    from cluster.app.outputs import users
 
     assert finished.index is not None
-    assert Output(finished.index.output(finished.root).uri) not in [Output(found.uri) for found in unused(finished)]
+    assert users(finished)[f"{finished.index.instance}-{finished.index.digest}"]

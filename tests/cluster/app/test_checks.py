@@ -27,3 +27,7 @@ def test_a_source_out_of_reach_is_not_called_missing(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("cluster.stage.fingerprint", out_of_reach)
     assert "evaluate.images: s3://photos cannot be read: AWS Error ACCESS_DENIED" in refused("s3://photos")
+
+
+def test_where_the_bundled_photos_are_is_said() -> None:
+    assert refused(str(configs.PROJECT / "tests" / "data" / "none")).endswith("not in the wheel")
