@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import PurePosixPath
 
@@ -54,17 +54,17 @@ def without_suffix(name: str) -> str:
     return str(PurePosixPath(name).with_suffix("")) if has_suffix(name) else name
 
 
-def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
+def decode(content: bytes, max_pixels: int | None = None, formats: Sequence[str] = FORMATS) -> Image.Image:
     """Decode an image whole, upright, as RGB; of an animation the first frame. What is clear becomes white.
 
-    Raises BadImage: empty_file, not_an_image, too_large or truncated.
+    `formats`: Pillow's names of those that are tried. Raises BadImage: empty_file, not_an_image, too_large or truncated.
     """
     if not content:
         raise BadImage("empty_file", "0 bytes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
+            image: Image.Image = Image.open(BytesIO(content), formats=formats)
         except Exception as error:  # of whatever class: each of Pillow's decoders has its own
             reason = "too_large" if isinstance(error, Image.DecompressionBombError) else "not_an_image"
             raise BadImage(reason, str(error)) from error

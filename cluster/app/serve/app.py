@@ -28,6 +28,7 @@ from mining.images import BadImage, decode
 
 UPLOAD_BYTES = 10 * 2**20
 UPLOAD_PIXELS = 50_000_000
+UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP")  # what browsers send: the fewer parsers a stranger reaches the better
 UPLOADS = 256  # whose vectors are kept
 SHOWN_SIDE = 1024  # pixels of the longer side of an image that is shown large
 SAMPLE = 24
@@ -90,7 +91,7 @@ class Service:
         """Keep an image's vector. Raises BadImage."""
         took: dict[str, float] = {}
         with self.step("decode", took):
-            image = decode(content, UPLOAD_PIXELS)
+            image = decode(content, UPLOAD_PIXELS, UPLOAD_FORMATS)
         with self.step("encode", took):
             reference = self.searcher.uploaded(content, image)
         name = hashlib.sha256(content).hexdigest()
