@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import PurePosixPath
 
@@ -54,7 +54,7 @@ def without_suffix(name: str) -> str:
     return str(PurePosixPath(name).with_suffix("")) if has_suffix(name) else name
 
 
-def decode(content: bytes, max_pixels: int | None = None, formats: Sequence[str] = FORMATS) -> Image.Image:
+def decode(content: bytes, max_pixels: int | None = None, formats: list[str] | tuple[str, ...] = tuple(FORMATS)) -> Image.Image:
     """Decode an image whole, upright, as RGB; of an animation the first frame. What is clear becomes white.
 
     `formats`: Pillow's names of those that are tried. Raises BadImage: empty_file, not_an_image, too_large or truncated.
