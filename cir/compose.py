@@ -39,7 +39,7 @@ def _config(model: Output) -> VariantConfig:
 def target_side(model: Output) -> Callable[[np.ndarray], np.ndarray]:
     """What turns raw image vectors float32 [n, dim] into those that the model's queries are compared with.
 
-    They are centred with the mean of the gallery that the model was trained on, when its config says so.
+    They are centred with the mean that the model was trained with, when its config says so.
     """
     if not _config(model).center:
         return lambda values: values

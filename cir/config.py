@@ -1,4 +1,4 @@
-"""Config of the composed-retrieval stages: train and evaluate."""
+"""Config of the composed-retrieval stages: train, score, select and evaluate."""
 
 import re
 from typing import Any, Literal, Self
@@ -121,7 +121,7 @@ class VariantConfig(Section):
     hidden: int | None = Field(None, gt=0, description="None: twice the width (combiner), 1024 (residual)")
     image_hidden: int | None = Field(None, ge=0, description="residual: hidden units that see the reference; None: `hidden`")
     dropout: float | None = Field(None, ge=0, lt=1, description="None: 0.0 (combiner), 0.3 (residual)")
-    center: bool = Field(False, description="subtract the training gallery's mean from image features and normalise them")
+    center: bool = Field(False, description="subtract the labelled images' mean from image features and normalise them")
     augment_target: bool = Field(True, description="targets are drawn views as references are, or always the plain image")
     temperature: Literal["fixed", "learned"] | None = Field(
         None, description="0.01, or learned from e^-2.9 (fusion) or 0.07 (blip); None: fixed (fusion), learned (blip)"

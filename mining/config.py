@@ -1,4 +1,4 @@
-"""Config of the mining stages: ingest, embed, mine."""
+"""Config of the mining stages: ingest, embed, exclude, neighbours, mine."""
 
 from fnmatch import fnmatch
 from typing import Literal, Self

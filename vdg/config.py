@@ -25,7 +25,7 @@ class VdgConfig(Section):
     prompt: Literal["paper", "short"] = Field("paper", description="the paper's two-image prompt, or one of ten words")
     projection: Literal["linear", "mlp"] = Field("linear", description="features: one linear layer, or two as LLaVA's")
     tokens_per_feature: int = Field(1, gt=0, description="features: language-model embeddings made of an image-tower token")
-    center: bool = Field(False, description="features: subtract the training gallery's mean, then scale to norm sqrt(dim)")
+    center: bool = Field(False, description="features: subtract the labelled images' mean, then scale to norm sqrt(dim)")
     feature_dropout: float = Field(0.0, ge=0, lt=1, description="features: dropout on them, in training")
 
 

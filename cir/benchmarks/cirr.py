@@ -31,7 +31,6 @@ SPLITS: dict[Part, str] = {"val": "val", "test": "test1"}
 QUERIES: dict[Part, int] = {"val": 4181, "test": 4148}
 IMAGES: dict[Part, int] = {"val": 2297, "test": 2315}
 SUBMITTED, SUBMITTED_OF_GROUP = 50, 3
-MAX_BYTES = 5 * 10**6  # of a submission
 
 
 class _Group(BaseModel):

@@ -1,4 +1,4 @@
-"""What composed retrieval gives the training loop: labelled and pseudo triplets joined with frozen features."""
+"""What composed retrieval gives the training loop: labelled and pseudo triplets joined with what the model sees of images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

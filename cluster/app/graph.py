@@ -1,7 +1,7 @@
 """The graph of a run: every stage instance, made from the config before anything starts.
 
-Each function or class below is a phase, in the order of the README's drawing; a stage names its parents and its part of the
-config, and nothing else. The paper's method is round 1; in a further round the generator has also learned from confident
+Each function or class below is a phase, in the order in which `FLOW` names the stages; a stage names its parents and
+its part of the config, and nothing else. The paper's method is round 1; in a further round the generator has also learned from confident
 deltas of the last. Instances of round 1 have plain names, those of round r end in `.r<r>`.
 """
 
@@ -20,6 +20,7 @@ from cir.tasks import TASKS
 from cir.train import Train
 from cluster.app.config import RunConfig
 from cluster.artifacts import Output
+from cluster.config import DecodeResources
 from cluster.errors import UserError
 from cluster.stage import Limit, Source, Stage
 from mining.center import Center
@@ -60,8 +61,18 @@ class Seen(TypedDict):
     galleries: tuple[Stage, ...]
 
 
+class Checks(TypedDict):
+    """How a gallery's images are checked, and in which parts they are kept."""
+
+    shard_rows: int
+    shard_bytes: int
+    max_pixels: int
+    max_reject_fraction: Limit
+    resources: DecodeResources
+
+
 class Graph:
-    """Every stage instance of a run. A digest follows from the config alone."""
+    """Every stage instance of a run, known before anything runs: from the config, and the state of the files it names."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.root = config, config.root
@@ -149,24 +160,30 @@ class Sources:
         without = None if source.without is None else Source(f"{field}.without", source.without)
         return self._gallery(name, images, _each(f"{field}.split", source.splits), without)
 
+    @property
+    def _checks(self) -> Checks:
+        options, resources = self.ingest, self.config.resources.ingest
+        return Checks(
+            shard_rows=options.shard_rows,
+            shard_bytes=options.shard_bytes,
+            max_pixels=options.max_pixels,
+            max_reject_fraction=self.limit,
+            resources=resources,
+        )
+
     def _gallery(self, name: str, images: Source, splits: tuple[Source, ...], without: Source | None = None) -> Stage:
-        options = self.ingest
         return self._once(
             IngestGallery(
                 name=name,
                 images=images,
                 splits=splits,
                 without=without,
-                shard_rows=options.shard_rows,
-                shard_bytes=options.shard_bytes,
-                max_pixels=options.max_pixels,
-                max_reject_fraction=self.limit,
-                resources=self.config.resources.ingest,
+                **self._checks,
             )
         )
 
     def _evaluated(self) -> Stage:
-        section, options = self.evaluate, self.ingest
+        section = self.evaluate
         assert section.images is not None
         if not section.is_official:
             split = () if section.split is None else (Source("evaluate.split", section.split),)
@@ -176,11 +193,7 @@ class Sources:
                 name="evaluate",
                 images=Source("evaluate.images", section.images, kept=True),
                 annotations=self._annotations,
-                shard_rows=options.shard_rows,
-                shard_bytes=options.shard_bytes,
-                max_pixels=options.max_pixels,
-                max_reject_fraction=self.limit,
-                resources=self.config.resources.ingest,
+                **self._checks,
             )
         )
 
@@ -222,7 +235,7 @@ class Sources:
 
     def excluded(self, benchmark: str, source: ExcludeConfig) -> Stage:
         """`ingest:excluded-<benchmark>`: its val and test images, by name, and as a gallery where they are given."""
-        name, field, options = f"excluded-{benchmark}", f"mine.exclude.{benchmark}", self.ingest
+        name, field = f"excluded-{benchmark}", f"mine.exclude.{benchmark}"
         annotations = Annotations(f"{field}.annotations", source.annotations, benchmark=benchmark)
         if source.images is None:
             return self._once(IngestExcludedNames(name=name, annotations=annotations, max_reject_fraction=self.limit))
@@ -231,11 +244,7 @@ class Sources:
                 name=name,
                 images=Source(f"{field}.images", source.images, kept=True),
                 annotations=annotations,
-                shard_rows=options.shard_rows,
-                shard_bytes=options.shard_bytes,
-                max_pixels=options.max_pixels,
-                max_reject_fraction=self.limit,
-                resources=self.config.resources.ingest,
+                **self._checks,
             )
         )
 
@@ -296,21 +305,24 @@ def _each(field: str, paths: list[str]) -> tuple[Source, ...]:
     return tuple(Source(field if len(paths) == 1 else f"{field}[{i}]", path) for i, path in enumerate(paths))
 
 
-def mined(config: RunConfig, sources: Sources) -> Mine:
-    """`mine:<gallery>`: the pairs of the auxiliary gallery's images."""
+def excluding(config: RunConfig, sources: Sources) -> Exclude | None:
+    """`exclude:<gallery>`: which images may be mined, where the config keeps benchmarks out of the pairs."""
     mine = config.mine
-    embeddings, mineable = sources.embeddings(mine.tower, mine.gallery), excluding(config, sources)
-    center = sources.center(mine.tower, mine.triplets) if mine.triplets else None
-    return Mine(
+    if not mine.exclude:
+        return None
+    benchmarks: dict[str, Stage] = {name: sources.excluded(name, source) for name, source in mine.exclude.items()}
+    return Exclude(
         name=mine.gallery,
-        embeddings=embeddings,
-        neighbours=None if mine.method == "random" else neighbours(config, embeddings, mineable, center),
-        mineable=mineable,
-        labelled=sources.triplets(mine.triplets) if mine.triplets else None,
-        center=center,
-        config=mine,
-        seed=config.seed,
-        resources=config.resources.mine,
+        gallery=sources.gallery(mine.gallery),
+        embeddings=sources.embeddings(mine.tower, mine.gallery),
+        benchmarks=benchmarks,
+        looks={
+            name: sources.embed(mine.tower, f"excluded-{name}", benchmarks[name], ViewsConfig())
+            for name, source in mine.exclude.items()
+            if source.images is not None
+        },
+        duplicate_similarity=mine.duplicate_similarity,
+        resources=config.resources.exclude,
     )
 
 
@@ -330,24 +342,21 @@ def neighbours(config: RunConfig, embeddings: Stage, mineable: Stage | None, cen
     )
 
 
-def excluding(config: RunConfig, sources: Sources) -> Exclude | None:
-    """`exclude:<gallery>`: which images may be mined, where the config keeps benchmarks out of the pairs."""
+def mined(config: RunConfig, sources: Sources) -> Mine:
+    """`mine:<gallery>`: the pairs of the auxiliary gallery's images."""
     mine = config.mine
-    if not mine.exclude:
-        return None
-    benchmarks: dict[str, Stage] = {name: sources.excluded(name, source) for name, source in mine.exclude.items()}
-    return Exclude(
+    embeddings, mineable = sources.embeddings(mine.tower, mine.gallery), excluding(config, sources)
+    center = sources.center(mine.tower, mine.triplets) if mine.triplets else None
+    return Mine(
         name=mine.gallery,
-        gallery=sources.gallery(mine.gallery),
-        embeddings=sources.embeddings(mine.tower, mine.gallery),
-        benchmarks=benchmarks,
-        looks={
-            name: sources.embed(mine.tower, f"excluded-{name}", benchmarks[name], ViewsConfig())
-            for name, source in mine.exclude.items()
-            if source.images is not None
-        },
-        duplicate_similarity=mine.duplicate_similarity,
-        resources=config.resources.exclude,
+        embeddings=embeddings,
+        neighbours=None if mine.method == "random" else neighbours(config, embeddings, mineable, center),
+        mineable=mineable,
+        labelled=sources.triplets(mine.triplets) if mine.triplets else None,
+        center=center,
+        config=mine,
+        seed=config.seed,
+        resources=config.resources.mine,
     )
 
 

@@ -15,7 +15,7 @@ from mining.gallery import part_name
 from mining.neighbours import Nearest, read_neighbours
 from mining.pairs.similarities import cosines
 
-# (reference rank, target rank) within a group of six, as in every full CIRR subset (PAPER.md section 2.1)
+# (reference rank, target rank) within a group of six, as in every full CIRR subset (the paper's section 3.2)
 PAIR_RANKS = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0))
 _RANKS = np.array(PAIR_RANKS)
 

@@ -1,7 +1,7 @@
 """Pairs that look like the labelled ones: their similarities are distributed as those of the labelled pairs.
 
 A departure from the paper, whose labelled pairs came from its own walk. Where they did not, walked pairs hurt: on the
-photos they are mostly of one product (README, results).
+photos they are mostly of one product (docs/method.md).
 """
 
 from collections.abc import Iterator

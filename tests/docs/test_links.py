@@ -29,3 +29,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_readme_fits_on_a_few_screens() -> None:
     assert len((PROJECT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_files_of_the_code_that_pages_name_are_there() -> None:
+    named = {
+        path
+        for page in (PROJECT / "README.md", *(PROJECT / "docs").glob("*.md"))
+        for path in re.findall(r"`((?:cluster|mining|vdg|cir|tests)/[\w./-]+\.py)`", page.read_text())
+    }
+    written_by_the_page = {"mining/thin.py"}  # what docs/extending.md adds
+    assert len(named) > 30
+    assert not [path for path in named - written_by_the_page if not (PROJECT / path).is_file()]
