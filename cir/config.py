@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.config import PARTIAL, Section, TrainingConfig, validate
+from cluster.config import FOLDER, PARTIAL, Section, TrainingConfig, validate
 from cluster.weights import Weights
 
 
@@ -179,8 +179,8 @@ class TrainConfig(VariantConfig):
     @model_validator(mode="after")
     def _variants_are_valid(self) -> Self:
         for name in self.variants:
-            if not re.fullmatch(r"\w[\w-]*", name):
-                raise ValueError(f"variant {name!r}: use letters, digits, '_' and '-'")
+            if not re.fullmatch(FOLDER, name):
+                raise ValueError(f"variant {name!r}: use up to 64 letters, digits, '_' and '-'")
             self.variant(name)
         return self
 

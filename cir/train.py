@@ -44,8 +44,17 @@ class Train(Stage):
         return f"train.variants.{self.variant}" if name == "config" else name
 
     def check(self) -> dict[str, str]:
-        """A batch has to divide over the workers."""
-        return super().check() | unfit(f"train.variants.{self.variant}.training", self.config.training, self.resources)
+        """A batch has to divide over the workers, and to hold triplets that are each other's negatives."""
+        field, training = f"train.variants.{self.variant}.training", self.config.training
+        return super().check() | (unfit(field, training, self.resources) or self._uncontrasted(field))
+
+    def _uncontrasted(self, field: str) -> dict[str, str]:
+        config, workers = self.config, max(self.resources.workers, 1)
+        micro, _ = config.training.accumulation(workers)
+        paired = config.pseudo and not config.pseudo_only  # each labelled triplet brings a pseudo one
+        if micro * workers > 1 or paired or config.loss.reference_negative:
+            return {}
+        return {field: "a forward pass holds one triplet, which has no negatives: take a batch_size and micro_batch above 1"}
 
     def work(self, output: Output, run: Run) -> None:
         """Raises UserError before anything is loaded when the inputs do not fit the variant."""

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from cluster.errors import UserError
 
+FOLDER = r"\w[\w-]{0,63}"  # a name that becomes a part of a folder's
 CONTENT = "content"  # context of a dump that decides a digest
 # `json_schema_extra` of a field: it never decides what comes out, it holds a path, or both
 NOT_CONTENT: dict[str, Any] = {"content": False}
@@ -234,18 +235,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """Plain values, and each key once: of two the last would silently win."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises ConstructorError when a key comes twice, or is no text."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As it is written, before what it merges joins its keys. Raises ConstructorError when a key comes twice."""
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.tag != _MERGE and key.value in seen:
+            if key.tag != _MERGE and isinstance(key.value, str) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} comes twice", key.start_mark)
             if isinstance(key.value, str):
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _MERGE = "tag:yaml.org,2002:merge"
+LARGEST = 100_000  # values of a config: a few aliases of aliases in a small file stand for billions
 
 
 def _parse(text: str, wrong: str) -> Any:
@@ -263,16 +266,28 @@ def _parse(text: str, wrong: str) -> Any:
 
 def _unfit(node: Any) -> str | None:
     """What of a config no section can hold, and would not survive being written again."""
+    nodes = [node]
+    for _ in range(LARGEST):
+        if not nodes:
+            return None
+        node = nodes.pop()
+        if isinstance(node, dict):
+            nodes += [*node, *node.values()]
+        elif isinstance(node, list):
+            nodes += node
+        if bad := _unfit_value(node):
+            return bad
+    return f"it stands for more than {LARGEST:,} values, or holds itself"
+
+
+def _unfit_value(node: Any) -> str | None:
     if isinstance(node, dict):
-        found = next((f"the key {key!r} is no text" for key in node if not isinstance(key, str)), None)
-        return found or next((bad for value in [*node, *node.values()] if (bad := _unfit(value))), None)
-    if isinstance(node, list):
-        return next((bad for value in node if (bad := _unfit(value))), None)
+        return next((f"the key {key!r} is no text" for key in node if not isinstance(key, str)), None)
     if isinstance(node, str):
         return f"{_shown(node[:80])!r} holds a NUL, or is not UTF-8" if "\0" in node or _shown(node) != node else None
     if isinstance(node, int) and abs(node) >= 2**63:
         return "a whole number has more than 63 bits"
-    known = node is None or isinstance(node, bool | int | float)
+    known = node is None or isinstance(node, bool | int | float | list)
     return None if known else f"{node!s:.80} is read as {type(node).__name__}; put it in quotes"
 
 

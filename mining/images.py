@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageEnhance, ImageOps
@@ -33,7 +34,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SAMPLE_FORMAT, _UNSIGNED, _WHITE_IS_ZERO = 339, 1, 0  # of TIFF
+_BITS, _SAMPLE_FORMAT, _UNSIGNED, _SIGNED, _WHITE_IS_ZERO = 258, 339, 1, 2, 0  # of TIFF
+_RANGES = {"F": (1, 255, 65535), "I": (255, 65535, 2**31 - 1, 2**32 - 1)}  # that 32 bits are used for
 
 
 class BadImage(Exception):
@@ -102,21 +104,37 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _of_depth(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as 8 bits: 16 bits are all used; of 32 bits and floats white is that of the range they fill."""
+    """Grey of more than 8 bits as 8 bits: 16 bits are all used; of 32 bits and floats white is that of the range they fill.
+
+    A range is filled where the values come near its white: what a filter throws a little over it is clipped.
+    """
     tags, clear = getattr(image, "tag_v2", {}), image.info.get("transparency")
     values = np.asarray(image)
     if image.mode == "I" and tags.get(_SAMPLE_FORMAT, (2,))[0] == _UNSIGNED:
         values = values.view(np.uint32)
     shown = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     black = min(shown.min(), 0.0)
-    whites = {"F": (1, 255, 65535), "I": (255, 65535, 2**31 - 1, 2**32 - 1)}.get(image.mode, (65535,))
-    fitting = (white for white in whites if black == 0 and shown.max() <= white)  # with a sign they fill a range of their own
-    shown = (shown - black) / max(next(fitting, shown.max()) - black, 1e-12)
+    white = shown.max() if black < 0 else _white(image, tags) or _filled(shown.max(), _RANGES[image.mode])
+    shown = np.clip((shown - black) / max(white - black, 1e-12), 0, 1)  # with a sign they fill a range of their own
     if tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
         shown = 1 - shown
     if isinstance(clear, int):
         shown[values == clear] = 1
     return Image.fromarray(np.rint(255 * shown).astype(np.uint8))
+
+
+def _white(image: Image.Image, tags: Mapping[int, Any]) -> int | None:
+    """What the file says that white is."""
+    bits = tags.get(_BITS, (32,) if image.mode in _RANGES else (16,))[0]
+    if image.format == "PPM" and image.mode == "I":
+        return 65535
+    return None if bits >= 32 else 2 ** (bits - (tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _SIGNED)) - 1
+
+
+def _filled(highest: float, ranges: tuple[int, ...]) -> float:
+    """The white of the range that values fill up to the highest; the highest where they fill none."""
+    reached = (white for white in ranges if highest <= 1.1 * white and (white == ranges[0] or highest > white / 16))
+    return next(reached, highest)
 
 
 def render(content: bytes, tower: TowerConfig, views: ViewsConfig, seed: tuple[int, int]) -> np.ndarray:

@@ -37,7 +37,7 @@ _Row = dict[str, Any]
 class Ingest(Stage):
     """Something from outside, checked row by row; bad rows are rejected with a reason."""
 
-    version = 5
+    version = 6
     table = "dataset"
     max_reject_fraction: Limit
 

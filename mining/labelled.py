@@ -18,13 +18,14 @@ from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, Vali
 
 from cluster.artifacts import filesystem
 from cluster.errors import UserError
-from cluster.files import is_hidden, is_text
+from cluster.files import File, files_below, is_hidden, is_text
 from mining import tables
 from mining.images import BadImage, without_suffix
 from mining.sources import is_textual, normal, read_file, read_json, reject, texts
 from mining.tars import CAPTION_SUFFIXES, naming, read_members
 
 _Row = dict[str, Any]
+csv.field_size_limit(2**31 - 1)  # a long caption is a caption, not the end of its file
 _BROKEN = (OSError, ValueError, MemoryError, pa.ArrowException, tarfile.TarError)
 Text = Annotated[str, Field(coerce_numbers_to_str=False, strict=True)]  # a number is no caption
 
@@ -74,18 +75,32 @@ def _caption_rows(file: str) -> list[Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as captions: {error}") from error
     if is_folder:
-        infos = system.get_file_info(pafs.FileSelector(path, recursive=True))
-        names = sorted(info.path for info in infos if info.is_file and info.extension in ("tar", "parquet"))
-        if not names:
+        found = (below for below in files_below(system, path) if not below.aside and not is_hidden(below.relative))
+        files = sorted((below for below in found if _is_container(below.path)), key=lambda below: below.path)
+        if not files:
             raise UserError(f"{file}: the folder has no tar or Parquet file of captions")
-        return [row for name in names for row in _rows_in(system, name)]
-    return _rows_in(system, path) if path.lower().endswith((".tar", ".parquet")) else read_rows(file)
+        return [row for below in files for row in _rows_or_reject(system, below)]
+    return _rows_in(system, path) if _is_container(path) else read_rows(file)
+
+
+def _is_container(path: str) -> bool:
+    return path.lower().endswith((".tar", ".parquet"))
+
+
+def _rows_or_reject(system: pafs.FileSystem, file: File) -> list[Any]:
+    """Of a folder's file: one that cannot be read is a reject, and the others are still good."""
+    if file.broken or not is_text(file.path):
+        return [BadImage("unreadable", f"{file.relative}: {file.broken or 'the name is not UTF-8'}")]
+    try:
+        return _rows_in(system, file.path)
+    except UserError as error:
+        return [BadImage("unreadable", str(error))]
 
 
 def _rows_in(system: pafs.FileSystem, path: str) -> list[_Row]:
     try:
         with system.open_input_file(path) as stream:
-            return _tar_rows(stream) if path.endswith(".tar") else _parquet_rows(pq.ParquetFile(stream))
+            return _tar_rows(stream) if path.lower().endswith(".tar") else _parquet_rows(pq.ParquetFile(stream))
     except _BROKEN as error:
         raise UserError(f"{path}: cannot be read as captions: {error}; give a JSON, CSV, Parquet or tar file") from error
 
@@ -115,7 +130,7 @@ def _tar_rows(stream: Any) -> list[Any]:
     members = [(name, offset, size) for name, offset, size in found.files if not is_hidden(name)]
     key_of, captions = naming(name for name, _, _ in members), dict[str, str]()
     for name, offset, size in members:
-        if (suffix := PurePosixPath(name).suffix) in CAPTION_SUFFIXES:
+        if (suffix := PurePosixPath(name).suffix.lower()) in CAPTION_SUFFIXES:
             content = stream.read_at(size, offset)
             if suffix == ".txt":
                 captions[key_of(name)] = content.decode("utf-8", "surrogateescape")

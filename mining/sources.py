@@ -328,6 +328,8 @@ def _row_group(uri: str, row: int) -> tuple[int, pa.ChunkedArray]:
                 first += file.metadata.row_group(group).num_rows
                 group += 1
             images = file.read_row_group(group, columns=["image"])["image"]
+            if row - first >= len(images):
+                raise LookupError(f"its row group {group} has fewer rows than the footer says")
             return first, pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
-    except (pa.ArrowException, LookupError) as error:  # the file is another one than was listed
+    except (pa.ArrowException, LookupError, ValueError, MemoryError) as error:  # the file is another one than was listed
         raise OSError(f"{uri}: row {row} cannot be read: {error}") from error

@@ -82,7 +82,7 @@ def naming(names: Iterable[str]) -> Callable[[str], str]:
     In a WebDataset whose images and captions meet there alone it ends at the first dot of the file's name: `a.image.jpg` and
     `a.caption.txt` are both `a`.
     """
-    shown = [name for name in names if has_suffix(name) or PurePosixPath(name).suffix in CAPTION_SUFFIXES]
+    shown = [name for name in names if has_suffix(name) or PurePosixPath(name).suffix.lower() in CAPTION_SUFFIXES]
     images, texts = [n for n in shown if has_suffix(n)], [n for n in shown if not has_suffix(n)]
     if {_to_last_dot(n) for n in images} & {_to_last_dot(n) for n in texts}:
         return _to_last_dot

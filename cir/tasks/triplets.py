@@ -13,6 +13,7 @@ from cir import metrics
 from cir.config import Validation, VariantConfig
 from cir.select import Pseudo, chosen
 from cluster.artifacts import Output
+from cluster.errors import UserError
 from mining import tables
 from mining.features import Features, centred
 
@@ -148,7 +149,14 @@ class TripletTask(ABC):
         return len(self._tables[0])
 
     def check(self) -> tuple[int, int]:
-        """Numbers of labelled and of pseudo triplets that are trained on. Raises UserError when an image has no features."""
+        """Numbers of labelled and of pseudo triplets that are trained on.
+
+        Raises UserError when an image has no features, or all triplets have one target image: it is no query's negative.
+        """
+        if not self.config.loss.reference_negative and len(np.unique(self._rows.target_ids)) == 1:
+            raise UserError(
+                f"train.triplets: all {len(self._rows)} triplets have the same target image; label other targets too"
+            )
         self.features.check(self._images, f"train.triplets ({self.triplets.uri}) or the pseudo triplets")
         pseudo = len(self._tables[-1]) if self.pseudo is not None else 0
         return len(self._rows) - pseudo, pseudo

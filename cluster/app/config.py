@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from cir.config import EvaluateConfig, RoundsConfig, ScoreConfig, TrainConfig, merge
 from cluster.config import (
+    FOLDER,
     NOT_CONTENT,
     ActorResources,
     DecodeResources,
@@ -135,7 +136,7 @@ class RunResources(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^\w[\w.-]*$", description="names the folder of the report and the MLflow run")
+    name: str = Field(pattern=r"^\w[\w.-]*$", max_length=64, description="names the folder of the report and the MLflow run")
     root: str = path_field("folder or URI that holds every output", "outputs")
     seed: int = Field(0, ge=0, description="of mining, the generator and its deltas; retrieval has train.seeds")
     ingest: IngestConfig
@@ -165,15 +166,17 @@ class RunConfig(Section):
         names += [f"excluded-{benchmark}" for benchmark in self.mine.exclude]
         for section, given in (("embed.towers", self.embed.towers), ("train.variants", self.train.variants)):
             for name in given:
-                if not re.fullmatch(r"\w[\w-]*", name):
+                if not re.fullmatch(FOLDER, name):
                     raise ValueError(
-                        f"{section}: the name {name!r} is part of a folder's name: use letters, digits, '_' and '-'"
+                        f"{section}: the name {name!r} is part of a folder's name: use up to 64 letters, digits, '_' and '-'"
                     )
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"ingest: two sources have the name '{name}' ('evaluate' and 'queries' are taken); rename one")
-            if not re.fullmatch(r"\w[\w-]*", name):
-                raise ValueError(f"ingest: the name {name!r} is part of a folder's name: use letters, digits, '_' and '-'")
+            if not re.fullmatch(FOLDER, name):
+                raise ValueError(
+                    f"ingest: the name {name!r} is part of a folder's name: use up to 64 letters, digits, '_' and '-'"
+                )
         return self
 
     @model_validator(mode="after")

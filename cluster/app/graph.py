@@ -1,8 +1,8 @@
 """The graph of a run: every stage instance, made from the config before anything starts.
 
-Each function or class below is a phase, in the order in which `FLOW` names the stages; a stage names its parents and
-its part of the config, and nothing else. The paper's method is round 1; in a further round the generator has also learned from confident
-deltas of the last. Instances of round 1 have plain names, those of round r end in `.r<r>`.
+Each function or class below is a phase, in the order in which `FLOW` names the stages; a stage names its parents and its
+part of the config, and nothing else. The paper's method is round 1; in a further round the generator has also learned from
+confident deltas of the last. Instances of round 1 have plain names, those of round r end in `.r<r>`.
 """
 
 from collections.abc import Iterator

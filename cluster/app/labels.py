@@ -60,7 +60,8 @@ class Store:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Every label, in the order of their coming; half a line of a process that was killed is left out."""
         if self.path.exists():
-            yield from (json.loads(line) for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n"))
+            lines = self.path.read_text().split("\n")[:-1]  # `splitlines` would cut texts too, at U+2028 and the like
+            yield from (json.loads(line) for line in lines if line.endswith("}"))
 
     def last(self, digest: str) -> dict[int, dict[str, Any]]:
         """The last label of each triplet of one output, without those that were undone."""

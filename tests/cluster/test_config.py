@@ -122,6 +122,21 @@ def test_what_no_config_can_hold_is_refused(tmp_path: Path, text: str) -> None:
             override({}, ["x.y=" + text.removeprefix("a: ")])
 
 
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "a: &a {b: [*a]}"])
+def test_aliases_of_aliases_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"a\.yaml: is not valid YAML: .*more than 100,000|holds itself"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_merged_key_may_be_given_anew(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: &a {lr: 1}\ndeep: {er: {b: &b {<<: *a, lr: 2}}}\nc: {<<: *b, steps: 3}\n")
+    assert read_yaml(tmp_path / "a.yaml")["c"] == {"lr": 2, "steps": 3}
+
+
 @pytest.mark.parametrize("assignment", ["a..b=1", ".a=1", "a.=1", "\udcff=1", "a=\udcff", "a=\0"])
 def test_names_and_values_of_assignments(assignment: str) -> None:
     with pytest.raises(UserError, match="--set"):

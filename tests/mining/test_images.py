@@ -125,11 +125,39 @@ def grey(mode: str, white: float, kind: str = "TIFF", **options: Any) -> bytes:
         grey("F", 255),
         grey("F", 65535),
         grey("F", 1, "PPM"),
+        grey("F", 3.5),
+        grey("F", 300),
+        grey("I", 4095),
     ],
 )
 def test_every_depth_of_grey_keeps_its_shades(content: bytes) -> None:
     shades = np.asarray(decode(content)).astype(float)
     assert shades == pytest.approx(255 * RAMP[..., None].repeat(3, 2), abs=1.01)
+
+
+def tiff(samples: bytes, bits: int, sample_format: int) -> bytes:
+    """A TIFF of one strip, 64 x 16, of samples that Pillow does not write."""
+    height, width = RAMP.shape
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    tags += [(279, len(samples)), (339, sample_format)]
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(samples)) + samples + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_a_tiff_says_how_many_bits_are_used() -> None:
+    pairs = np.rint(RAMP * 4095).astype(int).reshape(-1, 2).tolist()
+    twelve = b"".join((one << 12 | other).to_bytes(3, "big") for one, other in pairs)
+    signed = np.rint(RAMP * 32767).astype("<i2").tobytes()
+    for content in (tiff(twelve, 12, 1), tiff(signed, 16, 2)):
+        assert np.asarray(decode(content))[..., 0] == pytest.approx(255 * RAMP, abs=1.01)
+
+
+def test_a_little_over_white_is_clipped() -> None:
+    assert np.asarray(decode(grey("F", 1.05)))[..., 0] == pytest.approx(255 * (1.05 * RAMP).clip(max=1), abs=1.01)
+
+
+def test_a_dark_image_of_16_bits_stays_dark() -> None:
+    assert np.asarray(decode(grey("I;16", 250, "PPM"))).max() == np.asarray(decode(grey("I;16", 250, "PNG"))).max() == 1
 
 
 def test_unsigned_signed_and_broken_numbers() -> None:

@@ -249,6 +249,21 @@ def test_a_webdatasets_keys_end_where_images_and_captions_meet(tmp_path: Path) -
     assert captions_of(file, {"1": 1, "2": 2}) == ({1: "red"}, [("row 1", "not_utf8")])
 
 
+def test_a_long_caption_does_not_end_its_file(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"image,caption\ndev-0,{'x' * 200_000}\ndev-1,red\n")
+    captions, rejects = captions_of(tmp_path / "t.csv")
+    assert (len(captions[0]), captions[1], rejects) == (200_000, "red", [])
+
+
+def test_a_folder_of_captions_is_walked_as_a_gallery_is(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"dev-0.jpg": b"x", "dev-0.TXT": b"red"})
+    tar(tmp_path / "B.TAR", {"dev-1.jpg": b"x", "dev-1.txt": b"blue"})
+    for junk in ("._a.tar", "broken.tar"):
+        (tmp_path / junk).write_bytes(b"{" * 2000)
+    (tmp_path / "up").symlink_to(tmp_path)
+    assert captions_of(tmp_path) == ({0: "red", 1: "blue"}, [("row 2", "unreadable")])
+
+
 @pytest.mark.parametrize("name", ["broken.tar", "broken.parquet", "none.parquet", "captions.csv"])
 def test_unreadable_captions(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"{" * 2000)

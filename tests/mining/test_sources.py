@@ -390,6 +390,10 @@ def test_a_parquet_file_that_changed_is_an_os_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["row"], "image": [b"bytes"]}), path)
     with pytest.raises(OSError, match="row 3 cannot be read"):
         BytesReader().read(str(path), 3, 0)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"image", b"imag\xff"))  # a column's name that is not UTF-8
+    with pytest.raises(OSError, match="row 0 cannot be read"):
+        BytesReader().read(str(path), 0, 0)
     path.write_text("something else")
     with pytest.raises(OSError, match="row 0 cannot be read"):
         BytesReader().read(str(path), 0, 0)

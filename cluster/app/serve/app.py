@@ -1,6 +1,7 @@
 """The routes: FastAPI over a run. It runs under any ASGI server."""
 
 import hashlib
+import json
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -132,6 +134,7 @@ def make_app(run: Run, models: list[str], hosts: Collection[str], token: str | N
     service = Service(run, models)
     app = FastAPI(title="Visual Delta", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, hosts=hosts, token=token)
+    app.add_exception_handler(RequestValidationError, _invalid)
     _add_state(app, service)
     _add_search(app, service)
     _add_images(app, service)
@@ -139,6 +142,13 @@ def make_app(run: Run, models: list[str], hosts: Collection[str], token: str | N
         _add_labels(app, Labelling(run), author)
     _add_page(app)
     return app
+
+
+def _invalid(request: Request, error: Exception) -> Response:
+    """What is wrong, without the input, which may hold what no JSON answer can: NaN, half of a surrogate pair."""
+    assert isinstance(error, RequestValidationError)
+    detail = [{name: found[name] for name in ("type", "loc", "msg")} for found in error.errors()]
+    return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

@@ -3,9 +3,10 @@
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from http.cookies import SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
+
+from starlette.requests import cookie_parser
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -82,8 +83,7 @@ def _given(headers: dict[str, str]) -> str | None:
     kind, _, value = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
         return value
-    morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    return morsel.value if morsel else None
+    return cookie_parser(headers.get("cookie", "")).get(COOKIE)  # lenient: other servers on this host set cookies too
 
 
 def _name(host: str) -> str:

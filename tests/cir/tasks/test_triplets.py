@@ -1,6 +1,7 @@
 """The batches of composed retrieval."""
 
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cir.config import Validation, VariantConfig
 from cir.select import Pseudo
 from cir.tasks.fusion import FusionTask
 from cir.tasks.triplets import held_out
+from cluster.errors import UserError
 from mining.features import centred
 from tests.cir import world
 from tests.stages import centred_by_own
@@ -56,6 +58,15 @@ def test_each_labelled_row_brings_a_pseudo_triplet(task: FusionTask) -> None:
     pseudo = {row["target_id"] for row in world.triplet_rows(50, 1)}
     assert set(found["target_id"][:4].tolist()) <= labelled
     assert set(found["target_id"][4:].tolist()) <= pseudo
+
+
+def test_triplets_of_one_target_are_refused(tmp_path: Path, tiny_bert: dict[str, Any]) -> None:
+    rows = [{**row, "target_id": world.triplet_rows(30, 0)[0]["target_id"]} for row in world.triplet_rows(30, 0)]
+    labelled = world.triplets(tmp_path / "labelled", rows)
+    for loss in ({}, {"reference_negative": True}):
+        task = FusionTask(world.features(tmp_path / "embeddings"), labelled, None, world.variant(tiny_bert, loss=loss))
+        with nullcontext() if loss else pytest.raises(UserError, match="all 30 triplets have the same target"):
+            task.check()
 
 
 def test_partners_are_drawn_by_their_weights(tmp_path: Path, tiny_bert: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ def test_what_a_config_extends(extends: str, said: str, tmp_path: Path, monkeypa
         content_of("a.yaml")
 
 
-@pytest.mark.parametrize("name", ["../../../evil", "", "a/b", "a b", ".", "a\n"])
+@pytest.mark.parametrize("name", ["../../../evil", "", "a/b", "a b", ".", "a\n", "a" * 65])
 def test_names_of_folders_are_checked(name: str) -> None:
     content = content_of("demo")
     tower = next(iter(content["embed"]["towers"].values()))

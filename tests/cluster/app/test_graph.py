@@ -152,3 +152,18 @@ def test_photos_that_come_later_leave_what_knows_only_labels_as_it_is(photo_fold
     }
     (photo_folder / f"{names[0]}.jpg").write_bytes((photo_folder / f"{names[2]}.jpg").read_bytes())
     assert digests()["train:supervised.s0"] != first["train:supervised.s0"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "assignments", "refused"),
+    [
+        ("supervised", ["train.training.batch_size=1"], True),
+        ("supervised", ["train.training.batch_size=4", "train.training.micro_batch=1"], True),
+        ("supervised", ["train.training.batch_size=4", "train.training.micro_batch=1", "resources.train.workers=4"], False),
+        ("supervised", ["train.training.batch_size=1", "train.loss.reference_negative=true"], False),
+        ("semi", ["train.training.batch_size=1"], False),
+    ],
+)
+def test_a_batch_without_negatives_is_refused(variant: str, assignments: list[str], refused: bool) -> None:
+    found = Graph(grocery(*assignments))[f"train:{variant}.s0"].check()
+    assert ("has no negatives" in found.get(f"train.variants.{variant}.training", "")) == refused

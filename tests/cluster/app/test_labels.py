@@ -36,6 +36,14 @@ def test_half_a_line_of_a_killed_process_loses_nothing_else(tmp_path: Path) -> N
     assert [label["triplet_id"] for label in Store(store.path)] == [1, 2]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\r\n"])
+def test_a_text_may_hold_what_ends_lines(tmp_path: Path, mark: str) -> None:
+    store = Store(tmp_path / "a.jsonl")
+    store.add(judged(1, "edited", text=f"red{mark}big"), "ann", "d")
+    store.add(judged(2), "ann", "d")
+    assert [label["text"] for label in store] == [f"red{mark}big", ""]
+
+
 def test_the_last_label_counts_and_undoing_takes_it_back(tmp_path: Path) -> None:
     store = Store(tmp_path / "a.jsonl")
     for n, (triplet, verdict, digest) in enumerate(

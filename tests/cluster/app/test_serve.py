@@ -118,6 +118,12 @@ def test_a_long_body_and_one_without_length_are_refused(client: TestClient) -> N
     assert client.post("/v1/search", content=b"{}", headers={"content-type": "text/plain"}).status_code == 422
 
 
+@pytest.mark.parametrize("body", [b'{"text": "\\ud800"}', b'{"top": NaN}', b'{"\\ud800": 1}'])
+def test_what_no_answer_can_repeat_is_refused(client: TestClient, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    assert client.post("/v1/search", content=body, headers=headers).status_code == 422
+
+
 def test_images_by_integer_alone(client: TestClient) -> None:
     image_id = first(client)
     for path in (f"/v1/images/{image_id}/thumbnail", f"/v1/images/{image_id}"):
@@ -157,6 +163,8 @@ def test_a_token_opens_by_header_or_cookie(guarded: Any) -> None:
         encoded_headers = {name: value.encode("utf-8") for name, value in headers.items()}
         assert client.get("/v1/models", headers=encoded_headers).status_code == 401
     assert client.get("/?token=wrong").status_code == 401
+    for other in ("a/b=1", "a(b=1; c"):  # what another server on this host may have set
+        assert client.get("/v1/models", headers={"cookie": f"{other}; vdg_token={TOKEN}"}).status_code == 200
     assert client.get("/v1/models", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
     answer = client.get(f"/?token={TOKEN}")
     assert answer.status_code == 303

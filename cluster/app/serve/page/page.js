@@ -188,35 +188,45 @@ function move(event) {
 }
 
 // Labelling: a queue of pairs, a verdict on a key.
-const labelling = { queue: [], past: [] };
+const labelling = { queue: [], past: [], busy: false };
 const VERDICTS = { n: ["no_change", "No change"], w: ["wrong", "Wrong pair"], x: ["skip", "Skip"] };
 
+// crypto.randomUUID is missing where the page comes by plain HTTP from another machine.
+const labelId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+
 async function judge(pair, verdict, text = "") {
-  const body = JSON.stringify({ label_id: crypto.randomUUID(), triplet_id: pair.triplet_id, verdict, text, reason: pair.reason });
+  const body = JSON.stringify({ label_id: labelId(), triplet_id: pair.triplet_id, verdict, text, reason: pair.reason });
   await ask("v1/labels", { method: "POST", headers: { "content-type": "application/json" }, body });
 }
 
-async function decide(verdict, text) {
-  const pair = labelling.queue.shift();
-  if (!pair) return;
+// One at a time: a key pressed while an answer is on its way would judge a pair that is not on the screen yet.
+async function alone(work) {
+  if (labelling.busy) return;
+  labelling.busy = true;
   try {
-    await judge(pair, verdict, text);
-    labelling.past.push(pair);
+    await work();
   } catch (error) {
-    labelling.queue.unshift(pair);
     at("progress").textContent = error.message;
-    return;
+  } finally {
+    labelling.busy = false;
   }
-  await nextPair();
 }
 
-async function undo() {
-  const pair = labelling.past.pop();
+const decide = (verdict, text) => alone(async () => {
+  const pair = labelling.queue[0];
+  if (!pair) return;
+  await judge(pair, verdict, text);
+  labelling.past.push(labelling.queue.shift());
+  await nextPair();
+});
+
+const undo = () => alone(async () => {
+  const pair = labelling.past.at(-1);
   if (!pair) return;
   await judge(pair, "undone");
-  labelling.queue.unshift(pair);
+  labelling.queue.unshift(labelling.past.pop());
   await nextPair();
-}
+});
 
 async function nextPair() {
   if (!labelling.queue.length) labelling.queue = (await ask("v1/queue?n=10")).pairs;
@@ -238,7 +248,7 @@ async function nextPair() {
 }
 
 async function labelKey(event) {
-  if (at("label").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (at("label").hidden || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   if (document.activeElement === at("edit")) {
     if (event.key === "Enter" && at("edit").value.trim()) await decide("edited", at("edit").value.trim());
     if (event.key === "Escape" || event.key === "Enter") at("edit").blur();
