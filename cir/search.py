@@ -25,6 +25,7 @@ from mining.features import Features, FeatureSource, read_mean, unit_vectors
 from mining.gallery import read_images
 from mining.images import decode, plain
 from mining.indexes import filled, trained
+from mining.search import best_first
 
 EXACT_ROWS = 20_000  # one query over larger galleries goes through inverted lists
 LISTS_A_PROBE = 16  # of so many lists one is searched: a composed query lies farther from the gallery than its own images do
@@ -70,8 +71,7 @@ class Matrix:
         rows = self._lists.search(queries, count)[1]
         scores = np.einsum("qd,qkd->qk", queries, self.vectors[rows.clip(0)])
         scores[rows < 0] = -np.inf  # fewer than `count` in the lists that were searched
-        order = np.argsort(-scores, axis=1, kind="stable")
-        return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
+        return best_first(rows, scores, count)
 
     def nearest(self, query: np.ndarray, top: int, without: int | None) -> Hits:
         """The best of one unit query float32 [dim], without one image."""

@@ -45,6 +45,11 @@ def below(root: str, path: str) -> str:
     return f"{base.rstrip('/')}/{path}{mark}{query}"
 
 
+def without_user(text: str) -> str:
+    """A text that can be shown: its URIs without user and password."""
+    return re.sub(r"://[^/\s]*@", "://", text)
+
+
 @dataclass(frozen=True)
 class Output:
     """The folder of one stage instance, on any pyarrow filesystem. Travels to Ray workers."""

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from cluster.errors import UserError
+from cluster.errors import UserError, shown
 
 FOLDER = r"\w[\w-]{0,63}"  # a name that becomes a part of a folder's
 CONTENT = "content"  # context of a dump that decides a digest
@@ -260,7 +260,7 @@ def _parse(text: str, wrong: str) -> Any:
     except RecursionError as error:
         raise UserError(f"{wrong}: it is nested too deeply, or holds itself") from error
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, LookupError) as error:
-        raise UserError(f"{wrong}: {_shown(str(error))}") from error  # dates, numbers and tags raise what they like
+        raise UserError(f"{wrong}: {shown(str(error))}") from error  # dates, numbers and tags raise what they like
     return content
 
 
@@ -284,15 +284,11 @@ def _unfit_value(node: Any) -> str | None:
     if isinstance(node, dict):
         return next((f"the key {key!r} is no text" for key in node if not isinstance(key, str)), None)
     if isinstance(node, str):
-        return f"{_shown(node[:80])!r} holds a NUL, or is not UTF-8" if "\0" in node or _shown(node) != node else None
+        return f"{shown(node[:80])!r} holds a NUL, or is not UTF-8" if "\0" in node or shown(node) != node else None
     if isinstance(node, int) and abs(node) >= 2**63:
         return "a whole number has more than 63 bits"
     known = node is None or isinstance(node, bool | int | float | list)
     return None if known else f"{node!s:.80} is read as {type(node).__name__}; put it in quotes"
-
-
-def _shown(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -301,20 +297,20 @@ def override(content: dict[str, Any], assignments: Iterable[str]) -> dict[str, A
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
         if not separator or not all(name.split(".")) or _unfit(name):
-            raise UserError(f"--set {_shown(assignment)[:200]}: expected section.field=value")
+            raise UserError(f"--set {shown(assignment)[:200]}: expected section.field=value")
         *sections, field = name.split(".")
         node = result
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
                 raise UserError(f"--set {assignment}: '{section}' is a value, not a section")
-        node[field] = _parse(value, f"--set {_shown(assignment[:200])}: the value is not valid YAML")
+        node[field] = _parse(value, f"--set {shown(assignment[:200])}: the value is not valid YAML")
     return result
 
 
 def _found(value: Any) -> str:
     try:
-        return _shown(str(value)[:80])
+        return shown(str(value)[:80])
     except (ValueError, RecursionError):  # a number of more digits than Python writes
         return type(value).__name__
 

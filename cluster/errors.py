@@ -1,4 +1,4 @@
-"""The one exception that is shown to users without a traceback."""
+"""The one exception that is shown to users without a traceback, and how a text is shown in it."""
 
 
 class UserError(Exception):
@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The message names the field, file or row, what was found, and what to do.
     """
+
+
+def shown(text: str) -> str:
+    """A text as UTF-8 can say it: what is not is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -46,6 +46,7 @@ def run_actors(
     """As `run_parts`, on a pool of actors made as `actor(job, cpus)`, each called with one row {"part"} at a time."""
 
     def dataset(names: list[str]) -> "ray.data.Dataset":
+        """The parts, a row each, through the pool."""
         import ray.data
 
         return ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names)).map_batches(

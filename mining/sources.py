@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from cluster.artifacts import filesystem
-from cluster.errors import UserError
+from cluster.errors import UserError, shown
 from cluster.files import AGAIN, SPECIAL, File, files_below, is_hidden, is_text
 from mining.config import GalleryConfig
 from mining.images import has_suffix, without_suffix
@@ -137,11 +137,6 @@ def normal(name: str) -> str:
 def reject(key: str, reason: str, detail: str) -> dict[str, str]:
     """A row of the rejects of ingest."""
     return {"key": shown(key), "stage": "ingest", "reason": reason, "detail": shown(detail)[:200]}
-
-
-def shown(text: str) -> str:
-    """A text as UTF-8 can say it: what is not is escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _listed(uri: str, names: dict[str, str | None] | None, field: str, aside: _Aside) -> Iterator[_Row]:

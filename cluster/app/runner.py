@@ -1,7 +1,6 @@
 """Doing the stages of a run in one driver, side by side where there is room: what is done is skipped, MLflow keeps record."""
 
 import json
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
 from cluster.app.outputs import keep_models
-from cluster.artifacts import Output, below, filesystem
+from cluster.artifacts import Output, below, filesystem, without_user
 from cluster.config import in_folder
 from cluster.driver import lease, session
 from cluster.driver.progress import RunProgress, StageProgress, console
@@ -45,7 +44,7 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
         content = yaml.safe_dump(kept, sort_keys=False)
         run_folder(config).write_bytes("config.yaml", content.encode())
         keep_models(run_folder(config), stages)
-    console.print(f"MLflow: experiment '{config.tracking.experiment}' at {_hidden(tracker.uri)}")
+    console.print(f"MLflow: experiment '{config.tracking.experiment}' at {without_user(tracker.uri)}")
     console.print(f"{config.name}: {len(todo)} of {len(stages)} stages to do; library logs go to {log}")
     for stage in stages:
         if stage not in todo:
@@ -156,11 +155,6 @@ def _record_results(graph: Graph, tracker: Any) -> None:
 def run_folder(config: RunConfig) -> Output:
     """Where a run's config, report and metrics live."""
     return Output(below(config.root, f"runs/{config.name}"))
-
-
-def _hidden(uri: str) -> str:
-    """A URI without its password."""
-    return re.sub(r"://[^/@\s]+@", "://", uri)
 
 
 def log_file(config: RunConfig) -> Path:

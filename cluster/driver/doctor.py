@@ -6,7 +6,6 @@ Nothing is compiled, downloaded or started.
 import http.client
 import importlib.util
 import os
-import re
 import shutil
 import socket
 import urllib.error
@@ -17,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
-from cluster.artifacts import filesystem
+from cluster.artifacts import filesystem, without_user
 
 PROJECT = "visual-delta"
 GIGABYTE = 2**30
@@ -190,7 +189,7 @@ def mlflow_store(uri: str | None) -> Finding:
         return Finding("MLflow", "ok", f"{found}; {uri}")
     if not uri.startswith(("http://", "https://")):
         return Finding("MLflow", "warning", f"{found}; {uri.partition(':')[0]} stores are not tried here")
-    address = _without_user(uri)
+    address = without_user(uri)
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=TIMEOUT):
             return Finding("MLflow", "ok", f"{found}; the server at {address} answers")
@@ -210,8 +209,8 @@ def disk(root: str) -> Finding:
             system, path = filesystem(root)
             system.get_file_info(path)
         except (OSError, ValueError) as error:
-            return Finding("root", "blocker", _without_user(f"{root}: {error}"), "correct root, or the store's credentials")
-        return Finding("root", "ok", f"{_without_user(root)} answers")
+            return Finding("root", "blocker", without_user(f"{root}: {error}"), "correct root, or the store's credentials")
+        return Finding("root", "ok", f"{without_user(root)} answers")
     folder = Path(filesystem(root)[1])
     if problem := _unwritable(folder):
         return Finding("root", "blocker", problem, "correct root")
@@ -246,11 +245,6 @@ def memory() -> Finding:
     if memory.available < 2 * GIGABYTE:
         return Finding("memory", "warning", found, "end other programs, or lower resources.*.actors and batch sizes")
     return Finding("memory", "ok", found)
-
-
-def _without_user(text: str) -> str:
-    """A text that can be shown: its URIs without user and password."""
-    return re.sub(r"://[^/?#\s]*@", "://", text)
 
 
 def _existing(folder: Path) -> Path:

@@ -1,7 +1,6 @@
 """What the report shows, collected from a run's outputs: tables column-wise and in samples, images by id."""
 
 import base64
-import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
@@ -16,7 +15,7 @@ from cluster.app.config import PRESETS, RunConfig, load
 from cluster.app.graph import Graph
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
 from cluster.app.report.results import Results, collect_results, headline
-from cluster.artifacts import MANIFEST, Output, below, filesystem
+from cluster.artifacts import MANIFEST, Output, below, filesystem, without_user
 from cluster.stage import Stage
 from cluster.training.loop import METRICS, reports_of
 from mining.gallery import read_images
@@ -129,7 +128,7 @@ def collect(graph: Graph) -> Report:
         curves=_curves(run),
         records=[_record(manifest) for manifest in run.manifests.values()],
         command=_command(run.config),
-        config=_shareable(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)),
+        config=without_user(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)),
         images=_thumbnails(run, shown),
     )
 
@@ -232,8 +231,3 @@ def _command(config: RunConfig) -> str:
     if (PRESETS / f"{config.name}.yaml").exists() and load(config.name, []) == config:
         return config.name
     return below(config.root, f"runs/{config.name}/config.yaml")
-
-
-def _shareable(text: str) -> str:
-    """A config without the passwords of its URIs."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
