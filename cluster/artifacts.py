@@ -45,9 +45,37 @@ def below(root: str, path: str) -> str:
     return f"{base.rstrip('/')}/{path}{mark}{query}"
 
 
+DATABASES = ("postgresql", "mysql", "mariadb", "mssql", "oracle")  # their passwords may have slashes
+NAMED = (*DATABASES, "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # their user belongs to the address, and is no secret
+SECRET = re.compile(r"passw|pwd|secret|token|signature|^sig$|(api|access|account)[_-]?key|odbc_connect", re.IGNORECASE)
+
+
 def without_user(text: str) -> str:
-    """A text that can be shown: its URIs without user and password."""
-    return re.sub(r"://[^/\s]*@", "://", text)
+    """A text that can be shown and kept: its URIs without passwords, also those of a query, and the users that go with them."""
+    parts = text.split("://")
+    schemes = [re.split(r"[^\w+]", part[-20:])[-1] for part in parts]
+    return "://".join([parts[0], *map(_without_secrets, schemes, parts[1:])])
+
+
+def _without_secrets(scheme: str, text: str) -> str:
+    """`text` goes on after the `://` of a URI."""
+    name, uri = scheme.lower().partition("+")[0], re.split(r"\s", text, maxsplit=1)[0]
+    rest = text[len(uri) :]
+    authority = re.split("[/?#]", uri, maxsplit=1)[0]
+    end = max(authority.rfind("@"), uri.find("@") if name in DATABASES else -1)
+    user = re.split("[:@]", uri[: end + 1], maxsplit=1)[0] if name in NAMED else ""
+    place, mark, query = uri[end + 1 :].partition("?")
+    kept = [field for field in query.split("&") if not SECRET.search(field.partition("=")[0][:100])]
+    return "".join([user, "@" if user else "", place, mark if kept else "", "&".join(kept), rest])
+
+
+def hidden(node: Any) -> Any:
+    """A config's content as it is kept: every text in it as `without_user` gives it."""
+    if isinstance(node, dict):
+        return {name: hidden(value) for name, value in node.items()}
+    if isinstance(node, list):
+        return [hidden(value) for value in node]
+    return without_user(node) if isinstance(node, str) else node
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-from cluster.artifacts import ENVIRONMENT, MANIFEST, REUSED, Output, digest_of, filesystem, fingerprint, output_of, outputs_of
+from cluster.artifacts import (
+    ENVIRONMENT,
+    MANIFEST,
+    REUSED,
+    Output,
+    digest_of,
+    filesystem,
+    fingerprint,
+    output_of,
+    outputs_of,
+    without_user,
+)
 from cluster.config import Resources, content_of
 from cluster.errors import UserError
 from cluster.monitor import Monitor
@@ -60,7 +71,7 @@ class Source:
             found = fingerprint(self.path)
         except (OSError, ValueError):
             return None
-        return [Output(self.path).uri, found] if self.kept and found is not None else found
+        return [without_user(Output(self.path).uri), found] if self.kept and found is not None else found
 
     def problem(self) -> str:
         """Why there is no fingerprint."""

@@ -4,6 +4,7 @@ import typer
 
 from cluster.app.commands import config, doctor, jobs, lineage, outputs, run, search, sweep, weights
 from cluster.driver.failures import explained
+from cluster.driver.interrupt import end_as_ctrl_c
 from cluster.driver.progress import console
 from cluster.errors import UserError
 
@@ -15,6 +16,7 @@ for part in (run, config, search, outputs, sweep, lineage, jobs, weights, doctor
 
 def main() -> None:
     """Entry point: a user's mistake, or a disk or store that fails, is one message on standard error and exit status 2."""
+    end_as_ctrl_c()
     try:
         explained(app.__call__)()
     except UserError as error:

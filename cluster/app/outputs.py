@@ -79,8 +79,7 @@ def users(graph: Graph) -> dict[str, list[str]]:
 
 def remove(found: list[Found]) -> None:
     """Delete output folders. Raises UserError, and deletes nothing, when a driver is at work on one of them."""
-    for output in found:
-        lease.check(Output(output.uri))
+    lease.check(*(Output(output.uri) for output in found))
     for output in found:
         system, path = filesystem(output.uri)
         system.delete_dir(path)

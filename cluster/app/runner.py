@@ -13,15 +13,21 @@ from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
 from cluster.app.outputs import keep_models
-from cluster.artifacts import Output, below, filesystem, without_user
+from cluster.artifacts import Output, below, filesystem, hidden, without_user
 from cluster.config import in_folder
 from cluster.driver import lease, session
 from cluster.driver.progress import RunProgress, StageProgress, console
 from cluster.driver.schedule import Room, Schedule, resources_of
+from cluster.driver.store import sqlite_uri
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.stage import Stage
 from cluster.training.groups import Groups
+
+HIDDEN = (
+    "kept without the passwords of its URIs; a run from it takes them from the environment, such as MLFLOW_TRACKING_USERNAME "
+    "and MLFLOW_TRACKING_PASSWORD, PGPASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+)
 
 
 def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
@@ -34,35 +40,43 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
     config, log = graph.config, log_file(graph.config)
     todo = [stage for stage in stages if graph.output(stage).manifest() is None]
     check(config, todo)
-    for stage in todo:
-        lease.check(graph.output(stage))
+    lease.check(*map(graph.output, todo))
     from cluster.driver.tracking import Tracker
 
     tracker = Tracker(tracking_uri(config), config.tracking.experiment, config.name, config.model_dump(mode="json"))
-    if keep_config:
-        kept = in_folder(RunConfig, config.model_dump(mode="json"), Path.cwd())  # it is read from any folder
-        content = yaml.safe_dump(kept, sort_keys=False)
-        run_folder(config).write_bytes("config.yaml", content.encode())
-        keep_models(run_folder(config), stages)
-    console.print(f"MLflow: experiment '{config.tracking.experiment}' at {without_user(tracker.uri)}")
-    console.print(f"{config.name}: {len(todo)} of {len(stages)} stages to do; library logs go to {log}")
-    for stage in stages:
-        if stage not in todo:
-            tracker.skipped(stage)
     status = "FAILED"
     try:
+        if keep_config:
+            _keep_config(config)
+            keep_models(run_folder(config), stages)
+        console.print(f"MLflow: experiment '{config.tracking.experiment}' at {tracker.uri}")
+        console.print(f"{config.name}: {len(todo)} of {len(stages)} stages to do; library logs go to {log}")
+        for stage in stages:
+            if stage not in todo:
+                tracker.skipped(stage)
         if todo:
             session.start(config.resources.ray, log)
             with RunProgress() as progress, Groups() as groups:
                 _Driver(config, tracker, progress, groups).do(todo)
         if keep_config and graph.output(graph.evaluation).manifest() is not None:
-            _record_results(graph, tracker)
+            write_results(graph)
+            record_results(graph, tracker)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and the SIGTERM of a cluster
         status = "KILLED"
         raise UserError("stopped; the same command goes on from what is finished") from None
     finally:
-        tracker.finish(status, _headline(graph) if status == "FINISHED" else {})
+        tracker.finish(status, headline(graph) if status == "FINISHED" else {})
+
+
+def _keep_config(config: RunConfig) -> None:
+    """In the run's folder, as it is read from any folder; without the passwords of its URIs."""
+    whole = in_folder(RunConfig, config.model_dump(mode="json"), Path.cwd())
+    kept = hidden(whole)
+    note = "" if kept == whole else f"# {HIDDEN}\n"
+    run_folder(config).write_bytes("config.yaml", (note + yaml.safe_dump(kept, sort_keys=False)).encode())
+    if note:
+        console.print(f"{run_folder(config).path('config.yaml')}: {HIDDEN}")
 
 
 class _Driver:
@@ -96,9 +110,9 @@ class _Driver:
         try:
             with StageProgress(stage.instance, self.progress.bars) as progress, lease.hold(stage.output(root)):
                 manifest = stage.run(root, _Both(progress, record), self.groups)
-        except BaseException:
+        except BaseException as error:
             with self.recording:
-                record.fail()
+                record.fail("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
         with self.recording:
             record.finish(manifest)
@@ -139,9 +153,9 @@ def write_results(graph: Graph) -> Output:
     return folder
 
 
-def _record_results(graph: Graph, tracker: Any) -> None:
-    """Write them, and tell MLflow: the files, and of each model what was found."""
-    folder = write_results(graph)
+def record_results(graph: Graph, tracker: Any) -> None:
+    """Tell MLflow: the files that were written, and of each model what was found."""
+    folder = run_folder(graph.config)
     for name in ("metrics.json", "report.html"):
         if folder.exists(name):
             tracker.keep(name, folder.read_bytes(name).decode())
@@ -164,12 +178,12 @@ def log_file(config: RunConfig) -> Path:
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """The configured MLflow store, or a SQLite file in the root. Raises UserError when the root is no local folder."""
+    """The configured MLflow store, or a SQLite file in the root. Raises UserError when the root is no folder for it."""
     if config.tracking.uri is not None:
         return config.tracking.uri
     if "://" in config.root:
-        raise UserError(f"tracking.uri: give an MLflow server's URI; SQLite cannot live in {config.root}")
-    return f"sqlite:///{filesystem(config.root)[1]}/mlflow.db"
+        raise UserError(f"tracking.uri: give an MLflow server's URI; SQLite cannot live in {without_user(config.root)}")
+    return sqlite_uri(Path(filesystem(config.root)[1]) / "mlflow.db")
 
 
 def metrics_of(graph: Graph) -> dict[str, Any]:
@@ -178,7 +192,8 @@ def metrics_of(graph: Graph) -> dict[str, Any]:
     return content
 
 
-def _headline(graph: Graph) -> Mapping[str, float]:
+def headline(graph: Graph) -> Mapping[str, float]:
+    """variant/metric -> mean, as MLflow takes it; empty without a finished evaluation."""
     if graph.output(graph.evaluation).manifest() is None:
         return {}
     table = metrics_of(graph)  # MLflow takes no parentheses: further protocols are in metrics.json alone

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.artifacts import without_user
 from cluster.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ PACKAGES = ("cluster", "mining", "vdg", "cir")
 CONFIG = "config.yaml"  # of the job's working folder
 ALIVE = ("PENDING", "RUNNING")
 SECRET = re.compile(r"(^|_)(TOKEN|KEY)(_|$)|API_?KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # in a variable's name
-PASSWORD = re.compile(r"://[^/?#\s]*:[^/?#\s]*@")  # in a URI: scheme://user:password@host
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def check_paths(paths: Mapping[str, str], local: bool) -> None:
 def check_secrets(environment: Mapping[str, str], texts: Mapping[str, str]) -> None:
     """Raises UserError naming each variable or text, by config field, with a secret: Ray shows a job's to everyone."""
     texts = {**texts, **{f"--env {name}": value for name, value in environment.items()}}
-    wrong = {field: "holds a URI with a password" for field, text in texts.items() if PASSWORD.search(text)}
+    wrong = {field: "holds a URI with a password" for field, text in texts.items() if without_user(text) != text}
     wrong |= {f"--env {name}": "looks like a secret" for name in environment if SECRET.search(name)}
     _refuse("secret(s); set them in the environment of the cluster's nodes, jobs inherit it", wrong)
 

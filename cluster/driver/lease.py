@@ -1,19 +1,22 @@
 """A lease on an output: of two drivers at work on the same one, the second is refused.
 
-The lease is the file `.lease` in the output's folder. Its owner renews it every RENEW_EVERY seconds; one that has expired,
-or whose driver is known to be dead, is taken over. What it promises depends on the store:
+The lease is the file `.lease` in the output's folder, which its owner renews every RENEW_EVERY seconds. Clocks may be set and
+differ, so none decides alone. Of a driver in this machine's (or container's) processes the kernel tells whether it runs, by
+its number and the tick since the boot at which it began. A lease of any other one that says it has expired is watched for
+WATCH seconds: renewed meanwhile, it is live; else it is taken over. What it promises depends on the store:
 
 - A local or shared folder: one driver at a time. Taking is under a file lock, which the kernel gives back when its
   holder dies.
 - An object store: pyarrow has no "write unless it exists". A driver writes its lease, waits SETTLE seconds and reads it
   back: the last writer goes on, the other is refused. Two drivers can still both go on when one stalls for longer than
-  SETTLE between reading and writing; the one whose lease was overwritten stops at its next renewal.
+  SETTLE between reading and writing; the one whose lease was overwritten stops at its next renewal. (obstore has conditional
+  puts, but would need every pyarrow URI, its options and its credentials said a second time in its own terms; it has no
+  HDFS, and stores without conditional puts would need all this besides.)
 
-Machines must agree on the time within EXPIRY - RENEW_EVERY seconds. Whatever slips through costs work, not tables: parts
-are deterministic and appear whole, so two drivers at most make the same part twice.
+Whatever slips through costs work, not tables: parts are deterministic and appear whole, so two drivers at most make the same
+part twice.
 """
 
-import json
 import os
 import platform
 import threading
@@ -27,6 +30,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 from pyarrow import fs as pafs
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.artifacts import Output, filesystem
 from cluster.driver.interrupt import interrupt
@@ -34,8 +38,9 @@ from cluster.errors import UserError
 
 LEASE = ".lease"
 LOCK = ".lease.lock"
-EXPIRY = 60.0  # seconds without a renewal after which a lease is void
+EXPIRY = 60.0  # seconds without a renewal after which a lease says it is void
 RENEW_EVERY = 10.0
+WATCH = 25.0  # seconds in which a live driver has renewed, a failed try included
 SETTLE = 2.0  # seconds in which a rival that read before we wrote has written
 
 
@@ -47,14 +52,23 @@ class Lease:
     host: str
     processes: str  # boot and namespace that `pid` counts in: containers and cloned machines may share a host's name
     pid: int
-    started: float
+    started: float  # of the process: clock ticks since the boot
     expires: float
 
     @property
-    def live(self) -> bool:
-        """Whether its driver may still be at work."""
-        here = (self.host, self.processes) == (platform.node(), _process_namespace())
-        return time.time() < self.expires and not (here and not _is_running(self.pid, self.started))
+    def live(self) -> bool | None:
+        """Whether its driver is at work; None where nobody here can tell, and it says that it has expired."""
+        if self.is_here and ((began := _started(self.pid)) is not None or not psutil.pid_exists(self.pid)):
+            return began == self.started
+        return True if time.time() < self.expires else None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its driver is one of the processes that this one sees."""
+        return (self.host, self.processes) == (platform.node(), _process_namespace())
+
+
+_LEASE = TypeAdapter(Lease)
 
 
 def _process_namespace() -> str:
@@ -62,35 +76,44 @@ def _process_namespace() -> str:
     return f"{boot.read_text().strip()} {os.readlink(namespace)}" if boot.exists() and namespace.exists() else ""
 
 
-def _is_running(pid: int, started: float) -> bool:
-    """Whether that very process runs, not a later one of the same number."""
+def _started(pid: int) -> float | None:
+    """When a process began, 0 for one that has ended; None where it is not seen. A later one of its number began later."""
     try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 2 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        state, *values = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return 0.0 if state in "ZX" else float(values[18])  # its name, in brackets, may have spaces
 
 
 def read(output: Output) -> Lease | None:
     """The lease on an output; None where there is none, or half a one of a machine that lost its power."""
     try:
-        return Lease(**output.read_json(LEASE))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return _LEASE.validate_json(output.read_bytes(LEASE))
+    except (FileNotFoundError, ValidationError):
         return None
 
 
-def check(output: Output) -> None:
-    """Raises UserError when another driver is at work on `output`."""
-    lease = read(output)
-    if lease is not None and lease.live:
-        raise _refusal(output, lease)
+def check(*outputs: Output) -> None:
+    """Raises UserError when another driver is at work on one of the outputs."""
+    found = {output: lease for output in outputs if (lease := read(output)) is not None}
+    for output, lease in found.items():
+        if lease.live:
+            raise _refusal(output, lease)
+    expired = {output: lease for output, lease in found.items() if lease.live is None}
+    if expired:
+        time.sleep(WATCH)
+    for output, lease in expired.items():
+        now = read(output)
+        if now is not None and now != lease:
+            raise _refusal(output, now)
 
 
 def _refusal(output: Output, lease: Lease) -> UserError:
-    return UserError(
-        f"{output.uri}: another driver is at work on it, process {lease.pid} on {lease.host}; wait for it, or stop it there. "
-        f"Should it be gone, its lease ends in {max(lease.expires - time.time(), 0):.0f} s: give the same command again then"
-    )
+    known = f"{output.uri}: another driver is at work on it, process {lease.pid} on {lease.host}; wait for it, or stop it there"
+    if lease.is_here:
+        return UserError(known)
+    left = max(lease.expires - time.time(), 0)
+    return UserError(f"{known}. Should it be gone, its lease ends in {left:.0f} s: give the same command again then")
 
 
 @contextmanager
@@ -128,9 +151,8 @@ def _take(output: Output, owner: str) -> None:
 
 
 def _write(output: Output, owner: str) -> None:
-    me = psutil.Process()
-    expires = time.time() + EXPIRY
-    lease = Lease(owner, platform.node(), _process_namespace(), me.pid, me.create_time(), expires)
+    pid = os.getpid()
+    lease = Lease(owner, platform.node(), _process_namespace(), pid, _started(pid) or 0.0, time.time() + EXPIRY)
     output.write_json(LEASE, asdict(lease))
 
 

@@ -4,6 +4,7 @@ Their content stays where it is; MLflow has the URI. Everything here may be done
 """
 
 import json
+import posixpath
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from cluster.artifacts import without_user
 from cluster.stage import Stage
 
 
@@ -29,7 +31,7 @@ def log_inputs(client: MlflowClient, experiment: str, run_id: str, stage: Stage,
 
 def log_params(client: MlflowClient, run_id: str, settings: Mapping[str, Any]) -> None:
     """Settings as params, those of a section by its name and theirs."""
-    params = [Param(name, str(value)[:500]) for name, value in _flat(settings)]
+    params = [Param(_name(name), str(value)[:500]) for name, value in _flat(settings)]
     for first in range(0, len(params), 100):
         client.log_batch(run_id, params=params[first : first + 100])
 
@@ -80,7 +82,7 @@ def register(client: MlflowClient, experiment: str, stage: Stage, root: str, ali
 
 
 def _registered_name(client: MlflowClient, experiment: str, stage: Stage) -> str:
-    return f"{client.get_experiment(experiment).name}.{stage.name}".replace("/", "-").replace(":", "-")
+    return re.sub(r"[^\w .-]", "-", f"{client.get_experiment(experiment).name}.{stage.name}")  # a quote would end the filter
 
 
 def _versions(client: MlflowClient, experiment: str, stage: Stage) -> list[ModelVersion]:
@@ -107,7 +109,14 @@ def metrics(values: Mapping[str, float], step: int) -> list[Metric]:
 
 
 def _metric_name(name: str) -> str:
-    return name.replace("@", "_at_")
+    return _name(name.replace("@", "_at_"))
+
+
+def _name(name: str) -> str:
+    """As MLflow takes names: no other characters, no path with another form, not too long."""
+    name = re.sub(r"[^\w .:/-]", "_", name)[:250]
+    is_plain = posixpath.normpath(name) == name and not name.startswith(("/", "."))
+    return name if is_plain else re.sub(r"^\.|/", "_", name)
 
 
 def _logged_model(client: MlflowClient, experiment: str, stage: Stage, root: str, run_id: str | None = None) -> str:
@@ -122,7 +131,7 @@ def _logged_model(client: MlflowClient, experiment: str, stage: Stage, root: str
 
 def _identity(stage: Stage, root: str) -> dict[str, str]:
     parents = {f"parent.{role}": f"{parent.instance}-{parent.digest}" for role, parent in stage.parents.items()}
-    return {"instance": stage.instance, "digest": stage.digest, "uri": stage.output(root).uri, **parents}
+    return {"instance": stage.instance, "digest": stage.digest, "uri": without_user(stage.output(root).uri), **parents}
 
 
 def _ancestors(stage: Stage, prefix: str = "") -> Iterator[tuple[str, Stage]]:
@@ -133,7 +142,7 @@ def _ancestors(stage: Stage, prefix: str = "") -> Iterator[tuple[str, Stage]]:
 
 
 def _dataset(stage: Stage, role: str, root: str) -> DatasetInput:
-    source = json.dumps({"uri": stage.output(root).uri})
+    source = json.dumps({"uri": without_user(stage.output(root).uri)})
     dataset = Dataset(f"{stage.table}/{stage.name}", stage.digest, source_type="local", source=source)
     return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", role)])
 

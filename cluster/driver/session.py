@@ -12,7 +12,9 @@ from typing import Any
 import ray
 from pydantic import Field
 
+from cluster.artifacts import without_user
 from cluster.config import Section
+from cluster.driver.interrupt import end_as_ctrl_c
 from cluster.errors import UserError
 from cluster.training.groups import THREAD
 
@@ -59,6 +61,7 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
                 raise UserError(
                     f"resources.ray.address: no Ray cluster takes us at {address}: {why}\n`vdg doctor` checks address and token"
                 ) from error
+    end_as_ctrl_c()
     atexit.register(_leave)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -89,12 +92,20 @@ def _standard_error_to(path: Path) -> Iterator[None]:
             os.close(terminal)
 
 
+class _Formatter(logging.Formatter):
+    """Libraries tell of the URIs that they are given."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A line, and a traceback if there is one."""
+        return without_user(super().format(record))
+
+
 def _log_to(path: Path) -> None:
     """Send every library's log lines and warnings to a file instead of the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setLevel(logging.INFO)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
     for name in ("ray", "ray.data", "ray.train"):  # these bring terminal handlers of their own

@@ -5,16 +5,16 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from functools import wraps
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import mlflow
-from mlflow.entities import RunTag, ViewType
+from mlflow.entities import LifecycleStage, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.tracking import MlflowClient
 
+from cluster.artifacts import hidden, without_user
 from cluster.driver import records
+from cluster.driver.store import connect, reason, said, sqlite_file
 from cluster.errors import UserError
 from cluster.provenance import git_commit
 from cluster.stage import Stage
@@ -37,9 +37,9 @@ def _tolerant(method: Method) -> Method:
             return
         try:
             method(self, *args, **kwargs)
-        except MlflowException as error:
+        except Exception as error:  # MLflow passes on what SQLAlchemy, HTTP clients and object stores raise
             if not self.silent_until:
-                log.warning("MLflow cannot be reached; the work goes on without records: %s", error)
+                log.warning("MLflow fails; the work goes on without records: %s", reason(error))
             self.silent_until = time.monotonic() + RETRY_AFTER
 
     return cast(Method, attempt)
@@ -48,33 +48,49 @@ def _tolerant(method: Method) -> Method:
 class Tracker:
     """One parent run for a driver's run, one child run for each stage it does.
 
-    Raises UserError when the store cannot be reached, before any work. What fails later is logged and left out; with
-    `again` the last parent of this name is taken up, so that `complete` brings what is missing.
+    Raises UserError when the store cannot be used, before any work. What fails later is logged and left out; with
+    `again` the last parent of this name is taken up, so that `complete` brings what is missing. Of the config no password
+    of a URI is kept.
     """
 
     silent_until = 0.0
 
     def __init__(self, uri: str, experiment: str, name: str, config: Mapping[str, Any], again: bool = False) -> None:
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it creates
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         mlflow.set_tracking_uri(uri)  # the registry of a SQLite store looks up logged models there
-        place = _artifacts_beside(uri)
         self.uri, self.name = uri, name
+        self.at_work: set[str] = set()  # runs that this tracker has opened and not closed
+        with said(uri):
+            self.client = connect(uri)
+            self.experiment = self._experiment(experiment)
+            self.parent = (self._last_parent() if again else None) or self._open_parent(hidden(config))
+
+    def _experiment(self, name: str) -> str:
+        """The id of the experiment, which is made where there is none."""
         try:
-            self.client = MlflowClient(uri)
-            found = self.client.get_experiment_by_name(experiment)
-            self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, place, KIND)
-            self.parent = (self._last_parent() if again else None) or self._open_parent(config)
+            if self.client.get_experiment_by_name(name) is None:
+                return self.client.create_experiment(name, _artifacts_beside(self.uri), KIND)
         except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver has made it meanwhile
+                raise
+        found = self.client.get_experiment_by_name(name)
+        if found is None or found.lifecycle_stage == LifecycleStage.DELETED:
+            number = found.experiment_id if found else "ID"
             raise UserError(
-                f"tracking.uri: MLflow at {uri} cannot be reached ({error}); start it or give another URI"
-            ) from error
+                f"tracking.experiment: '{name}' is deleted in MLflow at {without_user(self.uri)}; give another name, or bring it "
+                f"back: `mlflow experiments restore --experiment-id {number}`, with the URI as MLFLOW_TRACKING_URI"
+            )
+        return found.experiment_id
 
     def _open_parent(self, config: Mapping[str, Any]) -> str:
         parent = self.open(self.name, {"vdg.run": self.name, "git.commit": git_commit()})
-        self.client.log_dict(parent, dict(config), "config.json")
-        records.log_params(self.client, parent, config)
+        try:
+            self.client.log_dict(parent, dict(config), "config.json")
+            records.log_params(self.client, parent, config)
+        except BaseException:
+            self.close(parent, "FAILED")
+            raise
         return parent
 
     def _last_parent(self) -> str | None:
@@ -87,7 +103,14 @@ class Tracker:
 
     def open(self, name: str, tags: dict[str, str]) -> str:
         """Create a run. Returns its id."""
-        return self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+        run_id = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+        self.at_work.add(run_id)
+        return run_id
+
+    def close(self, run_id: str, status: str) -> None:
+        """End a run."""
+        self.client.set_terminated(run_id, status)
+        self.at_work.discard(run_id)
 
     @_tolerant
     def skipped(self, stage: Stage) -> None:
@@ -103,7 +126,7 @@ class Tracker:
     def complete(self, stage: Stage, root: str) -> bool:
         """Bring what MLflow lacks of a finished stage. Returns whether it lacked anything.
 
-        Raises MlflowException where the store cannot be reached.
+        Raises what the store raises.
         """
         of_stage = f"tags.digest = '{stage.digest}' and tags.stage = '{stage.kind}'"
         if self.find(f"{of_stage} and tags.{COMPLETE} = 'yes'"):
@@ -127,20 +150,23 @@ class Tracker:
         """A file of the whole run, such as its report."""
         self.client.log_text(self.parent, text, name)
 
-    @_tolerant
     def finish(self, status: str, metrics: Mapping[str, float]) -> None:
-        """Close the parent run."""
+        """Close the parent run, with runs of stages that were cut off; a store that failed a moment ago is tried again."""
+        self.silent_until = 0.0
+        self._finish(status, metrics)
+
+    @_tolerant
+    def _finish(self, status: str, metrics: Mapping[str, float]) -> None:
+        for run_id in self.at_work - {self.parent}:
+            self.close(run_id, "KILLED")
         self.client.log_batch(self.parent, metrics=records.metrics(metrics, 0))
-        self.client.set_terminated(self.parent, status)
+        self.close(self.parent, status)
 
 
 def _artifacts_beside(uri: str) -> str | None:
     """Where a SQLite store's artifacts go: beside it, not in whatever folder the command runs. A server has its own place."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    folder = Path(uri.removeprefix("sqlite:///")).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    return (folder / "mlartifacts").as_uri()
+    path = sqlite_file(uri)
+    return (path.parent / "mlartifacts").as_uri() if path is not None else None
 
 
 class StageRun:
@@ -174,7 +200,7 @@ class StageRun:
                 "mlflow.parentRunId": tracker.parent,
                 "stage": stage.kind,
                 "digest": stage.digest,
-                "output": stage.output(self.root).uri,
+                "output": without_user(stage.output(self.root).uri),
                 **{f"parent.{role}": f"{parent.instance}-{parent.digest}" for role, parent in stage.parents.items()},
             }
             self.run_id = tracker.open(stage.instance, tags)
@@ -203,7 +229,7 @@ class StageRun:
     def complete(self, manifest: Mapping[str, Any]) -> None:
         """Write what the run lacks of inputs, code, counts, training metrics and output, then close it.
 
-        Raises MlflowException where the store cannot be reached.
+        Raises what the store raises.
         """
         client, tracker, stage = self.client, self.tracker, self.stage
         self._record_inputs()
@@ -218,13 +244,13 @@ class StageRun:
         if stage.model:
             records.register(client, tracker.experiment, stage, self.root, tracker.name)
         client.set_tag(self.run_id, COMPLETE, "yes")
-        client.set_terminated(self.run_id, "FINISHED")
+        tracker.close(self.run_id, "FINISHED")
 
     @_tolerant
-    def fail(self) -> None:
-        """Close the run as failed; what was done stays for the next one."""
+    def fail(self, status: str) -> None:
+        """Close the run as FAILED or KILLED; what was done stays for the next one."""
         self._stop_watching()
-        self.client.set_terminated(self.run_id, "FAILED")
+        self.tracker.close(self.run_id, status)
 
     def _stop_watching(self) -> None:
         if self.system is not None:

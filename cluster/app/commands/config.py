@@ -10,8 +10,9 @@ import yaml
 
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
+from cluster.artifacts import hidden
 from cluster.config import in_folder
-from cluster.driver.progress import answers, console
+from cluster.driver.progress import answers, console, printable
 
 app = typer.Typer()
 
@@ -58,7 +59,8 @@ def _schema_of_files() -> dict[str, Any]:
 def show(config: Config, assignments: Set = []) -> None:  # noqa: B006
     """A config in YAML as a run takes it: with all that it extends, and the defaults of what it leaves out."""
     content = in_folder(configs.RunConfig, configs.load(config, assignments).model_dump(mode="json"), Path.cwd())
-    print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120), end="")
+    text = yaml.safe_dump(hidden(content), sort_keys=False, allow_unicode=True, width=120)
+    print(printable(text), end="")  # YAML escapes what is not printable but the marks that turn a text
 
 
 def _print_version(asked: bool) -> None:

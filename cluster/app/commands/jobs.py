@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cluster.app.commands.options import Config, Set
 from cluster.driver import jobs
-from cluster.driver.progress import answers, console
+from cluster.driver.progress import answers, console, printable
 from cluster.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def logs(
             client.get_job_status(name)  # the tail of an unknown job ends in an exception of the web socket
             asyncio.run(_follow(client, name))
         else:
-            print(client.get_job_logs(name), end="")
+            print(_shown(client.get_job_logs(name)), end="")
 
 
 @app.command()
@@ -112,7 +112,12 @@ def stop(name: Name, address: Address = HERE) -> None:
 
 async def _follow(client: "JobSubmissionClient", name: str) -> None:
     async for lines in client.tail_job_logs(name):
-        print(lines, end="", flush=True)
+        print(_shown(lines), end="", flush=True)
+
+
+def _shown(lines: str) -> str:
+    """What a job has printed holds names too; its progress may be drawn over with carriage returns."""
+    return "\r".join(map(printable, lines.split("\r")))
 
 
 @contextmanager

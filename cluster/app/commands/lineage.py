@@ -15,6 +15,7 @@ from cluster.app.commands.options import Config, Set
 from cluster.artifacts import Output
 from cluster.driver.lineage import Lineage, Made, problems
 from cluster.driver.progress import answers, console
+from cluster.driver.store import sqlite_uri
 from cluster.errors import UserError
 
 app = typer.Typer()
@@ -61,23 +62,31 @@ def lineage(
 
 @app.command()
 def track(config: Config, assignments: Set = []) -> None:  # noqa: B006
-    """Write into MLflow what it lacks of the run's finished stages; done again, it changes nothing."""
-    from mlflow.exceptions import MlflowException
+    """Write into MLflow what it lacks of the run's finished stages; done again, it changes nothing.
 
+    A SQLite file that is damaged is set aside, and a new one made.
+    """
     from cluster.app.graph import Graph
-    from cluster.app.runner import tracking_uri
+    from cluster.app.runner import headline, record_results, tracking_uri
+    from cluster.driver.store import said, set_aside
     from cluster.driver.tracking import Tracker
 
     graph = Graph(configs.load(config, assignments))
     run, uri = graph.config, tracking_uri(graph.config)
     finished = [stage for stage in graph.stages if graph.output(stage).manifest() is not None]
-    if not finished:
+    with said(uri):
+        aside = set_aside(uri)
+    if aside is not None:
+        console.print(f"MLflow's database was damaged; it is kept as {aside}, and a new one is made")
+    if not finished and aside is None:
         raise UserError(f"{run.name}: no stage is finished below {Output(run.root).uri}; `vdg run {config}` does them")
     tracker = Tracker(uri, run.tracking.experiment, run.name, run.model_dump(mode="json"), again=True)
-    try:
+    with said(uri):
         written = sum(tracker.complete(stage, run.root) for stage in finished)
-    except MlflowException as error:
-        raise UserError(f"tracking.uri: MLflow at {uri} failed ({error}); the same command goes on from there") from error
+    if len(finished) == len(graph.stages):
+        record_results(graph, tracker)
+    if tracker.parent in tracker.at_work:  # it was made here
+        tracker.finish("FINISHED", headline(graph))
     console.print(f"{written} of {len(finished)} finished stages were not whole in MLflow at {uri}; now they are")
 
 
@@ -146,7 +155,7 @@ def _root(place: str, assignments: list[str]) -> tuple[str, str | None]:
     """The root of a config or of a folder, and its MLflow store."""
     if "://" in place or Path(place).is_dir():
         store = Path(place) / "mlflow.db"
-        return place, f"sqlite:///{store.resolve()}" if store.is_file() else None
+        return place, sqlite_uri(store.resolve()) if store.is_file() else None
     config = configs.load(place, assignments)
     from cluster.app.runner import tracking_uri
 
@@ -156,13 +165,14 @@ def _root(place: str, assignments: list[str]) -> tuple[str, str | None]:
 def _digest_of_run(run_id: str, uri: str | None) -> str:
     if uri is None:
         raise UserError(f"{run_id}: a root without mlflow.db knows no MLflow runs; give the config, with its tracking.uri")
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
+    from cluster.driver.store import connect, reason, said
 
+    with said(uri):
+        client = connect(uri)
     try:
-        tags = MlflowClient(uri).get_run(run_id).data.tags
-    except MlflowException as error:
-        raise UserError(f"{run_id}: MLflow at {uri} does not give this run ({error})") from error
+        tags = client.get_run(run_id).data.tags
+    except Exception as error:  # whatever the store's backend raises
+        raise UserError(f"{run_id}: MLflow at {uri} does not give this run ({reason(error)})") from error
     if "digest" not in tags:
         raise UserError(f"{run_id}: is not the run of a stage; give one of its child runs")
     return tags["digest"]

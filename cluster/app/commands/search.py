@@ -134,7 +134,7 @@ def labels(
     labelling = Labelling(open_run(config, assignments))
     if action == "list":
         for label in labelling.store.last(labelling.digest).values():
-            print(json.dumps(label, ensure_ascii=False))
+            print(json.dumps(label))
         return
     path = labelling.freeze()
     console.print(

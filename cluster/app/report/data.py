@@ -15,7 +15,7 @@ from cluster.app.config import PRESETS, RunConfig, load
 from cluster.app.graph import Graph
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
 from cluster.app.report.results import Results, collect_results, headline
-from cluster.artifacts import MANIFEST, Output, below, filesystem, without_user
+from cluster.artifacts import MANIFEST, Output, below, filesystem, hidden, without_user
 from cluster.stage import Stage
 from cluster.training.loop import METRICS, reports_of
 from mining.gallery import read_images
@@ -128,7 +128,7 @@ def collect(graph: Graph) -> Report:
         curves=_curves(run),
         records=[_record(manifest) for manifest in run.manifests.values()],
         command=_command(run.config),
-        config=without_user(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)),
+        config=yaml.safe_dump(hidden(run.config.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
         images=_thumbnails(run, shown),
     )
 
@@ -230,4 +230,4 @@ def _command(config: RunConfig) -> str:
     """What repeats the run: the preset's name where it is the preset as it stands, else the config kept with the report."""
     if (PRESETS / f"{config.name}.yaml").exists() and load(config.name, []) == config:
         return config.name
-    return below(config.root, f"runs/{config.name}/config.yaml")
+    return without_user(below(config.root, f"runs/{config.name}/config.yaml"))

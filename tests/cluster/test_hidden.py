@@ -1,0 +1,48 @@
+"""No password of a URI is shown or kept."""
+
+import pytest
+
+from cluster.artifacts import hidden, without_user
+
+FORMS = {
+    "s3://key:se+c=ret@bucket/x?region=eu": "s3://bucket/x?region=eu",
+    "s3://b?endpoint_override=http://:secret@store&scheme=http": "s3://b?endpoint_override=http://store&scheme=http",
+    "https://me:secret@host:5000/p": "https://host:5000/p",
+    "https://secret@host/p": "https://host/p",
+    "HTTPS://me:se@c:ret@host/p": "HTTPS://host/p",
+    "postgresql+psycopg2://me:se/cr?e#t@host/db": "postgresql+psycopg2://me@host/db",
+    "postgresql://me:se@cret@host/db": "postgresql://me@host/db",
+    "postgresql://host/db?user=me&password=secret&sslmode=on": "postgresql://host/db?user=me&sslmode=on",
+    "postgresql://host/db?password=secret": "postgresql://host/db",
+    "mssql+pyodbc:///?odbc_connect=PWD%3Dsecret": "mssql+pyodbc:///",
+    "abfss://box:secret@account.dfs.core.windows.net/x": "abfss://box@account.dfs.core.windows.net/x",
+    "abfs://:secret@account/x": "abfs://account/x",
+    "abfs://account/x?client_secret=secret&sig=secret&tenant_id=1": "abfs://account/x?tenant_id=1",
+    "https://h/x?X-Amz-Signature=secret&X-Amz-Security-Token=secret": "https://h/x",
+    "no https://a:secret@b, then http://c:secret@d/e: why?": "no https://b, then http://d/e: why?",
+    "https://a:secret@b,https://c:secret@d": "https://d",
+    "'http://a:secret@b/c'": "'http://b/c'",
+}
+PLAIN = ["gs://anonymous@bucket/x", "hdfs://me@host:8020/x", "http://host:80/a@b", "sqlite:////a b@c/mlflow.db", "red: a@b"]
+PLAIN += ["s3://bucket/x?region=eu&scheme=http", "is it? token=1", "", "://", "postgresql://host/db?options=a@b", "a://b?"]
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_secrets_are_taken_out_wherever_they_stand(text: str) -> None:
+    found = without_user(text)
+    assert "secret" not in found
+    if "," not in text:
+        assert found == FORMS[text]
+    assert without_user(found) == found
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert without_user(text) == text
+
+
+def test_configs_and_long_texts() -> None:
+    config = {"tracking": {"uri": "http://a:b@h"}, "files": ["s3://a:b@c", 3, None], "seed": 1}
+    assert hidden(config) == {"tracking": {"uri": "http://h"}, "files": ["s3://c", 3, None], "seed": 1}
+    for text in ("a" * 3_000_000, "a://" + "b" * 3_000_000, "a://?" + "b" * 3_000_000):
+        assert without_user(text) == text
