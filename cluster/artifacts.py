@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from cluster.errors import UserError
 from cluster.files import files_below
 
 HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
@@ -29,14 +30,18 @@ T = TypeVar("T")
 REJECTS = pa.schema([("key", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 
+class NoPlaceError(UserError, ValueError):
+    """A path or URI that no filesystem takes."""
+
+
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow filesystem of a URI or local path, and the path inside it. Raises OSError or ValueError."""
+    """The pyarrow filesystem of a URI or local path, and the path inside it. Raises OSError or NoPlaceError."""
     try:
         if "://" in uri:
             return pafs.FileSystem.from_uri(uri)
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
-    except (RuntimeError, pa.ArrowException) as error:  # RuntimeError: of `~nobody`, or links in a circle
-        raise ValueError(f"{uri}: {error}") from error
+    except (RuntimeError, ValueError, pa.ArrowException) as error:  # RuntimeError: of `~nobody`, or links in a circle
+        raise NoPlaceError(f"{uri}: {error}; give a folder, or a URI of a store such as s3://bucket/folder") from error
 
 
 def below(root: str, path: str) -> str:

@@ -73,6 +73,12 @@ class Source:
             return None
         return [without_user(Output(self.path).uri), found] if self.kept and found is not None else found
 
+    def secret(self) -> str | None:
+        """What is wrong with a path that rows would keep, password and all."""
+        if not self.kept or without_user(self.path) == self.path:
+            return None
+        return "holds a password, which the output's rows would keep; put it into the environment (AWS_SECRET_ACCESS_KEY, ...)"
+
     def problem(self) -> str:
         """Why there is no fingerprint."""
         try:
@@ -196,6 +202,7 @@ class Stage(ABC):
         Missing sources and weights; a class adds what else its work would stumble over.
         """
         found = {field: weights.problem() for field, weights in self.weights.items()}
+        found |= {source.field: source.secret() for source in self.sources.values()}
         return self.missing() | {field: problem for field, problem in found.items() if problem is not None}
 
     def earlier(self, root: str) -> tuple[Output, dict[str, Any]] | None:

@@ -8,6 +8,7 @@ from cluster.driver.interrupt import end_as_ctrl_c
 from cluster.driver.progress import console
 from cluster.errors import UserError
 
+LONGEST = 20_000  # characters of a message: a file's text may be in it
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The command `vdg`.")
 app.callback()(config.common)
 for part in (run, config, search, outputs, sweep, lineage, jobs, weights, doctor):
@@ -20,5 +21,5 @@ def main() -> None:
     try:
         explained(app.__call__)()
     except UserError as error:
-        console.print(f"error: {error}", style="red")
+        console.print(f"error: {error}"[:LONGEST], style="red")
         raise SystemExit(2) from None

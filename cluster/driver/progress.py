@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
+from rich.text import Text
 
 from cluster.artifacts import without_user
 
@@ -29,10 +31,14 @@ class Terminal(Console):
     def __init__(self, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
+    def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]
+        """A plain text, before its width is measured."""
+        return super().render_str(printable(without_user(text)), **how)
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As it is printed, piece by piece."""
+        """Whatever is printed, piece by piece."""
         for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else printable(without_user(text)), style, control)
+            yield Segment(text if control else printable(text), style, control)
 
 
 console = Terminal(stderr=True)  # progress and messages

@@ -76,10 +76,10 @@ class Tracker:
                 raise
         found = self.client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage == LifecycleStage.DELETED:
-            number = found.experiment_id if found else "ID"
+            restore = f"mlflow experiments restore --experiment-id {found.experiment_id if found else 'ID'}"
             raise UserError(
-                f"tracking.experiment: '{name}' is deleted in MLflow at {without_user(self.uri)}; give another name, or bring it "
-                f"back: `mlflow experiments restore --experiment-id {number}`, with the URI as MLFLOW_TRACKING_URI"
+                f"tracking.experiment: '{name}' is deleted in MLflow at {without_user(self.uri)}; give another name, or "
+                f"bring it back: `{restore}`, with the URI as MLFLOW_TRACKING_URI"
             )
         return found.experiment_id
 

@@ -22,7 +22,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {name: getattr(words, name) for name in ("count", "signed", "interval", "duration")}
+    made.filters |= {name: getattr(words, name) for name in ("count", "short", "signed", "interval", "duration")}
     return made
 
 

@@ -38,6 +38,7 @@ ROLE_COLOURS: dict[Role, str] = {
     "reference": COLOURS["reference"],
 }
 CONTROL_COLOURS = ("#a8a194", "#c9c3b8", "#8c8577", "#dad5cb")
+LONGEST = 200  # words of a delta; longer ones count as so long
 WIDTH = 320  # of a chart, in the units of its text: about the CSS pixels it gets, so that text keeps its size
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -162,10 +163,10 @@ def _similarity(densities: dict[str, list[float]]) -> Figure:
 
 def _lengths(generated: Generated) -> Figure:
     figure, axes = _axes(190)
-    longest = int(max(generated.texts.lengths.max(initial=1), generated.human.lengths.max(initial=1)))
+    longest = int(min(max(generated.texts.lengths.max(initial=1), generated.human.lengths.max(initial=1)), LONGEST))
     edges = np.linspace(0.5, longest + 0.5, min(longest, 30) + 1)
     for texts, colour, label in ((generated.human, "baseline", "human"), (generated.texts, "semi", "generated")):
-        shares = 100 * np.histogram(texts.lengths, edges)[0] / max(len(texts.lengths), 1)
+        shares = 100 * np.histogram(np.minimum(texts.lengths, longest), edges)[0] / max(len(texts.lengths), 1)
         axes.stairs(shares, edges, color=COLOURS[colour], alpha=0.18, fill=True)
         axes.stairs(shares, edges, color=COLOURS[colour], lw=1.8, label=label)
     axes.set_xlabel("words a delta")

@@ -8,6 +8,14 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+SHOWN = 400  # characters of a text; a caption may be a whole file
+
+
+def short(text: str) -> str:
+    """A text, or its beginning and its length."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({count(len(text))} characters)"
+
+
 def signed(value: float) -> str:
     """A difference with its sign and one decimal: +5.5, −0.3, 0.0."""
     return f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"

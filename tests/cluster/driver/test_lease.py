@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.artifacts import Output
@@ -14,6 +15,7 @@ from cluster.driver.lease import LEASE, Lease, hold
 from cluster.errors import UserError
 
 KILLED = "import os, sys; from cluster.driver import lease; from cluster.artifacts import Output; "
+HOLDING = KILLED + "held = lease.hold(Output(sys.argv[1])); held.__enter__(); print(flush=True); sys.stdin.read()"
 KILLED += "held = lease.hold(Output(sys.argv[1])); held.__enter__(); os.kill(os.getpid(), 9)"
 
 
@@ -39,18 +41,61 @@ def elsewhere(mine: Lease) -> Lease:
 
 def test_a_second_driver_is_refused_and_told_who_is_at_work(output: Output) -> None:
     with hold(output):
-        with pytest.raises(UserError, match=rf"out: another driver is at work.*process {os.getpid()} on .*lease ends in"):
+        with pytest.raises(UserError, match=rf"out: another driver is at work.*process {os.getpid()} on .*stop it there$"):
             hold(output).__enter__()
         assert lease.read(output) is not None
 
 
-def test_a_driver_elsewhere_is_believed_until_its_lease_expires(output: Output, elsewhere: Lease) -> None:
+def test_a_driver_elsewhere_is_believed_until_its_lease_expires(
+    output: Output, elsewhere: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output.write_json(LEASE, asdict(elsewhere))
-    with pytest.raises(UserError, match="process 12 on far"):
+    with pytest.raises(UserError, match=r"process 12 on far.*lease ends in"):
         lease.check(output)
+    monkeypatch.setattr(lease, "WATCH", 0.1)
     output.write_json(LEASE, asdict(replace(elsewhere, expires=time.time() - 1)))
     with hold(output):
         assert lease.read(output).owner != "other"
+
+
+@pytest.mark.parametrize("step", [-1e6, -100, 3, 70, 1e6])
+def test_a_step_of_the_clock_hands_no_live_lease_over(output: Output, step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", HOLDING, output.uri]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as driver:
+        assert driver.stdout is not None
+        driver.stdout.readline()
+        clock = time.time
+        monkeypatch.setattr(time, "time", lambda: clock() + step)
+        monkeypatch.setattr(psutil.Process, "create_time", lambda _: clock() + step)  # it counts from the boot's wall clock
+        with pytest.raises(UserError, match=f"process {driver.pid} on "):
+            lease.check(output)
+        driver.kill()
+    lease.check(output)
+
+
+def test_an_expired_lease_that_is_renewed_is_live(output: Output, elsewhere: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a machine whose clock is an hour behind, or before this one's was set."""
+    behind = replace(elsewhere, expires=time.time() - 3600)
+    output.write_json(LEASE, asdict(behind))
+    renewed = asdict(replace(behind, expires=behind.expires + lease.RENEW_EVERY))
+    monkeypatch.setattr(lease.time, "sleep", lambda _: output.write_json(LEASE, renewed))
+    with pytest.raises(UserError, match="process 12 on far"):
+        hold(output).__enter__()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"owner": 1}', '{"owner": "x", "pid": "y"}', "\xff"])
+def test_what_is_no_lease_is_none(output: Output, content: str) -> None:
+    output.write_bytes(LEASE, content.encode("latin-1"))
+    assert lease.read(output) is None
+    with hold(output):
+        assert lease.read(output).pid == os.getpid()
+
+
+def test_a_driver_that_its_parent_has_not_buried_is_dead(output: Output) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", KILLED, output.uri])
+    os.waitid(os.P_PID, driver.pid, os.WEXITED | os.WNOWAIT)
+    lease.check(output)
+    driver.wait()
 
 
 @pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit, ValueError, None])
@@ -78,7 +123,7 @@ def test_a_later_process_of_the_same_number_is_no_driver(output: Output, mine: L
     output.write_json(LEASE, asdict(mine))
     with pytest.raises(UserError):
         lease.check(output)
-    output.write_json(LEASE, asdict(replace(mine, started=mine.started - 3600)))
+    output.write_json(LEASE, asdict(replace(mine, started=mine.started - 1)))
     lease.check(output)
 
 
