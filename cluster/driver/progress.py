@@ -31,7 +31,7 @@ class Terminal(Console):
     def __init__(self, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
-    def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **how: Any) -> Text:
         """A plain text, before its width is measured."""
         return super().render_str(printable(without_user(text)), **how)
 

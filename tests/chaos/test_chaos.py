@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 from rich.table import Table
 
 from cluster.app import config as configs
@@ -19,6 +20,7 @@ from cluster.app.graph import Graph
 from cluster.artifacts import Output
 from cluster.driver import lease
 from cluster.driver.progress import console
+from cluster.driver.store import sqlite_uri
 from tests.chaos.conftest import LIMIT, assert_same, start
 from tests.chaos.killing import find, kill_when
 
@@ -31,8 +33,10 @@ SHOWN = {  # what a process of a kind shows, and the stages that it works in
     "raylet": ("raylet/raylet", list(LATEST)),
     "driver": (None, list(LATEST)),
     "Ctrl-C": (None, list(LATEST)),
+    "SIGTERM": (None, list(LATEST)),
 }
-KILLS = [(kind, seed) for kind, count in zip(SHOWN, (4, 4, 4, 4, 6, 3), strict=True) for seed in range(count)]
+KILLS = [(kind, seed) for kind, count in zip(SHOWN, (4, 4, 4, 4, 6, 3, 3), strict=True) for seed in range(count)]
+STOPS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,38 @@ def counter(output: Output) -> Callable[[], int]:
         return len(checkpoints) + len(output.parts())
 
     return count
+
+
+def statuses(root: Path) -> list[str]:
+    """Of the runs in the root's MLflow store."""
+    client = MlflowClient(sqlite_uri(root / "mlflow.db"))
+    return [run.info.status for run in client.search_runs(["1"], max_results=1000)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_kill_in_the_birth_of_mlflows_store(
+    seed: int, config: str, undisturbed: Path, tmp_path: Path, outcomes: list[tuple[str, ...]]
+) -> None:
+    """Within the 1.2 seconds in which its tables are made."""
+    root, log = shutil.copytree(undisturbed, tmp_path / "root"), tmp_path / "log"
+    (root / "mlflow.db").unlink()
+    pause = np.random.default_rng(seed).uniform(0, 1.2)
+
+    def ready() -> bool:
+        if not (root / ".mlflow.db.new" / "mlflow.db").exists():
+            return False
+        time.sleep(pause)
+        return True
+
+    began = time.monotonic()
+    driver = start(config, str(root), log)
+    assert kill_when(lambda: [psutil.Process(driver.pid)], ready, lambda: driver.poll() is None), log.read_text()
+    assert driver.wait(LIMIT) == -signal.SIGKILL
+    assert start(config, str(root), log).wait(LIMIT) == 0, log.read_text()
+    assert "FINISHED" in statuses(root)
+    outcomes.append(
+        ("driver", str(seed), "MLflow's birth", f"{pause:.2f} s", "the same command", f"{time.monotonic() - began:.0f}")
+    )
 
 
 @pytest.mark.parametrize(("kind", "seed"), KILLS)
@@ -83,11 +119,14 @@ def test_a_kill_changes_no_table(
     log = tmp_path / "log"
     driver = start(config, str(root), log)
     victims = partial(find, driver.pid, shown) if shown else lambda: [psutil.Process(driver.pid)]
-    number = signal.SIGINT if kind == "Ctrl-C" else signal.SIGKILL
+    number = STOPS.get(kind, signal.SIGKILL)
     assert kill_when(victims, ready, lambda: driver.poll() is None, number), log.read_text()
     status = driver.wait(LIMIT)
     if status:
-        assert kind != "Ctrl-C" or (status == 2 and "the same command goes on" in log.read_text()), log.read_text()
+        if kind in STOPS:
+            assert status == 2, log.read_text()
+            assert log.read_text().splitlines()[-1] == "error: stopped; the same command goes on from what is finished"
+            assert set(statuses(root)) == {"FINISHED", "KILLED"}
         assert start(config, str(root), log).wait(LIMIT) == 0, log.read_text()
     finished = "the same command" if status else "Ray's own retry"
     outcomes.append((kind, str(seed), stage, str(after), finished, f"{time.monotonic() - began:.0f}"))

@@ -94,9 +94,9 @@ def test_what_fails_does_not_end_whole(clock: Clock, capsys: pytest.CaptureFixtu
             stage.start(10, "image")
             clock.now += 100
             stage.advance(4)
-            raise ValueError
+            raise ValueError("no more")
 
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no more"):
         work()
     assert lines(capsys) == ["  embed:x: 4 of 10 images"]
 

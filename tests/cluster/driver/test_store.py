@@ -182,5 +182,5 @@ def test_forms_of_uris(tmp_path: Path) -> None:
     for uri in ("sqlite://", "sqlite:///:memory:", "http://h:5000", "sqlite", "sqlite:b", "", "mlruns", "postgresql://h/db"):
         assert sqlite_file(uri) is None
     for uri in ("sqlite", "sqlite:b", "foo://b", "postgresql://x:y"):
-        with pytest.raises(UserError, match="tracking.uri: MLflow at .* cannot be used"):
+        with pytest.raises(UserError, match=r"tracking.uri: MLflow at .* cannot be used"):
             Tracker(uri, "vdg", "run", {})
