@@ -5,7 +5,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cir.config import EvaluateConfig, RoundsConfig, ScoreConfig, TrainConfig, merge
 from cluster.config import (
@@ -112,7 +112,7 @@ class TrackingConfig(Section):
     """Where MLflow records runs. Never part of a digest."""
 
     uri: str | None = Field(None, description="MLflow tracking URI; None: SQLite in the root")
-    experiment: str = Field("vdg", description="name of MLflow's experiment")
+    experiment: str = Field("vdg", min_length=1, max_length=200, description="name of MLflow's experiment")
 
 
 class RunResources(Section):
@@ -156,6 +156,13 @@ class RunConfig(Section):
     sources: dict[str, str] = Field(
         {}, description="where to get what comes from outside: a field, or the start of several -> a sentence for who lacks it"
     )
+
+    @field_validator("root")
+    @classmethod
+    def _root_names_a_place(cls, root: str) -> str:
+        if re.fullmatch(r"[^:/]+:/+", root):
+            raise ValueError("a URI names a bucket or a folder, such as s3://bucket/outputs")
+        return root
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:

@@ -18,6 +18,7 @@ UNREACHABLE = (
     *(os.strerror(number) for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EROFS, errno.EACCES)),
     "AWS Error",
     "google::cloud::Status",
+    "dlopen(",  # of HDFS's library
 )
 MISTAKE = re.compile(r"^cluster\.errors\.UserError: (.+?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)  # ends a traceback
 RESUME = "the same command then goes on from what is finished"

@@ -2,7 +2,9 @@
 
 import pytest
 
+from cluster import stage
 from cluster.artifacts import hidden, without_user
+from cluster.stage import Source
 
 FORMS = {
     "s3://key:se+c=ret@bucket/x?region=eu": "s3://bucket/x?region=eu",
@@ -39,6 +41,13 @@ def test_secrets_are_taken_out_wherever_they_stand(text: str) -> None:
 @pytest.mark.parametrize("text", PLAIN)
 def test_what_is_no_secret_stays(text: str) -> None:
     assert without_user(text) == text
+
+
+def test_a_source_has_one_digest_whatever_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "fingerprint", lambda _: [("a.jpg", 3, 7)])
+    sources = [Source("evaluate.images", path, kept=True) for path in ("s3://key:a@b/x", "s3://key:c@b/x", "s3://b/x")]
+    assert sources[0].fingerprint() == sources[1].fingerprint() == sources[2].fingerprint() == ["s3://b/x", [("a.jpg", 3, 7)]]
+    assert [source.secret() is None for source in sources] == [False, False, True]
 
 
 def test_configs_and_long_texts() -> None:

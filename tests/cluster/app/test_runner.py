@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+from mlflow.tracking import MlflowClient
 
 from cluster.app import config as configs
 from cluster.app import runner
 from cluster.app.graph import Graph
-from cluster.artifacts import Output
+from cluster.artifacts import Output, without_user
 from cluster.config import ActorResources
 from cluster.driver import lease
 from cluster.driver.failures import explained
@@ -116,14 +117,15 @@ def in_the_foreground() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_driver_gives_its_lease_back_and_is_followed(
-    ray_session: None, in_the_foreground: None, tmp_path: Path
+    ray_session: None, in_the_foreground: None, tmp_path: Path, number: int
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
     def stopped(output: Output, monitor: Monitor) -> None:
         write(output, FIRST)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         for _ in range(3000):
             time.sleep(0.01)
         write(output, LAST)
@@ -132,6 +134,8 @@ def test_a_stopped_driver_gives_its_lease_back_and_is_followed(
         run(graph(tmp_path / "root", tmp_path), stopped)
     output = output_of(graph(tmp_path / "root", tmp_path))
     assert (output.parts(), output.manifest(), lease.read(output)) == ([FIRST], None, None)
+    store = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert [run.info.status for run in store.search_runs(["1"])] == ["KILLED", "KILLED"]
     assert run(graph(tmp_path / "root", tmp_path), on_actors(None)).parts() == list(PARTS)
 
 
@@ -193,3 +197,25 @@ def test_what_does_not_fit_waits(ray_session: None, tmp_path: Path) -> None:
     )
     runner.run(made, stages)
     assert all(made.output(stage).manifest() for stage in stages)
+
+
+SECRETS = ["evaluate.images=nosuch://key:s3cr3t@bucket/photos", "sources.train=see https://me:s3cr3t@host/photos"]
+
+
+def test_no_password_of_a_config_is_kept(ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = Graph(configs.load("grocery", [f"root={tmp_path}/root", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", *SECRETS]))
+    runner.run(made, [named("a", here)], keep_config=True)
+    kept = runner.run_folder(made.config)
+    assert kept.read_bytes("config.yaml").startswith(b"# kept without the passwords of its URIs; a run from it takes them from")
+    assert configs.load(kept.path("config.yaml"), []).evaluate.images == "nosuch://bucket/photos"
+    assert "MLFLOW_TRACKING_PASSWORD" in capsys.readouterr().err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.json", "config.yaml", "mlflow.db", "manifest.json"} <= {path.name for path in files}
+    assert [path for path in files if b"s3cr3t" in path.read_bytes()] == []
+
+
+def test_rows_that_would_keep_a_password_are_refused(tmp_path: Path) -> None:
+    made = Graph(configs.load("grocery", [f"root={tmp_path}/root", SECRETS[0]]))
+    with pytest.raises(UserError, match=r"evaluate.images: it holds a password, which the output's rows would keep") as refused:
+        runner.run(made, made.select(None, None, None))
+    assert "s3cr3t" not in without_user(str(refused.value))
