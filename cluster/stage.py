@@ -78,7 +78,7 @@ class Source:
         if not self.kept or without_user(self.path) == self.path:
             return None
         return (
-            "it holds a password, which the output's rows would keep; put it into the environment (AWS_SECRET_ACCESS_KEY, ...)"
+            "it holds a password, which the output's rows would keep; put it in the environment (AWS_SECRET_ACCESS_KEY, ...)"
         )
 
     def problem(self) -> str:
