@@ -77,9 +77,7 @@ class Source:
         """What is wrong with a path that rows would keep, password and all."""
         if not self.kept or without_user(self.path) == self.path:
             return None
-        return (
-            "it holds a password, which the output's rows would keep; put it in the environment (AWS_SECRET_ACCESS_KEY, ...)"
-        )
+        return "it holds a password, which the output's rows would keep; put it in the environment (AWS_SECRET_ACCESS_KEY, ...)"
 
     def problem(self) -> str:
         """Why there is no fingerprint."""

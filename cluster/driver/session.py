@@ -15,6 +15,7 @@ from pydantic import Field
 from cluster.artifacts import without_user
 from cluster.config import Section
 from cluster.driver.interrupt import end_as_ctrl_c
+from cluster.driver.progress import printable
 from cluster.errors import UserError
 from cluster.training.groups import THREAD
 
@@ -93,11 +94,11 @@ def _standard_error_to(path: Path) -> Iterator[None]:
 
 
 class _Formatter(logging.Formatter):
-    """Libraries tell of the URIs that they are given."""
+    """Libraries tell of the URIs and the names that they are given."""
 
     def format(self, record: logging.LogRecord) -> str:
         """A line, and a traceback if there is one."""
-        return without_user(super().format(record))
+        return printable(without_user(super().format(record)))
 
 
 def _log_to(path: Path) -> None:

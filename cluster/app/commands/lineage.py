@@ -12,7 +12,7 @@ from rich.tree import Tree
 
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
-from cluster.artifacts import Output
+from cluster.artifacts import Output, without_user
 from cluster.driver.lineage import Lineage, Made, problems
 from cluster.driver.progress import answers, console
 from cluster.driver.store import sqlite_uri
@@ -54,7 +54,7 @@ def lineage(
     if html is not None:
         from cluster.app.lineage_page import page
 
-        html.write_text(page(found, shown, {one.name for one in made}, Output(root).uri))
+        html.write_text(page(found, shown, {one.name for one in made}, without_user(Output(root).uri)))
         console.print(f"drawn in {html}")
     if check:
         _check(shown)
@@ -210,7 +210,7 @@ def _as_json(lineage: Lineage, made: Made) -> dict[str, Any]:
         name: {
             "instance": near.instance,
             "digest": near.digest,
-            "output": near.output.uri,
+            "output": without_user(near.output.uri),
             "finished": near.manifest is not None,
             "rows": near.manifest["rows"] if near.manifest else None,
             "sources": near.manifest["sources"] if near.manifest else {},

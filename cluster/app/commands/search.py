@@ -140,4 +140,4 @@ def labels(
     console.print(
         f"{path}: labelled triplets; add it to ingest.triplets.NAME.file, which takes a list, of a gallery with these images"
     )
-    print(path)
+    answers.print(str(path))
