@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import sqlite3
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -32,7 +34,7 @@ def connect(uri: str) -> "MlflowClient":
     path = sqlite_file(uri)
     if path is not None:
         _make(path)
-        _open(path)
+        _open(path).close()
     client = MlflowClient(uri)
     client.search_experiments(max_results=1)
     return client
@@ -86,10 +88,14 @@ def sqlite_uri(path: Path) -> str:
 def set_aside(uri: str) -> Path | None:
     """Rename a SQLite file that is damaged, so that a new one can be made. Returns its new name, or None where it is whole."""
     path = sqlite_file(uri)
-    if path is None or not path.exists():
+    if path is None or not _is_begun(path):
         return None
     try:
-        connect(uri)
+        with tempfile.TemporaryDirectory() as folder:  # MLflow keeps connections to what it has opened, under any later name
+            copy = Path(folder) / _new_name()
+            with closing(_open(path)) as there, closing(sqlite3.connect(copy)) as here:
+                there.backup(here)
+            connect(f"sqlite:///{copy}")
     except Exception as error:
         if not DAMAGED.search(reason(error)):
             raise
@@ -119,9 +125,10 @@ def _make(path: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         try:
-            MlflowClient(f"sqlite:///{new}/{path.name}").search_experiments(max_results=1)
+            made = new / _new_name()
+            MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
             path.with_name(f"{path.name}-journal").unlink(missing_ok=True)  # of an earlier file: it would be played back
-            os.rename(new / path.name, path)
+            os.rename(made, path)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
@@ -130,7 +137,16 @@ def _is_begun(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def _open(path: Path) -> None:
+def _new_name() -> str:
+    return f"{uuid.uuid4().hex}.db"
+
+
+def _open(path: Path) -> sqlite3.Connection:
     """Raises sqlite3.Error for what is no database, at once: MLflow would try for more than a minute."""
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as connection:
+    connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)
+    try:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection

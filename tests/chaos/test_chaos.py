@@ -78,7 +78,7 @@ def test_a_kill_in_the_birth_of_mlflows_store(
     pause = np.random.default_rng(seed).uniform(0, 1.2)
 
     def ready() -> bool:
-        if not (root / ".mlflow.db.new" / "mlflow.db").exists():
+        if not list(root.glob(".mlflow.db.new/*.db")):
             return False
         time.sleep(pause)
         return True
