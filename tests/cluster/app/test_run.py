@@ -1,6 +1,7 @@
 """The whole flow on real photos with tiny models and the real engines, in the driver's process."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,27 @@ def test_mlflow_has_the_runs_parameters_report_and_scores(finished: Graph, tmp_p
     assert found["R_at_1"] == expected
     (version,) = client.search_model_versions("name='vdg.semi.s0'")
     assert version.tags["R_at_1"] == f"{expected:.1f}"
+
+
+def test_track_writes_a_damaged_store_anew(finished: Graph, config: str, tmp_path: Path) -> None:
+    """From the manifests, the outputs and the run's files."""
+    root = Path(shutil.copytree(finished.root, tmp_path / "root"))
+    (root / "mlflow.db").write_bytes(b"no database" * 999)
+    shutil.rmtree(root / "mlartifacts")
+    shown = invoke("track", config, "--set", f"root={root}")
+    assert f"{root}/mlflow.db.damaged-1" in " ".join(shown.split())
+    again = Graph(configs.load(config, [f"root={root}"]))
+    assert {run.info.run_name for run in children(again)} == {stage.instance for stage in finished.stages}
+    client = MlflowClient(runner.tracking_uri(again.config))
+    runs = client.search_runs(["1"], max_results=1000)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    (parent,) = [run for run in runs if "vdg.run" in run.data.tags]
+    assert "semi/R_at_1" in parent.data.metrics
+    for name in ("config.json", "report.html", "metrics.json"):
+        assert client.download_artifacts(parent.info.run_id, name, str(tmp_path))
+    (version,) = client.search_model_versions("name='vdg.semi.s0'")
+    assert "R_at_1" in version.tags
+    assert "0 of" in invoke("track", config, "--set", f"root={root}")
 
 
 def test_the_same_command_again_does_nothing(finished: Graph, config: str) -> None:

@@ -19,6 +19,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cluster.artifacts import Output
+from cluster.driver.store import connect, sqlite_uri
 from cluster.driver.tracking import COMPLETE, Tracker
 from cluster.monitor import Monitor, Silent
 from cluster.stage import Stage
@@ -221,3 +222,38 @@ def _answers(url: str) -> bool:
 @pytest.mark.slow
 def test_a_server_keeps_the_same(server: str, models: list[Stage], tmp_path: Path) -> None:
     check_tracing(server, models, str(tmp_path))
+
+
+@pytest.mark.parametrize("experiment", ["it's", 'say "x"', "50 % `off` \\ a/b:c", "größe", "x" * 200])
+def test_odd_names_break_no_filter(experiment: str, models: list[Stage], tmp_path: Path, store: Path) -> None:
+    config = {"sources": {"it's": "x", "../a": "y", "layers.*": "z", "": "", ".": "", "b//c": "", "n" * 300: ""}}
+    uri = f"sqlite:///{shutil.copy(store, tmp_path)}"
+    for stage in models:
+        stage.run(str(tmp_path), Silent())
+    tracker = Tracker(uri, experiment, "run", config)
+    assert [tracker.complete(stage, str(tmp_path)) for stage in models] == [True] * 4
+    tracker.scored(models[3], str(tmp_path), {"R@1": 3.0, "R'1": 4.0})
+    first = everything(tracker)
+    again = Tracker(uri, experiment, "run", config, again=True)
+    assert not any(again.complete(stage, str(tmp_path)) for stage in models)
+    again.client.delete_tag(again.find("tags.stage = 'train'") or "", COMPLETE)
+    assert again.complete(models[3], str(tmp_path))
+    assert everything(again) == first
+    assert (first["models"], len(first["versions"])) == (2, 2)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh store, made once: it takes seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(sqlite_uri(path))
+    return path
+
+
+def test_runs_that_were_cut_off_are_closed(models: list[Stage], tmp_path: Path, store: Path) -> None:
+    tracker = Tracker(f"sqlite:///{shutil.copy(store, tmp_path)}", "vdg", "run", {})
+    for stage in models[:2]:
+        tracker.begin(stage, str(tmp_path))  # a thread that waits in native code never says more
+    tracker.silent_until = time.monotonic() + 60  # the store failed a moment ago
+    tracker.finish("KILLED", {})
+    assert [run.info.status for run in tracker.client.search_runs([tracker.experiment])] == ["KILLED"] * 3
