@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -221,6 +222,18 @@ def test_lists_every_stage(tmp_path: Path, photos: Photos) -> None:
     assert "secret" not in page
     assert "http://server" in page
     assert f"vdg run {tmp_path}/runs/grocery/config.yaml" in page
+
+
+@pytest.mark.parametrize("text", ["make it oat " * 90_000, "oat" * 350_000])
+def test_a_text_of_a_megabyte_does_not_fill_it(
+    tmp_path: Path, photos: Photos, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = graph_of(tmp_path, ["supervised", "semi"])
+    short = report_of(graph, photos)
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", text)
+    long = report_of(graph, photos)
+    assert len(long) < len(short) + 20_000
+    assert f"{len(text):,} characters)" in long
 
 
 def test_sections_vanish(tmp_path: Path, photos: Photos) -> None:
