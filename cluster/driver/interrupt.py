@@ -3,9 +3,10 @@
 import ctypes
 import signal
 import threading
-from typing import NoReturn
+import time
 
 ENDS = (signal.SIGTERM, signal.SIGHUP)  # of a cluster or a service manager; of a terminal that closes
+SAME = 20.0  # seconds in which further ones mean the first: a terminal and its shell both send theirs
 
 
 def interrupt(thread: threading.Thread) -> None:
@@ -19,11 +20,16 @@ def end_as_ctrl_c() -> None:
 
     Once more after Ray has started, which puts handlers of its own in place.
     """
+    heard = -SAME
+
+    def interrupted(*_: object) -> None:
+        """The run's end is not cut off by a second one."""
+        nonlocal heard
+        if time.monotonic() - heard > SAME:
+            heard = time.monotonic()
+            raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
         for number in ENDS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, _interrupted)
-
-
-def _interrupted(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+                signal.signal(number, interrupted)
