@@ -23,7 +23,7 @@ from mining.embeddings import plain_parts
 from mining.features import ORIGIN, read_mean, unit_vectors
 from mining.gallery import part_name
 from mining.indexes import filled, kind_for
-from mining.scratch import shared
+from mining.scratch import new_array, shared
 from mining.search import Exact, Found, Lists, Search, has_gpus, limit_threads, plan
 
 BLOCK = 4096  # images of one part
@@ -171,8 +171,8 @@ def read_neighbours(output: Output) -> Nearest:
 def _write_arrays(output: Output, ids: np.ndarray, folder: Path) -> None:
     folder.mkdir()
     order, shape = np.argsort(ids), (len(ids), output.read_json(REPORT)["top"])
-    rows = np.lib.format.open_memmap(folder / "rows.npy", mode="w+", dtype=np.int32, shape=shape)
-    cosines = np.lib.format.open_memmap(folder / "cosines.npy", mode="w+", dtype=np.float32, shape=shape)
+    rows = new_array(folder / "rows.npy", np.int32, shape)
+    cosines = new_array(folder / "cosines.npy", np.float32, shape)
     first = 0
     for name in output.parts():
         part = output.read_table(name, tables.NEIGHBOURS)

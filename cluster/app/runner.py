@@ -1,6 +1,5 @@
 """Doing the stages of a run in one driver, side by side where there is room: what is done is skipped, MLflow keeps record."""
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
-from cluster.app.outputs import keep_models
+from cluster.app.outputs import CONFIG, keep_models
 from cluster.artifacts import Output, below, filesystem, without_user
 from cluster.config import in_folder
 from cluster.driver import lease, session
@@ -22,6 +21,7 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.stage import Stage
 from cluster.training.groups import Groups
+from cluster.verify import verify
 
 
 def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
@@ -34,6 +34,7 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
     config, log = graph.config, log_file(graph.config)
     todo = [stage for stage in stages if graph.output(stage).manifest() is None]
     check(config, todo)
+    verify(graph.output(stage) for stage in stages if stage not in todo)
     for stage in todo:
         lease.check(graph.output(stage))
     from cluster.driver.tracking import Tracker
@@ -42,7 +43,7 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
     if keep_config:
         kept = in_folder(RunConfig, config.model_dump(mode="json"), Path.cwd())  # it is read from any folder
         content = yaml.safe_dump(kept, sort_keys=False)
-        run_folder(config).write_bytes("config.yaml", content.encode())
+        run_folder(config).write_bytes(CONFIG, content.encode())
         keep_models(run_folder(config), stages)
     console.print(f"MLflow: experiment '{config.tracking.experiment}' at {without_user(tracker.uri)}")
     console.print(f"{config.name}: {len(todo)} of {len(stages)} stages to do; library logs go to {log}")
@@ -132,6 +133,7 @@ def write_results(graph: Graph) -> Output:
     """The metrics and the report of a run whose stages are finished, in its folder."""
     from cluster.app.report import write_report
 
+    verify(map(graph.output, graph.stages))
     folder = run_folder(graph.config)
     folder.write_json("metrics.json", metrics_of(graph))
     if graph.config.evaluate.scores_models:
@@ -174,7 +176,7 @@ def tracking_uri(config: RunConfig) -> str:
 
 def metrics_of(graph: Graph) -> dict[str, Any]:
     """variant -> metric -> {"mean", "seeds"}, of a finished evaluation."""
-    content: dict[str, Any] = json.loads(graph.output(graph.evaluation).read_bytes("metrics.json"))
+    content: dict[str, Any] = graph.output(graph.evaluation).read_json("metrics.json")
     return content
 
 

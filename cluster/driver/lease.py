@@ -13,7 +13,6 @@ Machines must agree on the time within EXPIRY - RENEW_EVERY seconds. Whatever sl
 are deterministic and appear whole, so two drivers at most make the same part twice.
 """
 
-import json
 import os
 import platform
 import threading
@@ -74,9 +73,10 @@ def _is_running(pid: int, started: float) -> bool:
 def read(output: Output) -> Lease | None:
     """The lease on an output; None where there is none, or half a one of a machine that lost its power."""
     try:
-        return Lease(**output.read_json(LEASE))
-    except (FileNotFoundError, json.JSONDecodeError):
+        found: Lease = output.read_json(LEASE, Lease)
+    except (FileNotFoundError, UserError):
         return None
+    return found
 
 
 def check(output: Output) -> None:

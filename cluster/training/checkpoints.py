@@ -1,13 +1,15 @@
 """The checkpoints of a training: what it goes on from, and the weights it keeps."""
 
+import logging
 import math
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired
 
 from pyarrow import fs as pafs
+from typing_extensions import TypedDict
 
 from cluster.artifacts import Output, filesystem
 from cluster.config import WorkerResources
@@ -18,6 +20,8 @@ WEIGHTS = "weights.safetensors"  # every trained parameter: in an output of the 
 BEST = "best.safetensors"  # in a checkpoint: the trained parameters of the best step so far
 STATE = "state.json"  # in a checkpoint: the `State` it was made in
 
+_log = logging.getLogger(__name__)
+
 
 class State(TypedDict):
     """What a checkpoint says of its run."""
@@ -27,6 +31,7 @@ class State(TypedDict):
     resumed_from_weights: list[int]  # steps at which the optimizer began afresh
     reports: list[dict[str, float]]  # all so far
     best: dict[str, float]  # the report of the best step
+    files: NotRequired[dict[str, str]]  # of the checkpoint, and the SHA-256 of each; earlier versions do not say
 
 
 def latest(output: Output) -> str | None:
@@ -38,9 +43,27 @@ def latest(output: Output) -> str | None:
 
 
 def cut_off(output: Output) -> State | None:
-    """The state of the last checkpoint of a run that did not finish."""
+    """The state of the last checkpoint of a run that did not finish. One that is damaged is removed."""
     folder = latest(output)
-    return output.read_json(f"{folder}/{STATE}") if folder else None
+    if folder is None:
+        return None
+    try:
+        state = read_state(output, folder)
+        files = state.get("files", {})
+        if output.hashes(list(files)) == files:
+            return state
+        why = "its files are not as they were written"
+    except (UserError, FileNotFoundError) as error:
+        why = str(error)
+    _log.warning("%s: the checkpoint is damaged (%s); the training begins anew", output.path(folder), why)
+    filesystem(output.uri)[0].delete_dir(output.path(folder))
+    return cut_off(output)
+
+
+def read_state(output: Output, folder: str) -> State:
+    """The state of a checkpoint."""
+    state: State = output.read_json(f"{folder}/{STATE}", State)
+    return state
 
 
 def check_world(output: Output, before: int, resources: WorkerResources) -> None:
@@ -60,7 +83,7 @@ def resume(output: Output, module: Any, build: Callable[[], Any], world: int) ->
     last = latest(output)
     if last is None:
         return build(), State(step=0, workers=world, resumed_from_weights=[], reports=[], best={})
-    state: State = output.read_json(f"{last}/{STATE}")
+    state = read_state(output, last)
     if state["workers"] == world:
         engine = build()
         with tempfile.TemporaryDirectory() as folder:
@@ -97,6 +120,7 @@ def save_checkpoint(engine: Any, output: Output, best_metric: str | None, state:
         pafs.copy_files(folder, output.path(place), pafs.LocalFileSystem(), system)
     torch.distributed.barrier()
     if engine.global_rank == 0:
+        state["files"] = output.hashes([name for name in output.files() if name.startswith(f"{place}/")])
         output.write_json(f"{place}/{STATE}", state)
         for other in system.get_file_info(pafs.FileSelector(f"{base}/{CHECKPOINTS}")):
             if not other.is_file and other.base_name != Path(place).name:
@@ -120,7 +144,7 @@ def _keep_best(
 ) -> dict[str, float]:
     """Carry the best weights so far from the last checkpoint into this one. Returns the best step's metrics."""
     if last is not None and metric is not None:
-        best: dict[str, float] = output.read_json(f"{last}/{STATE}")["best"]
+        best = read_state(output, last)["best"]
         if _or_worst(best[metric]) >= _or_worst(report[metric]):
             (folder / BEST).write_bytes(output.read_bytes(f"{last}/{BEST}"))
             return best

@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from cluster.artifacts import Output, filesystem
 from cluster.config import TrainingConfig, WorkerResources
@@ -25,12 +26,12 @@ from cluster.provenance import record_environment
 from cluster.training.checkpoints import (
     BEST,
     CHECKPOINTS,
-    STATE,
     WEIGHTS,
     State,
     check_world,
     cut_off,
     latest,
+    read_state,
     resume,
     save_checkpoint,
 )
@@ -41,6 +42,14 @@ METRICS = "metrics.jsonl"  # one line {"step", name: value, ...} a report
 TRAINING = "training.json"  # workers of the last checkpoint, steps at which it went on from the weights alone, best report
 LOG_EVERY = 10
 LOCAL = threading.Lock()  # one training at a time in the driver: it has one process group and one torch
+
+
+class Finished(TypedDict):
+    """What `TRAINING` says."""
+
+    workers: int
+    resumed_from_weights: list[int]
+    best: dict[str, float]
 
 
 class Task(Protocol):
@@ -110,10 +119,10 @@ def train(
             job(heard)
     last = latest(output)
     assert last is not None, "the last step is always a checkpoint"
-    state = output.read_json(f"{last}/{STATE}")
+    state = read_state(output, last)
     output.write_bytes(WEIGHTS, output.read_bytes(f"{last}/{BEST}"))
     output.write_bytes(METRICS, "\n".join(map(json.dumps, state["reports"])).encode())
-    output.write_json(TRAINING, {name: state[name] for name in ("workers", "resumed_from_weights", "best")})
+    output.write_json(TRAINING, {name: value for name, value in state.items() if name in Finished.__annotations__})
     return _finished(output)
 
 
@@ -131,13 +140,16 @@ def _finished(output: Output) -> dict[str, float]:
     system, base = filesystem(output.uri)
     if output.exists(CHECKPOINTS):
         system.delete_dir(f"{base}/{CHECKPOINTS}")
-    best: dict[str, float] = output.read_json(TRAINING)["best"]
-    return best
+    finished: Finished = output.read_json(TRAINING, Finished)
+    return finished["best"]
 
 
 def reports_of(output: Output) -> list[dict[str, float]]:
     """The reports of a training, as they came."""
-    return [json.loads(line) for line in output.read_bytes(METRICS).splitlines()]
+    try:
+        return [json.loads(line) for line in output.read_bytes(METRICS).splitlines()]
+    except ValueError as error:
+        raise output.damaged(METRICS, error) from error
 
 
 def _train(output: Output, task: Task, config: TrainingConfig, seed: int, report: Callable[[dict[str, float]], None]) -> None:
