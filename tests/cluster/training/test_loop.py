@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,50 @@ def test_a_training_in_the_driver_goes_on_from_its_checkpoint(ray_session: None,
     train(broken, RegressionTask(), config(), 0, LOCAL, monitor)
     assert monitor.resumed == 10
     assert losses(broken) == pytest.approx(losses(whole))
+
+
+@pytest.mark.parametrize("damage", ["state", "weights", "cut", "gone", "foreign"])
+def test_a_damaged_checkpoint_is_as_good_as_none(ray_session: None, tmp_path: Path, monitor: Recorder, damage: str) -> None:
+    output = Output(str(tmp_path / "out"))
+    with pytest.raises(RuntimeError, match="gave up"):
+        train(output, RegressionTask(fail_at=2, marker=str(tmp_path / "failed")), config(), 0, LOCAL, monitor)
+    folder = Path(output.path("checkpoints/checkpoint_000000010"))
+    optimizer = next(folder.rglob("*optim*"))
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 4
+    if damage == "weights":
+        (folder / WEIGHTS).write_bytes(content)
+    elif damage == "cut":
+        optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    elif damage == "gone":
+        optimizer.unlink()
+    else:
+        (folder / "state.json").write_text("[]" if damage == "state" else '{"step": "ten", "foreign": 1}')
+    monitor.resumed = 0
+    assert train(output, RegressionTask(), config(), 0, LOCAL, monitor)["step"] == 30
+    assert monitor.resumed == 0
+
+
+def test_a_training_in_the_driver_leaves_nothing_in_the_temporary_folder(
+    tmp_path: Path, monitor: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    written = []
+
+    class Watching(RegressionTask):
+        def validate(self, module: Regression) -> dict[str, float]:
+            written.extend(path.name for path in temporary.rglob("*.pt"))
+            return super().validate(module)
+
+    task = Watching(fail_at=3, marker=str(tmp_path / "failed"))
+    with pytest.raises(RuntimeError, match="gave up"):
+        train(Output(str(tmp_path / "out")), task, config(), 0, LOCAL, monitor)
+    assert not list(temporary.iterdir())
+    train(Output(str(tmp_path / "out")), RegressionTask(), config(), 0, LOCAL, monitor)
+    assert not written
+    assert not list(temporary.iterdir())
 
 
 class Counting(RegressionTask):
