@@ -27,6 +27,7 @@ from cluster.manifest import Manifest, checked, parse
 HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
 MANIFEST = "manifest.json"
 ENVIRONMENT = "environment"  # folder of an output: what the models that made it ran on
+WARNINGS = "warnings.json"  # of an output: what its stage found odd, a sentence each
 REUSED = "reused.json"  # rows that an output took over from earlier ones, by their names
 T = TypeVar("T")
 REJECTS = pa.schema([("key", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())])

@@ -7,6 +7,7 @@ from threading import Lock
 from typing import Any
 
 import yaml
+from rich.text import Text
 
 from cluster.app.checks import check
 from cluster.app.config import RunConfig
@@ -108,6 +109,8 @@ class _Driver:
         rejects = f", {rejected} rejected {manifest['rejects']}" if rejected else ""
         startup = f", {manifest['startup_seconds']:.0f} s of them start-up" if manifest["startup_seconds"] >= 1 else ""
         console.print(f"  {stage.instance}-{stage.digest}: {counts}{rejects} in {manifest['seconds']:.0f} s{startup}")
+        for warning in manifest.get("warnings", ()):
+            console.print(Text(f"  {stage.instance}: {warning}", style="yellow"))
 
 
 class _Both:

@@ -52,6 +52,9 @@ class Finished(TypedDict):
     best: dict[str, float]
 
 
+LEAST_FALL = 0.02  # of the loss, as a share of its first values: a training whose loss falls less has learned nothing
+
+
 class Task(Protocol):
     """What a model package gives the loop. Pickled to the workers: it holds settings and paths, and loads lazily."""
 
@@ -150,6 +153,19 @@ def reports_of(output: Output) -> list[dict[str, float]]:
         return [json.loads(line) for line in output.read_bytes(METRICS).splitlines()]
     except ValueError as error:
         raise output.damaged(METRICS, error) from error
+
+
+def unlearned(output: Output) -> list[str]:
+    """What is odd about a training whose loss did not fall, from the first quarter of its reports to the last; else nothing."""
+    reports = reports_of(output)
+    quarter = max(len(reports) // 4, 1)
+    first, last = (float(np.mean([report["loss"] for report in some])) for some in (reports[:quarter], reports[-quarter:]))
+    if len(reports) < 2 or last < (1 - LEAST_FALL) * first:
+        return []
+    return [
+        f"the loss did not fall: {first:.3f} at step {int(reports[0]['step'])}, {last:.3f} at step {int(reports[-1]['step'])}; "
+        "the model may have learned nothing: look at the learning rate, the number of steps and the texts"
+    ]
 
 
 def _train(output: Output, task: Task, config: TrainingConfig, seed: int, report: Callable[[dict[str, float]], None]) -> None:

@@ -20,7 +20,7 @@ from cluster.monitor import Monitor
 from cluster.training.checkpoints import WEIGHTS
 from cluster.training.engine import learning_rate_factor
 from cluster.training.groups import Groups
-from cluster.training.loop import METRICS, TRAINING, sample_rows, train
+from cluster.training.loop import METRICS, TRAINING, sample_rows, train, unlearned
 from tests.conftest import Recorder
 
 LOCAL = WorkerResources(workers=0)
@@ -334,3 +334,20 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(ray_session: None, tmp_path
     assert (tmp_path / "failed").exists()
     assert losses(broken) == pytest.approx(losses(whole))
     assert torch.equal(load(broken.read_bytes(WEIGHTS))["line.weight"], load(whole.read_bytes(WEIGHTS))["line.weight"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "flagged"),
+    [
+        ([3.0, 2.0, 1.0], False),
+        ([3.0, 3.1], True),
+        ([3.0], False),
+        ([1.0] * 4 + [0.99] * 8, True),
+        ([8.0, *[2.0] * 9, 2.1], False),
+    ],
+)
+def test_a_loss_that_does_not_fall_is_flagged(tmp_path: Path, losses: list[float], flagged: bool) -> None:
+    output = Output(str(tmp_path))
+    lines = [json.dumps({"step": 10 * step, "loss": loss}) for step, loss in enumerate(losses, 1)]
+    output.write_bytes(METRICS, "\n".join(lines).encode())
+    assert [said.partition(":")[0] for said in unlearned(output)] == ["the loss did not fall"] * flagged
