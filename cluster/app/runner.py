@@ -1,5 +1,6 @@
 """Doing the stages of a run in one driver, side by side where there is room: what is done is skipped, MLflow keeps record."""
 
+import uuid
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -29,12 +30,14 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
     """Do the stages that have no manifest yet, each as one Ray Data execution or one training run.
 
     `keep_config` marks a whole run: its config stays in its folder, and `vdg clean` spares the outputs it refers to.
-    Raises UserError before any work when an input is missing, another driver is at work on one of the outputs, or MLflow
-    cannot be reached; later when the user stops it. What is finished stays.
+    Raises UserError before any work when an input is missing, the root cannot be written, a finished output is not as it was
+    made, another driver is at work on one of the outputs, or MLflow cannot be reached; later when the user stops it. What is
+    finished stays.
     """
     config, log = graph.config, log_file(graph.config)
     todo = [stage for stage in stages if graph.output(stage).manifest() is None]
     check(config, todo)
+    _check_writable(config.root)
     verify(graph.output(stage) for stage in stages if stage not in todo)
     for stage in todo:
         lease.check(graph.output(stage))
@@ -65,6 +68,16 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
         raise UserError("stopped; the same command goes on from what is finished") from None
     finally:
         tracker.finish(status, _headline(graph) if status == "FINISHED" else {})
+
+
+def _check_writable(root: str) -> None:
+    probe = Output(below(root, f"runs/.{uuid.uuid4().hex}"))
+    try:
+        probe.write_bytes("probe", b"")
+        filesystem(probe.uri)[0].delete_dir(filesystem(probe.uri)[1])
+    except OSError as error:
+        where, why = filesystem(root)[1], without_user(str(error))
+        raise UserError(f"root: {where} cannot be written ({why}); see to its disk and its rights, or give another") from error
 
 
 class _Driver:
