@@ -186,7 +186,7 @@ def _train(output: Output, task: Task, config: TrainingConfig, seed: int, report
             torch.manual_seed(stable_seed(seed, step, rank))
             losses = [forward_backward(engine, batch) for batch in current]
             state["step"] = step + 1
-            _check_finite(losses, state["step"], engine.device)
+            _check_finite(losses, engine, state["step"])
             found = _report(engine, output, task, config, losses, state)
             if rank == 0 and (found or step == begun):  # the first step shows that the work has begun
                 report(found or {"step": step + 1})
@@ -245,12 +245,17 @@ def _report(
     return report
 
 
-def _check_finite(losses: list[dict[str, float]], step: int, device: Any) -> None:
-    """Raises UserError on all ranks when a loss of any is not finite: every later step would train on it."""
+def _check_finite(losses: list[dict[str, float]], engine: Any, step: int) -> None:
+    """Raises UserError on all ranks when a loss or the gradient of any is not finite: every later step would train on it.
+
+    DeepSpeed leaves out the step of such a gradient, and every later one, without a word.
+    """
     import torch
 
     wrong = next((f"{name} is {value}" for loss in losses for name, value in loss.items() if not math.isfinite(value)), None)
-    flag = torch.tensor(float(wrong is not None), device=device)
+    if wrong is None and engine.skipped_steps:
+        wrong = "the gradient is not finite"
+    flag = torch.tensor(float(wrong is not None), device=engine.device)
     torch.distributed.all_reduce(flag)
     if flag.item():
         found = wrong or "another worker's loss is not finite"

@@ -173,6 +173,25 @@ def test_a_loss_that_is_not_finite_stops_at_once(ray_session: None, tmp_path: Pa
         train(Output(str(tmp_path / "out")), NotFinite(), config(), 0, WorkerResources(workers=0), monitor)
 
 
+class Steep(Regression):
+    """Its loss is finite, and its gradient is not."""
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {"loss": super().forward(batch)["loss"] + (self.line.weight.sum() * 0).abs().sqrt()}
+
+
+class SteepTask(RegressionTask):
+    def build(self) -> Regression:
+        return Steep()
+
+
+def test_a_gradient_that_is_not_finite_stops_at_once(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    output = Output(str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"step 1: the gradient is not finite; lower"):
+        train(output, SteepTask(), config(steps=3, checkpoint_every=None), 0, LOCAL, monitor)
+    assert not output.exists(WEIGHTS)
+
+
 class DivergedTask(RegressionTask):
     def validate(self, module: Regression) -> dict[str, float]:
         raise UserError("the training diverged")
