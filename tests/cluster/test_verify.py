@@ -276,3 +276,13 @@ def test_a_manifest_says_sizes_and_a_seal(root: Path) -> None:
     }
     assert Path(output.path(LARGE)).stat().st_size > verifying.HASHED
     assert parse(manifest)["rows"] == sum(ROWS.values())
+
+
+def test_half_a_manifest_of_a_killed_driver_is_none(root: Path) -> None:
+    output = made().output(str(root))
+    content = output.read_bytes(MANIFEST)
+    Path(output.path(MANIFEST)).unlink()
+    Path(output.path(f".{MANIFEST}.{'0' * 32}")).write_bytes(content[:50])
+    assert output.manifest() is None
+    assert made().run(str(root), Silent())["rows"] == sum(ROWS.values())
+    assert not list(Path(output.uri).glob(".*"))
