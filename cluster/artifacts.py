@@ -239,6 +239,12 @@ class Output:
         return manifest
 
 
+def read_warnings(output: Output) -> list[str]:
+    """What the stage of an output found odd; an earlier version's looked for nothing."""
+    found: list[str] = output.read_json(WARNINGS, list[str]) if output.exists(WARNINGS) else []
+    return found
+
+
 def _of_each(names: list[str], read: Callable[[str], T]) -> dict[str, T]:
     with ThreadPoolExecutor(16) as pool:
         return dict(zip(names, pool.map(read, names), strict=True))

@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-from cluster.artifacts import ENVIRONMENT, MANIFEST, REUSED, WARNINGS, Output, filesystem, fingerprint, output_of, outputs_of
+from cluster.artifacts import (
+    ENVIRONMENT,
+    MANIFEST,
+    REUSED,
+    Output,
+    filesystem,
+    fingerprint,
+    output_of,
+    outputs_of,
+    read_warnings,
+)
 from cluster.config import Resources, content_of
 from cluster.errors import UserError
 from cluster.manifest import Manifest, digest_of, sealed
@@ -238,8 +248,8 @@ class Stage(ABC):
             "parts": parts,
             "files": files,
         }
-        if output.exists(WARNINGS):
-            said["warnings"] = output.read_json(WARNINGS, list[str])
+        if warnings := read_warnings(output):
+            said["warnings"] = warnings
         if output.exists(REUSED):
             said["reused"] = output.read_json(REUSED)
         return sealed(said)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.artifacts import WARNINGS, Output
+from cluster.artifacts import WARNINGS, Output, read_warnings
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.parts import run_actors
@@ -67,13 +67,13 @@ class Generate(Stage):
         images.check(_image_ids(pairs), f"mine: {pairs.uri}")
         job = Generation(output, images, pairs, model, self.config, self.seed)
         run_actors(PartGenerator, job, pairs.part_rows(), self.resources, run.monitor, "delta")
-        _flag(output)
+        _flag(output, read_warnings(model))
 
 
-def _flag(output: Output) -> None:
+def _flag(output: Output, of_training: list[str]) -> None:
     """Count the deltas that a generator which learned little writes, and say so.
 
-    Raises UserError when all of them are such: nothing is to be learned from them.
+    Raises UserError when all of them are such, and the training of the generator was odd too.
     """
     deltas = [texts[0] for texts in output.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist()]
     garbled = [text for text in deltas if is_garbled(text)]
@@ -85,10 +85,9 @@ def _flag(output: Output) -> None:
     if len(deltas) >= FEW and count > len(deltas) / 2:
         said.append(f"{count} of {len(deltas)} deltas are the same: {often[:80]!r}")
     output.write_json(WARNINGS, said)
-    if len(deltas) >= FEW and len(deltas) in (len(garbled), count):
+    if of_training and len(deltas) >= FEW and len(deltas) in (len(garbled), count):
         raise UserError(
-            f"generate: {said[-1]}: the generator has learned nothing; train it longer or at another learning rate "
-            f"(instruct.training), on more labelled triplets, or look at the language model's weights"
+            f"generate: {said[-1]}; the generator has learned nothing: of its training (instruct), {of_training[0]}"
         )
 
 
