@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Output
 from cluster.config import ActorResources
+from cluster.errors import UserError
 from cluster.parts import run_actors
 from cluster.stage import Run, Stage
 from mining import tables
@@ -57,7 +58,7 @@ class Neighbours(Stage):
         parts = {part_name(i): block for i, block in enumerate(blocks(images))}
         center = run.output(self.center) if self.center else None
         job = _Job(output, embeddings, mineable, center, self.top, self.resources.gpus > 0, parts)
-        if not output.exists(REPORT):
+        if not _is_planned(output):
             self._plan(job, index, images)
         sizes = {part: last - first for part, (first, last) in parts.items()}
         run_actors(_Searcher, job, sizes, self.resources, run.monitor, "image")
@@ -95,7 +96,16 @@ def _write_plan(job: _Job, index: IndexConfig, seed: int, cpus: float) -> None:
     limit_threads(cpus)
     report, lists = plan(job.vectors()[1], job.top, index, seed)
     job.output.write_bytes(LISTS, faiss.serialize_index(lists).tobytes())
-    job.output.write_json(REPORT, report)
+    job.output.write_json(REPORT, report | job.output.hashes([LISTS]))
+
+
+def _is_planned(output: Output) -> bool:
+    """Whether an earlier run of the stage left a plan, and the lists that it tells of."""
+    try:
+        plan = output.read_json(REPORT, dict[str, Any])
+        return "index" in plan and (plan["index"] == "exact" or output.hashes([LISTS])[LISTS] == plan.get(LISTS))
+    except (FileNotFoundError, UserError):
+        return False
 
 
 class _Searcher:

@@ -86,9 +86,7 @@ def _flag(output: Output, of_training: list[str]) -> None:
         said.append(f"{count} of {len(deltas)} deltas are the same: {often[:80]!r}")
     output.write_json(WARNINGS, said)
     if of_training and len(deltas) >= FEW and len(deltas) in (len(garbled), count):
-        raise UserError(
-            f"generate: {said[-1]}; the generator has learned nothing: of its training (instruct), {of_training[0]}"
-        )
+        raise UserError(f"generate: {said[-1]}; the generator has learned nothing: in its training {of_training[0]}")
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def test_a_generator_that_learned_nothing_is_flagged_or_stopped(tmp_path, texts,
     rows = [{**row, "deltas": [text]} for text in texts]
     output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.TRIPLETS), tables.TRIPLETS)
     _flag(output, [])
-    with pytest.raises(UserError, match="has learned nothing: .*the loss did not fall") if stops else nullcontext():
+    with pytest.raises(UserError, match=r"has learned nothing: .*the loss did not fall") if stops else nullcontext():
         _flag(output, ["the loss did not fall: 3.1 at step 10, 3.2 at step 90"])
     assert output.read_json(WARNINGS) == said
 
