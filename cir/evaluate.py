@@ -94,6 +94,7 @@ class Evaluate(Stage):
         benchmark, embeddings, gallery = self.benchmark(run), run.output(self.embeddings), run.output(self.gallery)
         models = {name: run.output(model) for name, model in self.models.items()}
         Embedded(embeddings).check(benchmark)
+        _check_gallery(benchmark, sum(gallery.part_rows().values()))
         _check_models(models, embeddings)
         rows, left_out = controls(self.text)
         trained: dict[str, Entrant] = {name: Trained(model, embeddings, gallery) for name, model in models.items()}
@@ -125,6 +126,12 @@ class EvaluateGiven(Stage, kind="evaluate"):
         output.write_json("metrics.json", {name: figures.summary([values]) for name, values in found.items()})
         output.write_json("gain.json", {})
         _write_controls(output, extra, left_out)
+
+
+def _check_gallery(benchmark: Benchmark, images: int) -> None:
+    protocol = benchmark.protocols[0]
+    if protocol.galleries is None and images - protocol.remove_reference < 2:
+        raise UserError(f"evaluate: the gallery has {images} image(s): any model finds the target first; add more images")
 
 
 def _check_models(models: dict[str, Output], embeddings: Output) -> None:

@@ -10,7 +10,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +18,16 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
+from pydantic import TypeAdapter
 
 from cluster.errors import UserError
 from cluster.files import files_below
+from cluster.manifest import Manifest, checked, parse
 
 HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
 MANIFEST = "manifest.json"
 ENVIRONMENT = "environment"  # folder of an output: what the models that made it ran on
+WARNINGS = "warnings.json"  # of an output: what its stage found odd, a sentence each
 REUSED = "reused.json"  # rows that an output took over from earlier ones, by their names
 T = TypeVar("T")
 REJECTS = pa.schema([("key", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
@@ -135,9 +138,13 @@ class Output:
 
     def files(self) -> list[str]:
         """Sorted paths of all files of this output and its folders; hidden ones, such as those being written, are left out."""
+        return sorted(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of each of `files`."""
         base = filesystem(self.uri)[1]
-        paths = (info.path[len(base) :].lstrip("/") for info in self._every_file())
-        return sorted(path for path in paths if not any(name.startswith(".") for name in path.split("/")))
+        sizes = {info.path[len(base) :].lstrip("/"): info.size or 0 for info in self._every_file()}
+        return {path: n for path, n in sizes.items() if not any(name.startswith(".") for name in path.split("/"))}
 
     def sweep(self) -> None:
         """Remove what killed processes left half written."""
@@ -151,28 +158,49 @@ class Output:
         infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
         return [info for info in infos if info.is_file]
 
-    def read_json(self, name: str) -> Any:
-        """Content of one JSON file."""
-        return json.loads(self.read_bytes(name))
+    def read_json(self, name: str, kind: Any = Any) -> Any:
+        """Content of one JSON file. Raises UserError when it is none, or not of the type `kind`."""
+        content = self.read_bytes(name)
+        try:
+            return checked(TypeAdapter(kind), json.loads(content))
+        except (ValueError, RecursionError) as error:
+            raise self.damaged(name, error) from error
+
+    def damaged(self, name: str, error: Exception) -> UserError:
+        """What to say of a file that is there but does not hold what was written."""
+        return UserError(f"{self.path(name)}: is damaged ({str(error).strip().splitlines()[0][:200]}); {self.remedy}")
+
+    @property
+    def remedy(self) -> str:
+        """What to do about files that are not as they were made."""
+        return f"bring back what was there, or remove {filesystem(self.uri)[1]}: the same command then makes it anew"
 
     def write_json(self, name: str, content: Any) -> None:
         """Write one JSON file, indented."""
         self.write_bytes(name, json.dumps(content, indent=1).encode())
 
     def write_table(self, name: str, table: pa.Table, schema: pa.Schema) -> None:
-        """Write a table as one Parquet file. Raises TypeError when it does not have `schema`."""
+        """Write a table as one Parquet file, with a checksum a page. Raises TypeError when it does not have `schema`."""
         check_schema(table.schema, schema, name)
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", row_group_size=4096)
+        pq.write_table(table, sink, compression="zstd", row_group_size=4096, write_page_checksum=True)
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def read_table(self, name: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
-        """Read one Parquet file. Raises TypeError when it does not have `schema`."""
-        system, _ = filesystem(self.uri)
-        with system.open_input_file(self.path(name)) as stream:
-            file = pq.ParquetFile(stream)
+        """Read one Parquet file. Raises TypeError when it does not have `schema`, UserError when it is damaged."""
+        with self.open_parquet(name) as file:
             check_schema(file.schema_arrow, schema, self.path(name))
             return file.read(columns=columns)
+
+    @contextmanager
+    def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file whose pages are compared with their checksums. Raises UserError when it is damaged."""
+        try:
+            with filesystem(self.uri)[0].open_input_file(self.path(name)) as stream:
+                yield pq.ParquetFile(stream, page_checksum_verification=True)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError) as error:
+            self.read_bytes(name)  # a store that fails says so itself
+            raise self.damaged(name, error) from error
 
     def parts(self) -> list[str]:
         """Sorted names of the finished part files of the main table."""
@@ -185,13 +213,26 @@ class Output:
 
     def part_rows(self) -> dict[str, int]:
         """Number of rows of each part, from the Parquet footers."""
-        system, _ = filesystem(self.uri)
 
         def rows(name: str) -> int:
-            with system.open_input_file(self.path(name)) as stream:
-                return pq.ParquetFile(stream).metadata.num_rows
+            with self.open_parquet(name) as file:
+                return file.metadata.num_rows
 
         return _of_each(self.parts(), rows)
+
+    def footers(self, names: list[str]) -> dict[str, str]:
+        """Hex SHA-256 of the footer of each of these Parquet files; of a file that is none, of its last bytes."""
+        system, _ = filesystem(self.uri)
+
+        def footer(name: str) -> str:
+            with system.open_input_file(self.path(name)) as stream:
+                size = stream.size()
+                stream.seek(max(size - 8, 0))  # the footer's length, and what marks the file's end
+                length = int.from_bytes(stream.read(4), "little")
+                stream.seek(max(size - 8 - length, 0))
+                return hashlib.sha256(stream.read(length + 8)).hexdigest()
+
+        return _of_each(names, footer)
 
     def hashes(self, names: list[str]) -> dict[str, str]:
         """Hex SHA-256 of each of these files. Raises FileNotFoundError when one is missing."""
@@ -216,9 +257,24 @@ class Output:
         names = [f"rejects/{name}" for name in self.names("rejects")]
         return pa.concat_tables([REJECTS.empty_table(), *(self.read_table(name, REJECTS) for name in names)])
 
-    def manifest(self) -> dict[str, Any] | None:
-        """The manifest, or None while the stage has not finished."""
-        return self.read_json(MANIFEST) if self.exists(MANIFEST) else None
+    def manifest(self) -> Manifest | None:
+        """The manifest, or None while the stage has not finished. Raises UserError when it is not this output's, as written."""
+        if not self.exists(MANIFEST):
+            return None
+        content = self.read_json(MANIFEST)
+        try:
+            manifest = parse(content)
+            if filesystem(self.uri)[1].split("/")[-2:] != _folder_of(manifest["instance"], manifest["digest"]):
+                raise ValueError(f"it is of {manifest['instance']}-{manifest['digest']}")
+        except ValueError as error:
+            raise self.damaged(MANIFEST, error) from error
+        return manifest
+
+
+def read_warnings(output: Output) -> list[str]:
+    """What the stage of an output found odd; an earlier version's looked for nothing."""
+    found: list[str] = output.read_json(WARNINGS, list[str]) if output.exists(WARNINGS) else []
+    return found
 
 
 def _of_each(names: list[str], read: Callable[[str], T]) -> dict[str, T]:
@@ -228,8 +284,12 @@ def _of_each(names: list[str], read: Callable[[str], T]) -> dict[str, T]:
 
 def output_of(root: str, instance: str, digest: str) -> Output:
     """Where the output of a stage's instance lives below a root."""
+    return Output(below(root, "/".join(_folder_of(instance, digest))))
+
+
+def _folder_of(instance: str, digest: str) -> list[str]:
     kind, _, name = instance.partition(":")
-    return Output(below(root, f"{kind}/{name}-{digest}"))
+    return [kind, f"{name}-{digest}"]
 
 
 def outputs_of(root: str, kind: str) -> Iterator[Output]:
@@ -265,8 +325,3 @@ def fingerprint(uri: str) -> list[tuple[str, int, int]] | None:
         return [(info.base_name, info.size, info.mtime_ns or 0)]
     found = (file for file in files_below(system, path) if not file.aside and not file.broken)
     return sorted((file.relative, file.size, file.mtime_ns) for file in found)
-
-
-def digest_of(content: Any) -> str:
-    """12 hex digits over what JSON can say."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

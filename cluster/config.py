@@ -226,9 +226,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: of a name with a NUL
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({why}); give an existing file or a preset's name") from error
-    content = _parse(text, f"{path}: is not valid YAML")
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str | bytes, where: str) -> dict[str, Any]:
+    """The YAML mapping that a text says. Raises UserError that begins with `where` when it says none."""
+    content = _parse(text, f"{where}: is not valid YAML")
     if not isinstance(content, dict):
-        raise UserError(f"{path}: found {type(content).__name__}, expected sections such as 'ingest:' and 'train:'")
+        raise UserError(f"{where}: found {type(content).__name__}, expected sections such as 'ingest:' and 'train:'")
     return content
 
 
@@ -251,7 +256,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 LARGEST = 100_000  # values of a config: a few aliases of aliases in a small file stand for billions
 
 
-def _parse(text: str, wrong: str) -> Any:
+def _parse(text: str | bytes, wrong: str) -> Any:
     """The value of a YAML text. Raises UserError that begins with `wrong`."""
     try:
         content = yaml.load(text, _Loader)  # a SafeLoader

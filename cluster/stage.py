@@ -26,17 +26,19 @@ from cluster.artifacts import (
     MANIFEST,
     REUSED,
     Output,
-    digest_of,
     filesystem,
     fingerprint,
     output_of,
     outputs_of,
+    read_warnings,
     without_user,
 )
 from cluster.config import Resources, content_of
 from cluster.errors import UserError
+from cluster.manifest import Manifest, digest_of, sealed
 from cluster.monitor import Monitor
 from cluster.provenance import code
+from cluster.verify import described, differences, remove_broken, verify
 from cluster.weights import Weights, weights_in
 
 if TYPE_CHECKING:
@@ -205,25 +207,29 @@ class Stage(ABC):
         found |= {source.field: source.secret() for source in self.sources.values()}
         return self.missing() | {field: problem for field, problem in found.items() if problem is not None}
 
-    def earlier(self, root: str) -> tuple[Output, dict[str, Any]] | None:
-        """The newest finished output of the same instance, code and settings but of other parents, and its manifest."""
+    def earlier(self, root: str) -> tuple[Output, Manifest] | None:
+        """The newest whole output of the same instance, code and settings but of other parents, and its manifest."""
         own, system = self.output(root), filesystem(root)[0]
         wanted = json.loads(json.dumps({name: getattr(self, name) for name in ("instance", "version", "settings")}))
         found = []
         for output in outputs_of(root, self.kind):
-            manifest = output.manifest() if output != own else None
-            if manifest is not None and all(manifest[name] == value for name, value in wanted.items()):
+            manifest = _readable(output) if output != own else None
+            if manifest is not None and all(manifest.get(name) == value for name, value in wanted.items()):
                 found.append((system.get_file_info(output.path(MANIFEST)).mtime_ns, output, manifest))
-        return max(found, key=lambda entry: entry[0])[1:] if found else None
+        newest = sorted(found, key=lambda entry: entry[0], reverse=True)
+        return next(((output, manifest) for _, output, manifest in newest if not differences(output, manifest)), None)
 
-    def run(self, root: str, monitor: Monitor, groups: "Groups | None" = None) -> dict[str, Any]:
+    def run(self, root: str, monitor: Monitor, groups: "Groups | None" = None) -> Manifest:
         """Do the work unless a manifest shows it done. Returns the manifest.
 
-        Raises UserError when more rows were rejected than allowed; what was done stays for a later run.
+        Raises UserError when a parent is not as it was made, and when more rows were rejected than allowed; what was done
+        stays for a later run.
         """
         output = self.output(root)
         if (done := output.manifest()) is not None:
             return done
+        verify(parent.output(root) for parent in self.parents.values())
+        remove_broken(output)
         watched = _Timed(monitor)
         self.work(output, Run(root, watched, groups))
         output.sweep()
@@ -232,27 +238,31 @@ class Stage(ABC):
         output.write_json(MANIFEST, manifest)
         return manifest
 
-    def _describe(self, output: Output, seconds: float, startup: float) -> dict[str, Any]:
-        rows, hashes = output.part_rows(), output.hashes(output.files())
-        return {
+    def _describe(self, output: Output, seconds: float, startup: float) -> Manifest:
+        parts, files = described(output)
+        said: Manifest = {
             "instance": self.instance,
             "digest": self.digest,
             "version": self.version,
             "settings": self.settings,
             "parents": {role: {"instance": p.instance, "digest": p.digest} for role, p in self.parents.items()},
             "sources": {name: digest_of(found) for name, found in self.fingerprints.items()},
-            "rows": sum(rows.values()),
+            "rows": sum(part["rows"] for part in parts.values()),
             "rejects": dict(Counter(output.rejects()["reason"].to_pylist())),
             "seconds": round(seconds, 1),
             "startup_seconds": round(startup, 1),
             "code": code(),
             "environment": [output.read_json(f"{ENVIRONMENT}/{name}") for name in output.names(ENVIRONMENT)],
-            **({"reused": output.read_json(REUSED)} if output.exists(REUSED) else {}),
-            "parts": {name: {"rows": n, "sha256": hashes[name]} for name, n in rows.items()},
-            "files": {name: found for name, found in hashes.items() if name not in rows},
+            "parts": parts,
+            "files": files,
         }
+        if warnings := read_warnings(output):
+            said["warnings"] = warnings
+        if output.exists(REUSED):
+            said["reused"] = output.read_json(REUSED)
+        return sealed(said)
 
-    def _check_rejects(self, manifest: dict[str, Any], output: Output) -> None:
+    def _check_rejects(self, manifest: Manifest, output: Output) -> None:
         rejected = sum(manifest["rejects"].values())
         total = rejected + manifest["rows"]
         if rejected > self.reject_limit * total:
@@ -279,6 +289,14 @@ class _Timed:
         """The first one ends the start-up."""
         self.startup = self.startup or self.seconds()
         self.monitor.advance(count)
+
+
+def _readable(output: Output) -> Manifest | None:
+    """The manifest of an output that nobody asked for: a damaged one is none."""
+    try:
+        return output.manifest()
+    except UserError:
+        return None
 
 
 def _name(item: Stage | Source) -> str:

@@ -15,6 +15,7 @@ from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.parts import run_parts
 from cluster.stage import Run, Stage
+from cluster.verify import differences
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.embeddings import INFO, gallery_part, plain_parts, view_of, view_part
@@ -92,7 +93,9 @@ class Embed(Stage):
             return None
         embeddings, manifest = found
         gallery = output_of(run.root, self.gallery.instance, manifest["parents"]["gallery"]["digest"])
-        return open_earlier(embeddings, gallery) if gallery.manifest() is not None else None
+        of_gallery = gallery.manifest()
+        whole = of_gallery is not None and not differences(gallery, of_gallery)
+        return open_earlier(embeddings, gallery) if whole else None
 
 
 def _check(tower: TowerConfig) -> None:
@@ -214,15 +217,9 @@ def _summarise(output: Output, views: ViewsConfig) -> None:
 
 
 def _shape(output: Output) -> tuple[int, int]:
-    import pyarrow.parquet as pq
-
-    from cluster.artifacts import filesystem
-
     name = next((name for name, rows in output.part_rows().items() if rows), None)
     if name is None:
         raise UserError(f"embed: no image of the gallery can be read any more; bring them back and remove {output.uri}")
-    system, _ = filesystem(output.uri)
-    with system.open_input_file(output.path(name)) as stream:
-        file = pq.ParquetFile(stream)
+    with output.open_parquet(name) as file:
         tokens = file.read_row_group(0, columns=["tokens"])["tokens"][0].as_py()
         return tokens, file.schema_arrow.field("values").type.list_size // tokens

@@ -17,7 +17,7 @@ from mining.config import TowerConfig, ViewsConfig
 from mining.embeddings import INFO, MEAN, plain_parts, read_ids, read_part, view_of
 from mining.gallery import encoded_images
 from mining.images import render
-from mining.scratch import shared
+from mining.scratch import new_array, shared
 
 ORIGIN = np.zeros(1, np.float32)  # what a raw cosine is centred by
 ONLINE_VIEWS = 2**15  # as many different views as the schema's int16 can name
@@ -117,7 +117,7 @@ class CachedFeatures:
 
     def _join(self, embeddings: tuple[Output, ...], path: Path) -> None:
         shape = (len(self.image_ids), self.views, self.tokens, self.dim)
-        values = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        values = new_array(path, np.float16, shape)
         found = np.zeros(shape[:2], bool)
         parts = [(output, part) for output in embeddings for part in output.parts() if view_of(part) < self.views]
         for source, part in parts:
@@ -245,7 +245,7 @@ def unit_vectors(output: Output, mean: np.ndarray, mineable: Output | None = Non
 
     def write(path: Path) -> None:
         shape, first = (len(ids), output.read_json(INFO)["dim"]), 0
-        vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        vectors = new_array(path, np.float32, shape)
         for name, kept_ids in kept.items():
             found, values = read_part(output, name)
             means = values[np.isin(found, kept_ids)].mean(axis=1, dtype=np.float32)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mining.config import IndexConfig
-from mining.scratch import shared
+from mining.scratch import allocate, shared
 
 EXACT_ROWS = 200_000  # larger galleries are searched through inverted lists
 IN_MEMORY_ROWS = 1_000_000  # the lists of larger galleries lie on the node's disk
@@ -75,6 +75,9 @@ def _write_on_disk(index: Any, vectors: np.ndarray, folder: Path) -> None:
         shard.add_with_ids(vectors[first : rows[-1] + 1], rows)
         shards.append(folder / f"shard-{len(shards)}")
         faiss.write_index(shard, str(shards[-1]))
+    room = folder / "lists"  # FAISS makes it anew, and fills it through a map
+    allocate(room, len(vectors) * (index.code_size + 8))  # codes and ids
+    room.unlink()
     merge_ondisk(index, [str(shard) for shard in shards], str(folder / "lists"))
     faiss.write_index(index, str(folder / "index"))
     for path in shards:

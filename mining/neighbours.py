@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import Output
 from cluster.config import ActorResources
+from cluster.errors import UserError
 from cluster.parts import run_actors
 from cluster.stage import Run, Stage
 from mining import tables
@@ -23,7 +24,7 @@ from mining.embeddings import plain_parts
 from mining.features import ORIGIN, read_mean, unit_vectors
 from mining.gallery import part_name
 from mining.indexes import filled, kind_for
-from mining.scratch import shared
+from mining.scratch import new_array, shared
 from mining.search import Exact, Found, Lists, Search, has_gpus, limit_threads, plan
 
 BLOCK = 4096  # images of one part
@@ -57,7 +58,7 @@ class Neighbours(Stage):
         parts = {part_name(i): block for i, block in enumerate(blocks(images))}
         center = run.output(self.center) if self.center else None
         job = _Job(output, embeddings, mineable, center, self.top, self.resources.gpus > 0, parts)
-        if not output.exists(REPORT):
+        if not _is_planned(output):
             self._plan(job, index, images)
         sizes = {part: last - first for part, (first, last) in parts.items()}
         run_actors(_Searcher, job, sizes, self.resources, run.monitor, "image")
@@ -95,7 +96,16 @@ def _write_plan(job: _Job, index: IndexConfig, seed: int, cpus: float) -> None:
     limit_threads(cpus)
     report, lists = plan(job.vectors()[1], job.top, index, seed)
     job.output.write_bytes(LISTS, faiss.serialize_index(lists).tobytes())
-    job.output.write_json(REPORT, report)
+    job.output.write_json(REPORT, report | job.output.hashes([LISTS]))
+
+
+def _is_planned(output: Output) -> bool:
+    """Whether an earlier run of the stage left a plan, and the lists that it tells of."""
+    try:
+        plan = output.read_json(REPORT, dict[str, Any])
+        return "index" in plan and (plan["index"] == "exact" or output.hashes([LISTS])[LISTS] == plan.get(LISTS))
+    except (FileNotFoundError, UserError):
+        return False
 
 
 class _Searcher:
@@ -171,8 +181,8 @@ def read_neighbours(output: Output) -> Nearest:
 def _write_arrays(output: Output, ids: np.ndarray, folder: Path) -> None:
     folder.mkdir()
     order, shape = np.argsort(ids), (len(ids), output.read_json(REPORT)["top"])
-    rows = np.lib.format.open_memmap(folder / "rows.npy", mode="w+", dtype=np.int32, shape=shape)
-    cosines = np.lib.format.open_memmap(folder / "cosines.npy", mode="w+", dtype=np.float32, shape=shape)
+    rows = new_array(folder / "rows.npy", np.int32, shape)
+    cosines = new_array(folder / "cosines.npy", np.float32, shape)
     first = 0
     for name in output.parts():
         part = output.read_table(name, tables.NEIGHBOURS)

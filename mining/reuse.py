@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cluster.artifacts import Output, filesystem
 from mining import tables
@@ -54,11 +53,10 @@ def open_earlier(embeddings: Output, gallery: Output) -> Earlier:
 
 
 def _ranges(gallery: Output) -> Iterator[tuple[str, str, str]]:
-    system, _ = filesystem(gallery.uri)
     key = tables.GALLERY.get_field_index("key")
     for part in gallery.parts():
-        with system.open_input_file(gallery.path(part)) as stream:
-            footer = pq.ParquetFile(stream).metadata
+        with gallery.open_parquet(part) as file:
+            footer = file.metadata
         found = [footer.row_group(i).column(key).statistics for i in range(footer.num_row_groups)]
         groups = [statistics for statistics in found if statistics is not None and statistics.has_min_max]
         if groups:
@@ -76,11 +74,10 @@ def note_reused(table: pa.Table, name: str, count: int) -> pa.Table:
 
 def count_reused(output: Output, parts: Iterable[str]) -> dict[str, int]:
     """Rows of some parts that are from earlier outputs, by output."""
-    system, _ = filesystem(output.uri)
     counts: Counter[str] = Counter()
     for part in parts:
-        with system.open_input_file(output.path(part)) as stream:
-            notes = pq.ParquetFile(stream).schema_arrow.metadata or {}
+        with output.open_parquet(part) as file:
+            notes = file.schema_arrow.metadata or {}
         if _COUNT in notes:
             counts[notes[_FROM].decode()] += int(notes[_COUNT])
     return dict(counts)

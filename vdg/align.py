@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.artifacts import Output
+from cluster.artifacts import WARNINGS, Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.stage import LOOKED_UP, Run, Stage
-from cluster.training.loop import train, unfit
+from cluster.training.loop import train, unfit, unlearned
 from mining import tables
 from mining.features import Features, FeatureSource, features_of
 from vdg.config import AlignConfig, VdgConfig
@@ -52,6 +52,7 @@ class Align(Stage):
         write_description(output, description, features)
         task = AlignTask(features, captions, description, self.align)
         train(output, task, self.align.training, self.seed, self.resources, run.monitor, run.groups)
+        output.write_json(WARNINGS, unlearned(output))
 
 
 def require_rows(table: Output, what: str) -> None:

@@ -1,6 +1,6 @@
 """The stage generate: pairs to pseudo triplets, one pairs part to one part, on a pool of actors."""
 
-import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.artifacts import Output
+from cluster.artifacts import WARNINGS, Output, read_warnings
 from cluster.config import ActorResources
+from cluster.errors import UserError
 from cluster.parts import run_actors
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import stable_seed
@@ -23,8 +24,8 @@ from vdg.images import ImageSource, images_of
 from vdg.instruct import Instruct
 from vdg.prompts import is_garbled, says_no_change
 
-GARBLED = "garbled.json"  # number of deltas, and of those that are garbled
-_LOG = logging.getLogger(__name__)
+GARBLED = "garbled.json"  # numbers of deltas, of those that are garbled, and of the one that comes most often
+FEW = 20  # deltas, of which nothing follows where they are all alike
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,18 +67,26 @@ class Generate(Stage):
         images.check(_image_ids(pairs), f"mine: {pairs.uri}")
         job = Generation(output, images, pairs, model, self.config, self.seed)
         run_actors(PartGenerator, job, pairs.part_rows(), self.resources, run.monitor, "delta")
-        _flag_garbled(output)
+        _flag(output, read_warnings(model))
 
 
-def _flag_garbled(output: Output) -> None:
-    """Count the deltas that a generator which learned little writes, and say so."""
-    deltas = output.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist()
-    garbled = [texts[0] for texts in deltas if is_garbled(texts[0])]
-    output.write_json(GARBLED, {"deltas": len(deltas), "garbled": len(garbled)})
+def _flag(output: Output, of_training: list[str]) -> None:
+    """Count the deltas that a generator which learned little writes, and say so.
+
+    Raises UserError when all of them are such, and the training of the generator was odd too.
+    """
+    deltas = [texts[0] for texts in output.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist()]
+    garbled = [text for text in deltas if is_garbled(text)]
+    often, count = Counter(deltas).most_common(1)[0] if deltas else ("", 0)
+    output.write_json(GARBLED, {"deltas": len(deltas), "garbled": len(garbled), "most_frequent": count})
+    said = []
     if garbled:
-        _LOG.warning(
-            "generate: %d of %d deltas are garbled or repeat themselves: %r", len(garbled), len(deltas), garbled[0][:80]
-        )
+        said.append(f"{len(garbled)} of {len(deltas)} deltas are garbled or repeat themselves, such as {garbled[0][:80]!r}")
+    if len(deltas) >= FEW and count > len(deltas) / 2:
+        said.append(f"{count} of {len(deltas)} deltas are the same: {often[:80]!r}")
+    output.write_json(WARNINGS, said)
+    if of_training and len(deltas) >= FEW and len(deltas) in (len(garbled), count):
+        raise UserError(f"generate: {said[-1]}; the generator has learned nothing: in its training {of_training[0]}")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.artifacts import Output
+from cluster.artifacts import WARNINGS, Output
 from cluster.config import WorkerResources, content_of
 from cluster.errors import UserError
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.checkpoints import WEIGHTS
-from cluster.training.loop import train, unfit
+from cluster.training.loop import train, unfit, unlearned
 from mining import tables
 from vdg.align import require_rows
 from vdg.config import InstructConfig, VdgConfig
@@ -60,6 +60,7 @@ class Instruct(Stage):
             _check_aligned(read_description(aligned), description)
         task = InstructTask(images, triplets, aligned, description, self.instruct)
         train(output, task, self.instruct.training, self.seed, self.resources, run.monitor, run.groups)
+        output.write_json(WARNINGS, unlearned(output))
 
 
 def _check_aligned(aligned: Description, now: Description) -> None:

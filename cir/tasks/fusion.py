@@ -9,8 +9,8 @@ import numpy as np
 
 from cir.config import VariantConfig
 from cir.tasks.triplets import TripletTask
-from cluster.artifacts import digest_of
 from cluster.config import content_of
+from cluster.manifest import digest_of
 from mining.embeddings import INFO
 from mining.features import FeatureSource
 from mining.scratch import shared

@@ -4,24 +4,22 @@ run = Run.open("outputs", "demo")
 run.search("photo.jpg", "the same in green", model="semi.s0", top=20)
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from cir.index import Thumbnails
 from cir.search import Hits, Model, Reference, Searcher
-from cluster.app.config import RunConfig
 from cluster.app.export import TOWER
 from cluster.app.graph import Graph
+from cluster.app.outputs import CONFIG, kept_config
 from cluster.app.runner import metrics_of
 from cluster.artifacts import Output, below
 from cluster.config import validate
 from cluster.errors import UserError
+from cluster.verify import verify
 from mining import tables
 from mining.config import TowerConfig
 from mining.images import BadImage, decode
@@ -54,16 +52,16 @@ class Run:
                 f"{config.name}: {len(unfinished)} stage(s) are not finished below {Output(graph.root).uri}, such as "
                 f"{unfinished[0]}: `vdg run` does them. Another version of this package may have made other digests"
             )
+        verify(graph.output(stage) for stage in graph.evaluation.parents.values())
         self.graph = graph
 
     @classmethod
     def open(cls, root: str, name: str) -> "Run":
         """A run by its name, below the root folder of its outputs. Raises UserError when it is not there or not finished."""
         folder = Output(below(root, f"runs/{name}"))
-        if not folder.exists("config.yaml"):
-            raise UserError(f"{folder.path('config.yaml')}: does not exist; give the root and the name of a run that was done")
-        content = yaml.safe_load(folder.read_bytes("config.yaml")) | {"root": root}
-        return cls(Graph(validate(RunConfig, content, folder.path("config.yaml"))))
+        if not folder.exists(CONFIG):
+            raise UserError(f"{folder.path(CONFIG)}: does not exist; give the root and the name of a run that was done")
+        return cls(Graph(kept_config(folder, root=root)))
 
     def _output(self, role: str) -> Output:
         return self.graph.output(self.graph.evaluation.parents[role])
@@ -89,6 +87,7 @@ class Run:
         assert self.graph.index is not None
         if self.graph.output(self.graph.index).manifest() is None:
             run(self.graph, [self.graph.index])
+        verify([self.graph.output(self.graph.index)])
         return Thumbnails(self.graph.output(self.graph.index))
 
     def reference(self, image: str | Path | bytes | int) -> Reference:
@@ -168,7 +167,7 @@ def load_model(folder: str | Path) -> Model:
     path = Path(folder) / TOWER
     if not path.is_file():
         raise UserError(f"{path}: does not exist; give a folder that `vdg export` wrote of a retrieval model")
-    tower = validate(TowerConfig, json.loads(path.read_text()), str(path))
+    tower = validate(TowerConfig, Output(str(folder)).read_json(TOWER), str(path))
     if tower.weights is not None:
         tower.weights.location()
     return Model(Output(str(folder)), tower)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -16,12 +17,13 @@ from pydantic import Field
 
 from cluster.app.api import Run
 from cluster.artifacts import filesystem
-from cluster.config import Section
+from cluster.config import Section, validate
 from cluster.errors import UserError
 from mining import tables
 
 DISAGREEING = 0.3  # share of the pairs that the queue draws from: those whose scores disagree most
 UNIFORM_EVERY = 10  # one in so many is drawn from all pairs: what these say of the generator holds for all
+_log = logging.getLogger(__name__)
 Verdict = Literal["right", "edited", "no_change", "wrong", "skip", "undone"]
 
 
@@ -33,6 +35,14 @@ class Judged(Section):
     verdict: Verdict
     text: str = Field("", max_length=512)
     reason: Literal["disagreement", "uniform"]
+
+
+class Kept(Judged):
+    """As it is kept: who said it when, and of which output."""
+
+    author: str
+    time: float
+    digest: str
 
 
 class Store:
@@ -58,10 +68,18 @@ class Store:
         return label
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Every label, in the order of their coming; half a line of a process that was killed is left out."""
-        if self.path.exists():
-            lines = self.path.read_text().split("\n")[:-1]  # `splitlines` would cut texts too, at U+2028 and the like
-            yield from (json.loads(line) for line in lines if line.endswith("}"))
+        """Every label, in the order of their coming; half a line of a process that was killed is left out.
+
+        Raises UserError naming a line that is no label.
+        """
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        for number, line in enumerate(lines, 1):  # `splitlines` would cut texts too, at U+2028 and the like
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError):
+                _log.warning("%s: line %d is half a label, and left out", self.path, number)
+                continue
+            yield validate(Kept, content, f"{self.path}: line {number}").model_dump()
 
     def last(self, digest: str) -> dict[int, dict[str, Any]]:
         """The last label of each triplet of one output, without those that were undone."""

@@ -1,5 +1,6 @@
 """A lineage drawn as one HTML page: a column for each step from the sources, an arrow from each output to what it made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ def _curve(start: Box, end: Box) -> str:
 
 
 def _row(lineage: Lineage, made: Made) -> dict[str, Any]:
-    manifest = made.manifest or {}
+    manifest: Mapping[str, Any] = made.manifest or {}
     return {
         "name": made.name,
         "instance": made.instance,

@@ -3,18 +3,20 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import yaml
 from pyarrow import fs as pafs
 
 from cluster.app.checks import check_sources
 from cluster.app.config import RunConfig
 from cluster.app.graph import MADE, Graph
 from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
-from cluster.config import validate
+from cluster.config import parse_yaml, validate
 from cluster.driver import lease
+from cluster.errors import UserError
 from cluster.stage import Stage
 
+CONFIG = "config.yaml"  # in a run's folder
 MODELS = "models.json"  # in a run's folder: every model that a run of that name has made
 
 
@@ -42,16 +44,29 @@ def outputs(root: str) -> Iterator[Found]:
 
 def keep_models(run: Output, stages: list[Stage]) -> None:
     """Note a run's models: a later run of the same name does not make them anybody's."""
-    known = run.read_json(MODELS) if run.exists(MODELS) else []
+    known = _models(run)
     made = [f"{stage.instance}-{stage.digest}" for stage in stages if stage.model]
     run.write_json(MODELS, list(dict.fromkeys([*known, *made])))
 
 
 def run_configs(root: str) -> Iterator[RunConfig]:
-    """The configs of the whole runs that were done below a root."""
+    """The configs of the whole runs that were done below a root. Raises UserError naming one that is damaged."""
     for run in _runs(root):
-        if run.exists("config.yaml"):
-            yield validate(RunConfig, yaml.safe_load(run.read_bytes("config.yaml")), run.path("config.yaml"))
+        if run.exists(CONFIG):
+            yield kept_config(run)
+
+
+def kept_config(run: Output, **changes: Any) -> RunConfig:
+    """The config that a run keeps in its folder, with other values of some fields."""
+    where = run.path(CONFIG)
+    try:
+        return validate(RunConfig, parse_yaml(run.read_bytes(CONFIG), where) | changes, where)
+    except UserError as error:
+        raise UserError(f"{error}\nmend it, do the run again, or remove {run.path('')} where nobody wants the run") from error
+
+
+def _models(run: Output) -> list[str]:
+    return run.read_json(MODELS, list[str]) if run.exists(MODELS) else []
 
 
 def _runs(root: str) -> Iterator[Output]:
@@ -67,7 +82,7 @@ def users(graph: Graph) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = defaultdict(list)
     for run in _runs(graph.root):
-        for name in run.read_json(MODELS) if run.exists(MODELS) else ():
+        for name in _models(run):
             found[name].append(f"models of {run.uri.rpartition('/')[2]}")
     graphs = {"this config": graph, **{f"run {config.name}": Graph(config) for config in run_configs(graph.root)}}
     for user, other in graphs.items():

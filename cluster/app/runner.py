@@ -1,6 +1,6 @@
 """Doing the stages of a run in one driver, side by side where there is room: what is done is skipped, MLflow keeps record."""
 
-import json
+import uuid
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -8,11 +8,12 @@ from threading import Lock
 from typing import Any
 
 import yaml
+from rich.text import Text
 
 from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
-from cluster.app.outputs import keep_models
+from cluster.app.outputs import CONFIG, keep_models
 from cluster.artifacts import Output, below, filesystem, hidden, without_user
 from cluster.config import in_folder
 from cluster.driver import lease, session
@@ -23,6 +24,7 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.stage import Stage
 from cluster.training.groups import Groups
+from cluster.verify import verify
 
 HIDDEN = (
     "kept without the passwords of its URIs; a run from it takes them from the environment, such as MLFLOW_TRACKING_USERNAME "
@@ -34,12 +36,15 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
     """Do the stages that have no manifest yet, each as one Ray Data execution or one training run.
 
     `keep_config` marks a whole run: its config stays in its folder, and `vdg clean` spares the outputs it refers to.
-    Raises UserError before any work when an input is missing, another driver is at work on one of the outputs, or MLflow
-    cannot be reached; later when the user stops it. What is finished stays.
+    Raises UserError before any work when an input is missing, the root cannot be written, a finished output is not as it was
+    made, another driver is at work on one of the outputs, or MLflow cannot be reached; later when the user stops it. What is
+    finished stays.
     """
     config, log = graph.config, log_file(graph.config)
     todo = [stage for stage in stages if graph.output(stage).manifest() is None]
     check(config, todo)
+    _check_writable(config.root)
+    verify(graph.output(stage) for stage in stages if stage not in todo)
     lease.check(*map(graph.output, todo))
     from cluster.driver.tracking import Tracker
 
@@ -74,9 +79,19 @@ def _keep_config(config: RunConfig) -> None:
     whole = in_folder(RunConfig, config.model_dump(mode="json"), Path.cwd())
     kept = hidden(whole)
     note = "" if kept == whole else f"# {HIDDEN}\n"
-    run_folder(config).write_bytes("config.yaml", (note + yaml.safe_dump(kept, sort_keys=False)).encode())
+    run_folder(config).write_bytes(CONFIG, (note + yaml.safe_dump(kept, sort_keys=False)).encode())
     if note:
-        console.print(f"{run_folder(config).path('config.yaml')}: {HIDDEN}")
+        console.print(f"{run_folder(config).path(CONFIG)}: {HIDDEN}")
+
+
+def _check_writable(root: str) -> None:
+    probe = Output(below(root, f"runs/.{uuid.uuid4().hex}"))
+    try:
+        probe.write_bytes("probe", b"")
+        filesystem(probe.uri)[0].delete_dir(filesystem(probe.uri)[1])
+    except OSError as error:
+        where, why = filesystem(root)[1], without_user(str(error))
+        raise UserError(f"root: {where} cannot be written ({why}); see to its disk and its rights, or give another") from error
 
 
 class _Driver:
@@ -121,6 +136,8 @@ class _Driver:
         rejects = f", {rejected} rejected {manifest['rejects']}" if rejected else ""
         startup = f", {manifest['startup_seconds']:.0f} s of them start-up" if manifest["startup_seconds"] >= 1 else ""
         console.print(f"  {stage.instance}-{stage.digest}: {counts}{rejects} in {manifest['seconds']:.0f} s{startup}")
+        for warning in manifest.get("warnings", ()):
+            console.print(Text(f"  {stage.instance}: {warning}", style="yellow"))
 
 
 class _Both:
@@ -146,6 +163,7 @@ def write_results(graph: Graph) -> Output:
     """The metrics and the report of a run whose stages are finished, in its folder."""
     from cluster.app.report import write_report
 
+    verify(map(graph.output, graph.stages))
     folder = run_folder(graph.config)
     folder.write_json("metrics.json", metrics_of(graph))
     if graph.config.evaluate.scores_models:
@@ -188,7 +206,7 @@ def tracking_uri(config: RunConfig) -> str:
 
 def metrics_of(graph: Graph) -> dict[str, Any]:
     """variant -> metric -> {"mean", "seeds"}, of a finished evaluation."""
-    content: dict[str, Any] = json.loads(graph.output(graph.evaluation).read_bytes("metrics.json"))
+    content: dict[str, Any] = graph.output(graph.evaluation).read_json("metrics.json")
     return content
 
 

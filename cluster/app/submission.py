@@ -11,11 +11,12 @@ from cluster.app import config as configs
 from cluster.app.config import RunConfig
 from cluster.app.graph import KINDS, Graph
 from cluster.app.runner import tracking_uri
-from cluster.artifacts import Output, digest_of
+from cluster.artifacts import Output
 from cluster.config import override
 from cluster.driver.jobs import CONFIG, Job, check_paths, check_secrets
 from cluster.driver.session import RayConfig
 from cluster.errors import UserError
+from cluster.manifest import digest_of
 from cluster.provenance import git_commit
 from cluster.stage import Stage
 

@@ -30,7 +30,6 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 from pyarrow import fs as pafs
-from pydantic import TypeAdapter, ValidationError
 
 from cluster.artifacts import Output, filesystem
 from cluster.driver.interrupt import interrupt
@@ -68,9 +67,6 @@ class Lease:
         return (self.host, self.processes) == (platform.node(), _process_namespace())
 
 
-_LEASE = TypeAdapter(Lease)
-
-
 def _process_namespace() -> str:
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return f"{boot.read_text().strip()} {os.readlink(namespace)}" if boot.exists() and namespace.exists() else ""
@@ -88,9 +84,10 @@ def _started(pid: int) -> float | None:
 def read(output: Output) -> Lease | None:
     """The lease on an output; None where there is none, or half a one of a machine that lost its power."""
     try:
-        return _LEASE.validate_json(output.read_bytes(LEASE))
-    except (FileNotFoundError, ValidationError):
+        found: Lease = output.read_json(LEASE, Lease)
+    except (FileNotFoundError, UserError):
         return None
+    return found
 
 
 def check(*outputs: Output) -> None:

@@ -1,13 +1,14 @@
 """What made an output and what was made from it, read from the manifests below a root; and whether its files are whole."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from pyarrow import fs as pafs
 
 from cluster.artifacts import MANIFEST, Output, filesystem, output_of, outputs_of
+from cluster.manifest import Manifest
+from cluster.verify import differences
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Made:
     instance: str
     digest: str
     output: Output
-    manifest: Mapping[str, Any] | None
+    manifest: Manifest | None
 
     @property
     def name(self) -> str:
@@ -83,19 +84,10 @@ def _reach(made: Made, step: Callable[[Made], list[tuple[str, Made]]]) -> dict[s
 
 
 def problems(made: Made) -> list[str]:
-    """What differs between an output's files and its manifest: a line for each file that is missing, changed or unknown.
-
-    A manifest of an earlier version says nothing of files that are no parts, or in folders.
-    """
+    """What differs between an output's files, read whole, and its manifest: a line for each."""
     if made.manifest is None:
         return [f"{made.name}: was removed"]
-    parts = {name: part["sha256"] for name, part in made.manifest["parts"].items()}
-    expected = parts | made.manifest.get("files", {})
-    there = made.output.files()
-    found = made.output.hashes([name for name in expected if name in there])
-    lines = [f"{made.name}: {name} is missing" for name in expected if name not in found]
-    lines += [f"{made.name}: {name} has changed" for name in found if found[name] != expected[name]]
-    return lines + [f"{made.name}: {name} is not in the manifest" for name in made.output.parts() if name not in parts]
+    return [f"{made.name}: {line}" for line in differences(made.output, made.manifest, every_byte=True)]
 
 
 def _names(made: Made) -> tuple[str, ...]:

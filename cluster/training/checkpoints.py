@@ -1,13 +1,16 @@
 """The checkpoints of a training: what it goes on from, and the weights it keeps."""
 
+import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired
 
 from pyarrow import fs as pafs
+from typing_extensions import TypedDict
 
 from cluster.artifacts import Output, filesystem
 from cluster.config import WorkerResources
@@ -18,6 +21,8 @@ WEIGHTS = "weights.safetensors"  # every trained parameter: in an output of the 
 BEST = "best.safetensors"  # in a checkpoint: the trained parameters of the best step so far
 STATE = "state.json"  # in a checkpoint: the `State` it was made in
 
+_log = logging.getLogger(__name__)
+
 
 class State(TypedDict):
     """What a checkpoint says of its run."""
@@ -27,6 +32,7 @@ class State(TypedDict):
     resumed_from_weights: list[int]  # steps at which the optimizer began afresh
     reports: list[dict[str, float]]  # all so far
     best: dict[str, float]  # the report of the best step
+    files: NotRequired[dict[str, str]]  # of the checkpoint, and the SHA-256 of each; earlier versions do not say
 
 
 def latest(output: Output) -> str | None:
@@ -38,9 +44,37 @@ def latest(output: Output) -> str | None:
 
 
 def cut_off(output: Output) -> State | None:
-    """The state of the last checkpoint of a run that did not finish."""
+    """The state of the last checkpoint of a run that did not finish. Others, and one that is damaged, are removed."""
     folder = latest(output)
-    return output.read_json(f"{folder}/{STATE}") if folder else None
+    state = _whole(output, folder) if folder else None
+    _remove_others(output, folder if state else None)
+    return state
+
+
+def _whole(output: Output, folder: str) -> State | None:
+    try:
+        state = read_state(output, folder)
+        files = state.get("files", {})
+        if output.hashes(list(files)) == files:
+            return state
+        why = "its files are not as they were written"
+    except (UserError, FileNotFoundError) as error:
+        why = str(error)
+    _log.warning("%s: the checkpoint is damaged (%s); the training begins anew", output.path(folder), why)
+    return None
+
+
+def _remove_others(output: Output, kept: str | None) -> None:
+    system, base = filesystem(output.uri)
+    for folder in system.get_file_info(pafs.FileSelector(f"{base}/{CHECKPOINTS}", allow_not_found=True)):
+        if not folder.is_file and f"{CHECKPOINTS}/{folder.base_name}" != kept:
+            system.delete_dir(folder.path)
+
+
+def read_state(output: Output, folder: str) -> State:
+    """The state of a checkpoint."""
+    state: State = output.read_json(f"{folder}/{STATE}", State)
+    return state
 
 
 def check_world(output: Output, before: int, resources: WorkerResources) -> None:
@@ -60,12 +94,14 @@ def resume(output: Output, module: Any, build: Callable[[], Any], world: int) ->
     last = latest(output)
     if last is None:
         return build(), State(step=0, workers=world, resumed_from_weights=[], reports=[], best={})
-    state: State = output.read_json(f"{last}/{STATE}")
+    state = read_state(output, last)
     if state["workers"] == world:
         engine = build()
-        with tempfile.TemporaryDirectory() as folder:
-            pafs.copy_files(output.path(last), folder, filesystem(output.uri)[0], pafs.LocalFileSystem())
-            engine.load_checkpoint(folder, tag="zero", load_module_strict=False)
+        with _on_disk(output) as folder:
+            system, place = filesystem(output.uri)[0], output.path(last)
+            if folder is not None:
+                pafs.copy_files(place, folder, system, pafs.LocalFileSystem())
+            engine.load_checkpoint(folder or place, tag="zero", load_module_strict=False)
         return engine, state
     load_trained(module, load(output.read_bytes(f"{last}/{WEIGHTS}")))
     engine = build()
@@ -86,21 +122,35 @@ def save_checkpoint(engine: Any, output: Output, best_metric: str | None, state:
     """Save in place of the last one. A barrier: every rank comes here at the same steps, with its share of the optimizer."""
     import torch
 
-    system, base = filesystem(output.uri)
     last, place = latest(output), f"{CHECKPOINTS}/checkpoint_{state['step']:09}"
+    system = filesystem(output.uri)[0]
     system.create_dir(output.path(place), recursive=True)
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, tag="zero", exclude_frozen_parameters=True)
-        _save_weights(engine, Path(folder))
+    with _on_disk(output) as beside:
+        folder = Path(beside or output.path(place))
+        engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
+        _save_weights(engine, folder)
         if engine.global_rank == 0:
-            state["best"] = _keep_best(Path(folder), output, last, best_metric, state["reports"][-1])
-        pafs.copy_files(folder, output.path(place), pafs.LocalFileSystem(), system)
+            state["best"] = _keep_best(folder, output, last, best_metric, state["reports"][-1])
+        if beside is not None:
+            pafs.copy_files(beside, output.path(place), pafs.LocalFileSystem(), system)
     torch.distributed.barrier()
     if engine.global_rank == 0:
+        state["files"] = output.hashes([name for name in output.files() if name.startswith(f"{place}/")])
         output.write_json(f"{place}/{STATE}", state)
-        for other in system.get_file_info(pafs.FileSelector(f"{base}/{CHECKPOINTS}")):
-            if not other.is_file and other.base_name != Path(place).name:
-                system.delete_dir(other.path)
+        _remove_others(output, place)
+
+
+@contextmanager
+def _on_disk(output: Output) -> Iterator[str | None]:
+    """A temporary folder for the checkpoints of an output in an object store; of a local one they need none.
+
+    DeepSpeed reads and writes files alone.
+    """
+    if isinstance(filesystem(output.uri)[0], pafs.LocalFileSystem):
+        yield None
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
 
 
 def _save_weights(engine: Any, folder: Path) -> None:
@@ -120,7 +170,7 @@ def _keep_best(
 ) -> dict[str, float]:
     """Carry the best weights so far from the last checkpoint into this one. Returns the best step's metrics."""
     if last is not None and metric is not None:
-        best: dict[str, float] = output.read_json(f"{last}/{STATE}")["best"]
+        best = read_state(output, last)["best"]
         if _or_worst(best[metric]) >= _or_worst(report[metric]):
             (folder / BEST).write_bytes(output.read_bytes(f"{last}/{BEST}"))
             return best

@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from cluster.artifacts import Output, filesystem
 from cluster.config import TrainingConfig, WorkerResources
@@ -25,12 +26,12 @@ from cluster.provenance import record_environment
 from cluster.training.checkpoints import (
     BEST,
     CHECKPOINTS,
-    STATE,
     WEIGHTS,
     State,
     check_world,
     cut_off,
     latest,
+    read_state,
     resume,
     save_checkpoint,
 )
@@ -41,6 +42,17 @@ METRICS = "metrics.jsonl"  # one line {"step", name: value, ...} a report
 TRAINING = "training.json"  # workers of the last checkpoint, steps at which it went on from the weights alone, best report
 LOG_EVERY = 10
 LOCAL = threading.Lock()  # one training at a time in the driver: it has one process group and one torch
+
+
+class Finished(TypedDict):
+    """What `TRAINING` says."""
+
+    workers: int
+    resumed_from_weights: list[int]
+    best: dict[str, float]
+
+
+LEAST_FALL = 0.02  # of the loss, as a share of its first values: a training whose loss falls less has learned nothing
 
 
 class Task(Protocol):
@@ -110,10 +122,10 @@ def train(
             job(heard)
     last = latest(output)
     assert last is not None, "the last step is always a checkpoint"
-    state = output.read_json(f"{last}/{STATE}")
+    state = read_state(output, last)
     output.write_bytes(WEIGHTS, output.read_bytes(f"{last}/{BEST}"))
     output.write_bytes(METRICS, "\n".join(map(json.dumps, state["reports"])).encode())
-    output.write_json(TRAINING, {name: state[name] for name in ("workers", "resumed_from_weights", "best")})
+    output.write_json(TRAINING, {name: value for name, value in state.items() if name in Finished.__annotations__})
     return _finished(output)
 
 
@@ -131,13 +143,29 @@ def _finished(output: Output) -> dict[str, float]:
     system, base = filesystem(output.uri)
     if output.exists(CHECKPOINTS):
         system.delete_dir(f"{base}/{CHECKPOINTS}")
-    best: dict[str, float] = output.read_json(TRAINING)["best"]
-    return best
+    finished: Finished = output.read_json(TRAINING, Finished)
+    return finished["best"]
 
 
 def reports_of(output: Output) -> list[dict[str, float]]:
     """The reports of a training, as they came."""
-    return [json.loads(line) for line in output.read_bytes(METRICS).splitlines()]
+    try:
+        return [json.loads(line) for line in output.read_bytes(METRICS).splitlines()]
+    except ValueError as error:
+        raise output.damaged(METRICS, error) from error
+
+
+def unlearned(output: Output) -> list[str]:
+    """What is odd about a training whose loss did not fall, from the first quarter of its reports to the last; else nothing."""
+    reports = reports_of(output)
+    quarter = max(len(reports) // 4, 1)
+    first, last = (float(np.mean([report["loss"] for report in some])) for some in (reports[:quarter], reports[-quarter:]))
+    if len(reports) < 2 or last < (1 - LEAST_FALL) * first:
+        return []
+    return [
+        f"the loss did not fall: {first:.3f} at step {int(reports[0]['step'])}, {last:.3f} at step {int(reports[-1]['step'])}; "
+        "the model may have learned nothing: look at the learning rate, the number of steps and the texts"
+    ]
 
 
 def _train(output: Output, task: Task, config: TrainingConfig, seed: int, report: Callable[[dict[str, float]], None]) -> None:
@@ -158,7 +186,7 @@ def _train(output: Output, task: Task, config: TrainingConfig, seed: int, report
             torch.manual_seed(stable_seed(seed, step, rank))
             losses = [forward_backward(engine, batch) for batch in current]
             state["step"] = step + 1
-            _check_finite(losses, state["step"], engine.device)
+            _check_finite(losses, engine, state["step"])
             found = _report(engine, output, task, config, losses, state)
             if rank == 0 and (found or step == begun):  # the first step shows that the work has begun
                 report(found or {"step": step + 1})
@@ -217,12 +245,17 @@ def _report(
     return report
 
 
-def _check_finite(losses: list[dict[str, float]], step: int, device: Any) -> None:
-    """Raises UserError on all ranks when a loss of any is not finite: every later step would train on it."""
+def _check_finite(losses: list[dict[str, float]], engine: Any, step: int) -> None:
+    """Raises UserError on all ranks when a loss or the gradient of any is not finite: every later step would train on it.
+
+    DeepSpeed leaves out the step of such a gradient, and every later one, without a word.
+    """
     import torch
 
     wrong = next((f"{name} is {value}" for loss in losses for name, value in loss.items() if not math.isfinite(value)), None)
-    flag = torch.tensor(float(wrong is not None), device=device)
+    if wrong is None and engine.skipped_steps:
+        wrong = "the gradient is not finite"
+    flag = torch.tensor(float(wrong is not None), device=engine.device)
     torch.distributed.all_reduce(flag)
     if flag.item():
         found = wrong or "another worker's loss is not finite"

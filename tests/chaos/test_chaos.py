@@ -2,10 +2,12 @@
 the same command again. `make chaos` runs it and prints a table.
 """
 
+import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from rich.table import Table
 
 from cluster.app import config as configs
 from cluster.app.graph import Graph
-from cluster.artifacts import Output
+from cluster.artifacts import MANIFEST, Output
 from cluster.driver import lease
 from cluster.driver.progress import console
 from cluster.driver.store import sqlite_uri
+from cluster.training.checkpoints import latest
+from cluster.training.loop import METRICS
 from tests.chaos.conftest import LIMIT, assert_same, start
 from tests.chaos.killing import find, kill_when
 
@@ -94,6 +98,46 @@ def test_a_kill_in_the_birth_of_mlflows_store(
     )
 
 
+@dataclass(frozen=True)
+class Killed:
+    """A run whose stage is still to be done, and the run that nothing happened to."""
+
+    stage: str
+    root: Path
+    graph: Graph
+    expected: Graph
+
+    @classmethod
+    def of(cls, stage: str, config: str, undisturbed: Path, folder: Path) -> "Killed":
+        root = shutil.copytree(undisturbed, folder / "root")
+        shutil.rmtree(root / stage)
+        return cls(stage, root, *(Graph(configs.load(config, [f"root={path}"])) for path in (root, undisturbed)))
+
+    @property
+    def output(self) -> Output:
+        of_stage = {"embed": self.graph["embed:photo.photos"], "instruct": self.graph["instruct:vdg"]}
+        return self.graph.output(of_stage.get(self.stage, self.graph["generate:photos"]))
+
+    def outlives(self, config: str, shown: str | None, number: int, ready: Callable[[], bool]) -> tuple[str, str]:
+        """Kill the process that shows a name, or the driver, when it is time, and do the run again where that ended it.
+
+        Returns what finished it, and the seconds of it all. AssertionError when a table is another.
+        """
+        began, log = time.monotonic(), self.root.parent / "log"
+        driver = start(config, str(self.root), log)
+        victims = partial(find, driver.pid, shown) if shown else lambda: [psutil.Process(driver.pid)]
+        assert kill_when(victims, ready, lambda: driver.poll() is None, number), log.read_text()
+        status = driver.wait(LIMIT)
+        if status:
+            if number != signal.SIGKILL:
+                assert status == 2, log.read_text()
+                assert log.read_text().splitlines()[-1] == "error: stopped; the same command goes on from what is finished"
+                assert set(statuses(self.root)) == {"FINISHED", "KILLED"}
+            assert start(config, str(self.root), log).wait(LIMIT) == 0, log.read_text()
+        assert_same(self.graph, self.expected)
+        return "the same command" if status else "Ray's own retry", f"{time.monotonic() - began:.0f}"
+
+
 @pytest.mark.parametrize(("kind", "seed"), KILLS)
 def test_a_kill_changes_no_table(
     kind: str, seed: int, config: str, undisturbed: Path, tmp_path: Path, outcomes: list[tuple[str, ...]]
@@ -102,32 +146,45 @@ def test_a_kill_changes_no_table(
     rng = np.random.default_rng([list(SHOWN).index(kind), seed])
     stage = stages[rng.integers(len(stages))]
     after, pause = int(rng.integers(LATEST[stage])), rng.uniform(0, 0.01)
-    root = shutil.copytree(undisturbed, tmp_path / "root")
-    shutil.rmtree(root / stage)
-    graph, expected = (Graph(configs.load(config, [f"root={path}"])) for path in (root, undisturbed))
-    of_stage = {"embed": graph["embed:photo.photos"], "instruct": graph["instruct:vdg"]}
-    output = graph.output(of_stage.get(stage, graph["generate:photos"]))
-    count = counter(output)
+    run = Killed.of(stage, config, undisturbed, tmp_path)
+    count = counter(run.output)
 
     def ready() -> bool:
-        if lease.read(output) is None or count() < after:
+        if lease.read(run.output) is None or count() < after:
             return False
         time.sleep(pause)
         return True
 
-    began = time.monotonic()
-    log = tmp_path / "log"
-    driver = start(config, str(root), log)
-    victims = partial(find, driver.pid, shown) if shown else lambda: [psutil.Process(driver.pid)]
-    number = STOPS.get(kind, signal.SIGKILL)
-    assert kill_when(victims, ready, lambda: driver.poll() is None, number), log.read_text()
-    status = driver.wait(LIMIT)
-    if status:
-        if kind in STOPS:
-            assert status == 2, log.read_text()
-            assert log.read_text().splitlines()[-1] == "error: stopped; the same command goes on from what is finished"
-            assert set(statuses(root)) == {"FINISHED", "KILLED"}
-        assert start(config, str(root), log).wait(LIMIT) == 0, log.read_text()
-    finished = "the same command" if status else "Ray's own retry"
-    outcomes.append((kind, str(seed), stage, str(after), finished, f"{time.monotonic() - began:.0f}"))
-    assert_same(graph, expected)
+    finished = run.outlives(config, shown, STOPS.get(kind, signal.SIGKILL), ready)
+    outcomes.append((kind, str(seed), stage, str(after), *finished))
+
+
+@pytest.mark.parametrize("stage", LATEST)
+def test_a_kill_in_the_writing_of_a_manifest(
+    stage: str, config: str, undisturbed: Path, tmp_path: Path, outcomes: list[tuple[str, ...]]
+) -> None:
+    run = Killed.of(stage, config, undisturbed, tmp_path)
+    folder = Path(run.output.uri)
+
+    def ready() -> bool:
+        if not folder.exists() or not (list(folder.glob("part-*")) or (folder / METRICS).exists()):
+            return False
+        deadline = time.monotonic() + LIMIT
+        while not any(MANIFEST in name for name in os.listdir(folder)):  # half-written ones have a name that contains it
+            assert time.monotonic() < deadline
+        return True
+
+    outcomes.append(("driver", "-", stage, "its manifest begins", *run.outlives(config, None, signal.SIGKILL, ready)))
+
+
+@pytest.mark.parametrize("shown", [None, "RayTrainWorker"])
+def test_a_kill_after_a_complete_checkpoint(
+    shown: str | None, config: str, undisturbed: Path, tmp_path: Path, outcomes: list[tuple[str, ...]]
+) -> None:
+    run = Killed.of("instruct", config, undisturbed, tmp_path)
+
+    def ready() -> bool:
+        return latest(run.output) is not None
+
+    finished = run.outlives(config, shown, signal.SIGKILL, ready)
+    outcomes.append((shown or "driver", "-", "instruct", "a checkpoint", *finished))

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from cir.benchmarks import cirr, triplets
 from cir.benchmarks.triplets import check_attributes
 from cir.config import EvaluateConfig, TextTower
-from cir.evaluate import RANKINGS
+from cir.evaluate import RANKINGS, _check_gallery
 from cir.select import Pseudo
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
@@ -187,6 +187,13 @@ def test_a_cut_off_evaluation_keeps_its_rankings(run: dict[str, Any], tmp_path: 
 
 def test_attributes_are_read_from_any_filesystem(run: dict[str, Any]) -> None:
     assert check_attributes(Path(run["attributes"]).as_uri()) == world.attributes()
+
+
+def test_a_gallery_of_one_image_beside_the_reference_is_refused(run: dict[str, Any]) -> None:
+    benchmark = triplets.load(run["queries"], run["gallery"], None, EvaluateConfig(resamples=500))
+    with pytest.raises(UserError, match=r"the gallery has 2 image\(s\): any model finds the target first"):
+        _check_gallery(benchmark, 2)
+    _check_gallery(benchmark, 3)
 
 
 def test_wrong_inputs_are_named(run: dict[str, Any], tmp_path: Path) -> None:

@@ -60,7 +60,15 @@ def test_a_finished_stage_is_not_done_again(tmp_path: Path, monitor: Monitor) ->
     assert stage(work=fail).run(str(tmp_path), monitor) == first
     assert first["rows"] == 3
     content = stage().output(str(tmp_path)).read_bytes("part-00000.parquet")
-    assert first["parts"] == {"part-00000.parquet": {"rows": 3, "sha256": hashlib.sha256(content).hexdigest()}}
+    footer = content[-8 - int.from_bytes(content[-8:-4], "little") :]
+    assert first["parts"] == {
+        "part-00000.parquet": {
+            "rows": 3,
+            "bytes": len(content),
+            "footer": hashlib.sha256(footer).hexdigest(),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    }
 
 
 def test_a_manifest_tells_what_the_models_ran_on(tmp_path: Path, monitor: Monitor) -> None:

@@ -1,6 +1,7 @@
 """Pairs to pseudo triplets on Ray Data actors."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
-from cluster.artifacts import Output
+from cluster.artifacts import WARNINGS, Output
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
@@ -24,7 +25,7 @@ from vdg.agreement import medoid
 from vdg.backbones import build, load_generator
 from vdg.config import GenerateConfig
 from vdg.description import DESCRIPTION, describe
-from vdg.generate import GARBLED, Generation, PartGenerator, _flag_garbled
+from vdg.generate import GARBLED, Generation, PartGenerator, _flag
 
 CONFIG = GenerateConfig(batch_size=3, temperature=2.0, max_new_tokens=7)
 PARTS = ["part-00000.parquet", "part-00001.parquet"]
@@ -142,8 +143,33 @@ def test_garbled_deltas_are_counted(tmp_path):
     output, row = Output(str(tmp_path / "out")), dict.fromkeys(tables.TRIPLETS.names, 1) | {"source": "vdg"}
     rows = [{**row, "deltas": [text]} for text in ("is red", "red \ufffd", "is blue")]
     output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.TRIPLETS), tables.TRIPLETS)
-    _flag_garbled(output)
-    assert output.read_json(GARBLED) == {"deltas": 3, "garbled": 1}
+    _flag(output, [])
+    assert output.read_json(GARBLED) == {"deltas": 3, "garbled": 1, "most_frequent": 1}
+    assert output.read_json(WARNINGS) == ["1 of 3 deltas are garbled or repeat themselves, such as 'red \ufffd'"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "said", "stops"),
+    [
+        ([f"is red {i}" for i in range(30)], [], False),
+        (["is red"] * 16 + [f"is {i}" for i in range(14)], ["16 of 30 deltas are the same: 'is red'"], False),
+        (["is red"] * 30, ["30 of 30 deltas are the same: 'is red'"], True),
+        (
+            [f"red \ufffd {i}" for i in range(30)],
+            ["30 of 30 deltas are garbled or repeat themselves, such as 'red \ufffd 0'"],
+            True,
+        ),
+        (["is red"] * 5, [], False),
+    ],
+)
+def test_a_generator_that_learned_nothing_is_flagged_or_stopped(tmp_path, texts, said, stops):
+    output, row = Output(str(tmp_path / "out")), dict.fromkeys(tables.TRIPLETS.names, 1) | {"source": "vdg"}
+    rows = [{**row, "deltas": [text]} for text in texts]
+    output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.TRIPLETS), tables.TRIPLETS)
+    _flag(output, [])
+    with pytest.raises(UserError, match=r"has learned nothing: .*the loss did not fall") if stops else nullcontext():
+        _flag(output, ["the loss did not fall: 3.1 at step 10, 3.2 at step 90"])
+    assert output.read_json(WARNINGS) == said
 
 
 def _scores(output: Output, scorer: str) -> dict[int, float]:

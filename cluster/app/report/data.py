@@ -1,6 +1,7 @@
 """What the report shows, collected from a run's outputs: tables column-wise and in samples, images by id."""
 
 import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
@@ -53,6 +54,7 @@ class Record:
     rejects: dict[str, int]
     seconds: float
     startup_seconds: float
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Report:
         return headline(self.results)
 
     @property
+    def warnings(self) -> list[tuple[str, str]]:
+        """(instance, what its stage found odd)."""
+        return [(record.instance, said) for record in self.records for said in record.warnings]
+
+    @property
     def seconds(self) -> float:
         """Time of all stages together."""
         return sum(record.seconds for record in self.records)
@@ -87,9 +94,10 @@ class Report:
         return sum(record.startup_seconds for record in self.records)
 
 
-def _record(manifest: dict[str, Any]) -> Record:
-    """An older version's manifest does not tell its start-up."""
-    return Record(**{name: ({"startup_seconds": 0.0} | manifest)[name] for name in Record.__dataclass_fields__})
+def _record(manifest: Mapping[str, Any]) -> Record:
+    """Not every manifest has warnings, and an older version's does not tell its start-up."""
+    known = {"startup_seconds": 0.0, "warnings": [], **manifest}
+    return Record(**{name: known[name] for name in Record.__dataclass_fields__})
 
 
 class _Run:
@@ -98,8 +106,8 @@ class _Run:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.config = graph, graph.config
         self.stages = {stage.instance: stage for stage in graph.stages}
-        self.manifests: dict[str, dict[str, Any]] = {
-            instance: graph.output(stage).read_json(MANIFEST) for instance, stage in self.stages.items()
+        self.manifests: dict[str, Mapping[str, Any]] = {
+            instance: graph.output(stage).manifest() or {} for instance, stage in self.stages.items()
         }
 
     def find(self, kind: str) -> Stage | None:

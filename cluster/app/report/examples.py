@@ -1,7 +1,7 @@
 """The examples of a run: mined pairs, generated deltas, and retrieval before and after. All drawn by seed."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -147,7 +147,7 @@ class Generated:
 
 
 def collect_generated(
-    pseudo: Output, human: Output, manifest: dict[str, Any], top_fraction: float | None, count: int, rng: np.random.Generator
+    pseudo: Output, human: Output, manifest: Mapping[str, Any], top_fraction: float | None, count: int, rng: np.random.Generator
 ) -> Generated:
     """Examples and statistics of a generate output, beside the human deltas that the generator learned from."""
     table = sample(pseudo, lambda part: _with_scores(pseudo, part), rng)

@@ -21,7 +21,7 @@ from cluster.app.graph import Graph
 from cluster.app.report import write_report
 from cluster.app.report.results import collect_results, headline
 from cluster.app.report.words import duration, signed
-from cluster.artifacts import MANIFEST, Output
+from cluster.artifacts import MANIFEST, WARNINGS, Output
 from cluster.stage import Stage
 from mining import tables
 
@@ -106,6 +106,7 @@ def _deltas(graph: Graph, output: Output) -> None:
     output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.TRIPLETS), tables.TRIPLETS)
     output.write_table("scores/part-00000.parquet", pa.Table.from_pylist(scores, tables.SCORES), tables.SCORES)
     output.write_rejects("part-00000.parquet", [{"key": "9", "stage": "generate", "reason": "empty_delta", "detail": ""}])
+    output.write_json(WARNINGS, ["2 of 8 deltas are <b>garbled</b>"])
 
 
 def _log(graph: Graph, output: Output) -> None:
@@ -201,6 +202,10 @@ def test_describes_the_deltas(page: str) -> None:
     assert "exact repeats, generated 62 %" in text
     assert "1 empty delta" in text
     assert "90 % a token" in text
+
+
+def test_says_what_the_stages_found_odd(page: str) -> None:
+    assert "generate:photos: 2 of 8 deltas are &lt;b&gt;garbled&lt;/b&gt;" in page.replace("<b>", "").replace("</b>", "")
 
 
 def test_is_safe_and_self_contained(page: str) -> None:

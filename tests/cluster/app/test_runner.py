@@ -109,6 +109,34 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(ray_session: None, smal
     assert all(Path(output.path(name)).stat().st_mtime_ns == before[name] for name in before)
 
 
+def test_a_full_root_that_is_freed_goes_on(ray_session: None, small_disk: Path, tmp_path: Path) -> None:
+    """MLflow's store lies in it too."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    subprocess.run(["mount", "-o", "remount,size=6m", small_disk], check=True)
+    inside = Graph(configs.load("grocery", [f"root={small_disk}"]))
+    runner.run(inside, [simple("mine:first", 1, {}, lambda output, monitor: write(output, FIRST))])
+    for room in (0, 4096, 200_000):  # none for the store's own pages, some, and some for a part
+        filler, free = small_disk / "filler", os.statvfs(small_disk)
+        filler.write_bytes(bytes(max(free.f_bavail * free.f_frsize - room, 0)))
+        with pytest.raises(UserError) as found:
+            run(inside, on_actors(LAST))
+        assert "disk" in str(found.value)
+        filler.unlink()
+    assert run(inside, on_actors(None)).manifest() is not None
+    assert output_of(inside).parts() == list(PARTS)
+
+
+def test_a_read_only_root_is_refused_in_one_line(small_disk: Path, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for root in (small_disk, small_disk / "new"):
+        with pytest.raises(UserError, match=r"^root: .* cannot be written \(.*Read-only file system.*\); [^\n]*$"):
+            run(graph(root, tmp_path), here)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^root: .* cannot be written \([^\n]*$"):
+        run(graph(tmp_path / "file", tmp_path), here)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
 @pytest.fixture
 def in_the_foreground() -> Iterator[None]:
     """A process that heeds Ctrl-C: what a shell puts in the background does not."""

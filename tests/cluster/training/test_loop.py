@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cluster.monitor import Monitor
 from cluster.training.checkpoints import WEIGHTS
 from cluster.training.engine import learning_rate_factor
 from cluster.training.groups import Groups
-from cluster.training.loop import METRICS, TRAINING, sample_rows, train
+from cluster.training.loop import METRICS, TRAINING, sample_rows, train, unlearned
 from tests.conftest import Recorder
 
 LOCAL = WorkerResources(workers=0)
@@ -172,6 +173,25 @@ def test_a_loss_that_is_not_finite_stops_at_once(ray_session: None, tmp_path: Pa
         train(Output(str(tmp_path / "out")), NotFinite(), config(), 0, WorkerResources(workers=0), monitor)
 
 
+class Steep(Regression):
+    """Its loss is finite, and its gradient is not."""
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {"loss": super().forward(batch)["loss"] + (self.line.weight.sum() * 0).abs().sqrt()}
+
+
+class SteepTask(RegressionTask):
+    def build(self) -> Regression:
+        return Steep()
+
+
+def test_a_gradient_that_is_not_finite_stops_at_once(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+    output = Output(str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"step 1: the gradient is not finite; lower"):
+        train(output, SteepTask(), config(steps=3, checkpoint_every=None), 0, LOCAL, monitor)
+    assert not output.exists(WEIGHTS)
+
+
 class DivergedTask(RegressionTask):
     def validate(self, module: Regression) -> dict[str, float]:
         raise UserError("the training diverged")
@@ -211,6 +231,50 @@ def test_a_training_in_the_driver_goes_on_from_its_checkpoint(ray_session: None,
     train(broken, RegressionTask(), config(), 0, LOCAL, monitor)
     assert monitor.resumed == 10
     assert losses(broken) == pytest.approx(losses(whole))
+
+
+@pytest.mark.parametrize("damage", ["state", "weights", "cut", "gone", "foreign"])
+def test_a_damaged_checkpoint_is_as_good_as_none(ray_session: None, tmp_path: Path, monitor: Recorder, damage: str) -> None:
+    output = Output(str(tmp_path / "out"))
+    with pytest.raises(RuntimeError, match="gave up"):
+        train(output, RegressionTask(fail_at=2, marker=str(tmp_path / "failed")), config(), 0, LOCAL, monitor)
+    folder = Path(output.path("checkpoints/checkpoint_000000010"))
+    optimizer = next(folder.rglob("*optim*"))
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 4
+    if damage == "weights":
+        (folder / WEIGHTS).write_bytes(content)
+    elif damage == "cut":
+        optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    elif damage == "gone":
+        optimizer.unlink()
+    else:
+        (folder / "state.json").write_text("[]" if damage == "state" else '{"step": "ten", "foreign": 1}')
+    monitor.resumed = 0
+    assert train(output, RegressionTask(), config(), 0, LOCAL, monitor)["step"] == 30
+    assert monitor.resumed == 0
+
+
+def test_a_training_in_the_driver_leaves_nothing_in_the_temporary_folder(
+    tmp_path: Path, monitor: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    written = []
+
+    class Watching(RegressionTask):
+        def validate(self, module: Regression) -> dict[str, float]:
+            written.extend(path.name for path in temporary.rglob("*.pt"))
+            return super().validate(module)
+
+    task = Watching(fail_at=3, marker=str(tmp_path / "failed"))
+    with pytest.raises(RuntimeError, match="gave up"):
+        train(Output(str(tmp_path / "out")), task, config(), 0, LOCAL, monitor)
+    assert not list(temporary.iterdir())
+    train(Output(str(tmp_path / "out")), RegressionTask(), config(), 0, LOCAL, monitor)
+    assert not written
+    assert not list(temporary.iterdir())
 
 
 class Counting(RegressionTask):
@@ -289,3 +353,20 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(ray_session: None, tmp_path
     assert (tmp_path / "failed").exists()
     assert losses(broken) == pytest.approx(losses(whole))
     assert torch.equal(load(broken.read_bytes(WEIGHTS))["line.weight"], load(whole.read_bytes(WEIGHTS))["line.weight"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "flagged"),
+    [
+        ([3.0, 2.0, 1.0], False),
+        ([3.0, 3.1], True),
+        ([3.0], False),
+        ([1.0] * 4 + [0.99] * 8, True),
+        ([8.0, *[2.0] * 9, 2.1], False),
+    ],
+)
+def test_a_loss_that_does_not_fall_is_flagged(tmp_path: Path, losses: list[float], flagged: bool) -> None:
+    output = Output(str(tmp_path))
+    lines = [json.dumps({"step": 10 * step, "loss": loss}) for step, loss in enumerate(losses, 1)]
+    output.write_bytes(METRICS, "\n".join(lines).encode())
+    assert [said.partition(":")[0] for said in unlearned(output)] == ["the loss did not fall"] * flagged
