@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from cluster.files import files_below
+from cluster.stores import open_store
 
 HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
 MANIFEST = "manifest.json"
@@ -33,7 +34,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow filesystem of a URI or local path, and the path inside it. Raises OSError or ValueError."""
     try:
         if "://" in uri:
-            return pafs.FileSystem.from_uri(uri)
+            return open_store(uri)
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
     except (RuntimeError, pa.ArrowException) as error:  # RuntimeError: of `~nobody`, or links in a circle
         raise ValueError(f"{uri}: {error}") from error

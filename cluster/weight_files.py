@@ -30,8 +30,8 @@ def _of_folder(folder: Path, shards: bool) -> str | None:
         base = _base(folder / ADAPTER)
         return f"{folder} is an adapter without its base{base}; merge the two (PEFT's merge_and_unload) and give that folder"
     if not weights:
-        found = ", ".join(names[:5]) or "nothing"
-        return f"{folder} holds no weights ({' or '.join(MODELS)}), only {found}; correct the path, 'file', or bring the files"
+        held = ", ".join(names[:5]) or "nothing"
+        return f"{folder} holds no weights ({' or '.join(MODELS)}), only {held}; correct the path, 'file', or bring the files"
     small = [name for name in names if Path(name).suffix in SMALL]
     if broken := next(filter(None, (_of_file(folder / name) for name in small)), None):
         return broken

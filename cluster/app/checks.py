@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
+import ray
+
 from cluster.app.config import PROJECT, RunConfig
+from cluster.driver.demand import nodes, shortages
 from cluster.errors import UserError
 from cluster.stage import Stage
 from cluster.weights import Pretrained, Weights
@@ -10,12 +13,14 @@ from cluster.weights import Pretrained, Weights
 
 def check(config: RunConfig, stages: list[Stage]) -> None:
     """Raises UserError listing everything that these stages need and that is missing or does not fit, by the config's field."""
-    _refuse(problems(stages), config)
+    _refuse(problems(config, stages), config)
 
 
-def problems(stages: list[Stage]) -> dict[str, str]:
+def problems(config: RunConfig, stages: list[Stage]) -> dict[str, str]:
     """What these stages need and is missing or does not fit: the config's field -> what was found and what to do."""
-    return {field: problem for stage in stages for field, problem in stage.check().items()} | unloadable(stages)
+    there = None if ray.is_initialized() else nodes(config.resources.ray)  # a session's cluster may grow
+    own = {field: problem for stage in stages for field, problem in stage.check().items()}
+    return own | unloadable(stages) | (shortages(stages, there) if there else {})
 
 
 def unloadable(stages: list[Stage]) -> dict[str, str]:

@@ -43,7 +43,7 @@ def _of_config(config: str, assignments: list[str]) -> list[Finding]:
 
     graph = graph_of(config, assignments)
     wanted = Setting(graph.root, tracking_uri(graph.config), graph.config.resources.ray.address)
-    wrong = [Finding(field, "blocker", *_halves(problem)) for field, problem in problems(graph.stages).items()]
+    wrong = [Finding(field, "blocker", *_halves(problem)) for field, problem in problems(graph.config, graph.stages).items()]
     whole = Finding(graph.config.name, "ok", f"the files and models of its {len(graph.stages)} stages are there")
     return [*examine(wanted), *(wrong or [whole])]
 
