@@ -87,17 +87,16 @@ def silence(address: str) -> str | None:
 
     Ray's own client waits minutes for a head that is dead, in native code; its check is ended here.
     """
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
-    if address.startswith("ray://"):
-        command += ["--component", "ray_client_server"]
     if address != "auto":
-        place = address.removeprefix("ray://")
-        host, _, port = place.rpartition(":")
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
             socket.create_connection((host, int(port)), KNOCK).close()
         except (OSError, ValueError) as error:
             return f"nothing answers ({error})"
-        command += ["--address", place]
+    if address.startswith("ray://"):  # its server ends a wait by itself
+        return None
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    command += [] if address == "auto" else ["--address", address]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:

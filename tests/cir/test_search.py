@@ -18,7 +18,7 @@ from cluster.monitor import Silent
 from mining.images import decode
 from mining.search import Exact, Lists
 from tests.cir import world
-from tests.stages import train_cir
+from tests.cir.stages import train_cir
 
 QUERIES = world.triplet_rows(40, 2)
 TOP = 10

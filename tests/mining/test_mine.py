@@ -21,7 +21,7 @@ from mining.pairs.similarities import SIMILARITIES
 from mining.pairs.walk import PAIR_RANKS, groups_of, shuffled, without_overlap
 from mining.search import Exact, neighbours_of
 from tests.conftest import Recorder
-from tests.stages import mine_pairs
+from tests.mining.stages import mine_pairs
 
 WALK = MineConfig(gallery="g", tower="t")
 MATCHED = MineConfig(gallery="g", tower="t", method="matched", triplets="t", matched=MatchedConfig(pairs=300), part_rows=100)

@@ -13,8 +13,8 @@ from mining.features import centred
 from mining.neighbours import REPORT, read_neighbours
 from mining.search import Exact, neighbours_of
 from tests.conftest import Recorder
+from tests.mining.stages import find_neighbours, mine_pairs
 from tests.mining.test_mine import WALK, clustered, embeddings
-from tests.stages import find_neighbours, mine_pairs
 
 CENTRED = MineConfig(gallery="g", tower="t", method="matched", triplets="t", matched=MatchedConfig(neighbours=7))
 
