@@ -112,9 +112,10 @@ class TowerConfig(Pretrained):
 
     def check_library(self) -> None:
         """As the library that loads it says."""
-        from mining.towers import check_tower
+        from mining.tower_checks import CHECKS
 
-        check_tower(self)
+        if self.library in CHECKS:
+            CHECKS[self.library](self)
 
 
 class ViewsConfig(Section):

@@ -16,7 +16,7 @@ from cluster.devices import device, uses_bf16
 from cluster.errors import UserError
 from cluster.weights import Weights
 from mining.config import TowerConfig
-from mining.pretrained import Colour, check_model, colours_of, config_of, source_of, tokenizer_of
+from mining.pretrained import Colour, colours_of, source_of
 
 _Loaded = tuple[nn.Module, Colour, Colour]  # a model, and the mean and deviation of the pixels (0 to 1) it was trained on
 
@@ -31,7 +31,7 @@ class ImageTower(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.bfloat16 if uses_bf16(config.precision) else torch.float32
-        _, load, self._run = LIBRARIES[config.library]
+        load, self._run = LIBRARIES[config.library]
         model, mean, std = load(config)
         self.model: Any = model.eval().requires_grad_(False).to(self.dtype)
         self.mean, self.std = config.mean or mean, config.std or std
@@ -62,33 +62,13 @@ def _load_timm(config: TowerConfig) -> _Loaded:
     else:
         model = timm.create_model(config.model, pretrained=False, num_classes=0 if not config.weights else 1000)
         if config.weights:
-            _load_state(model, Path(config.weights.location()), config.by_order)
+            load_state(model, Path(config.weights.location()), config.by_order)
             model.reset_classifier(0)
     mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
     return _fold_batch_norm(reparameterize_model(model.eval())), mean, std
 
 
-def _check_timm(config: TowerConfig) -> None:
-    """Raises UserError when timm knows no such model, or the file holds other tensors than its."""
-    import timm
-
-    weights = config.weights
-    if weights and weights.hub:
-        from timm.models import load_model_config_from_hf
-
-        revision = f"@{weights.revision}" if weights.revision else ""
-        name = load_model_config_from_hf(f"{weights.hub}{revision}")[1]
-    else:
-        name = config.model
-    if not timm.is_model(name):
-        raise UserError(f"timm knows no model {name!r}; `timm.list_models()` gives its names")
-    if weights and not weights.hub:
-        with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False, num_classes=1000)
-        _load_state(model, Path(weights.location()), config.by_order, "meta")
-
-
-def _load_state(model: nn.Module, path: Path, by_order: bool, place: str = "cpu") -> None:
+def load_state(model: nn.Module, path: Path, by_order: bool, place: str = "cpu") -> None:
     """Raises UserError when the file's tensors are not the model's. On `place` meta none of them is read."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the weights in it by 'file'")
@@ -155,10 +135,6 @@ def open_clip_source(model: str, weights: Weights | None) -> tuple[str, str | No
     return f"local-dir:{snapshot_download(weights.hub, revision=weights.revision, allow_patterns=files)}", None
 
 
-def _check_open_clip(config: TowerConfig) -> None:
-    open_clip_config(config.model, config.weights)
-
-
 def open_clip_config(model: str, weights: Weights | None) -> dict[str, Any]:
     """The config of an architecture: the library's own, or that of a repository or folder.
 
@@ -199,37 +175,6 @@ def _load_transformers(config: TowerConfig) -> _Loaded:
         return load_qformer(config.weights), *colours(config)
     kind: Any = BlipForImageTextRetrieval if config.output == "projected" else AutoModel
     return kind.from_pretrained(**source_of(config.weights)), *colours(config)
-
-
-def _check_transformers(config: TowerConfig) -> None:
-    from transformers import AutoModel
-
-    assert config.weights is not None
-    if config.output == "qformer":
-        from mining.qformer import check_qformer
-
-        check_qformer(config.weights)
-    elif config.output == "projected":
-        _check_projected(config, config_of(config.weights))
-    else:
-        found = check_model(config.weights, AutoModel)
-        if not (hasattr(found, "vision_config") or hasattr(found, "num_channels")):
-            raise UserError(f"{config.weights.location()} is {found.model_type}, which sees no images; take another model")
-    colours(config)
-
-
-def _check_projected(config: TowerConfig, found: Any) -> None:
-    """Raises UserError when the weights of a tower with output `projected` are no BLIP retrieval model for its images."""
-    assert config.weights is not None
-    location = config.weights.location()
-    if "BlipForImageTextRetrieval" not in (found.architectures or []):
-        raise UserError(
-            f"output 'projected' is of BLIP's retrieval models, {location} is {found.architectures}; give such weights "
-            "(Salesforce/blip-itm-large-coco), or output: pooled"
-        )
-    if found.vision_config.image_size != config.image_size:
-        raise UserError(f"image_size is {config.image_size}, {location} takes images of {found.vision_config.image_size}")
-    tokenizer_of(config.weights)  # that model reads the deltas too
 
 
 def colours(config: TowerConfig) -> tuple[Colour, Colour]:
@@ -278,16 +223,9 @@ def _forward_transformers(model: Any, images: torch.Tensor, output: str) -> torc
     return vision(pixel_values=images).pooler_output
 
 
-# TowerConfig.library -> what raises when it would not load a model, how its models are loaded, and how one runs:
-# images [B, 3, size, size] to [B, dim] or [B, tokens, dim]
-_Run = Callable[[Any, torch.Tensor, str], torch.Tensor]
-LIBRARIES: dict[str, tuple[Callable[[TowerConfig], None], Callable[[TowerConfig], _Loaded], _Run]] = {
-    "timm": (_check_timm, _load_timm, _forward_timm),
-    "open_clip": (_check_open_clip, _load_open_clip, _forward_open_clip),
-    "transformers": (_check_transformers, _load_transformers, _forward_transformers),
+# TowerConfig.library -> how its models are loaded, and how one runs: images [B, 3, size, size] to [B, dim] or [B, tokens, dim]
+LIBRARIES: dict[str, tuple[Callable[[TowerConfig], _Loaded], Callable[[Any, torch.Tensor, str], torch.Tensor]]] = {
+    "timm": (_load_timm, _forward_timm),
+    "open_clip": (_load_open_clip, _forward_open_clip),
+    "transformers": (_load_transformers, _forward_transformers),
 }
-
-
-def check_tower(config: TowerConfig) -> None:
-    """Raises UserError, or what the library does, when a tower would not load; no tensor is read."""
-    LIBRARIES[config.library][0](config)
