@@ -121,7 +121,7 @@ class Weights(Section):
 def _package_folder(package: str) -> Path:
     try:
         spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # of the package that a dotted name is in
+    except (ImportError, ValueError):  # of the package that a dotted name is in, or no name at all
         spec = None
     if spec is None or spec.origin is None:
         raise UserError(f"weights: Python package '{package}' is not installed; install it on every node")
