@@ -6,10 +6,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from cluster.config import FOLDER, PARTIAL, Section, TrainingConfig, validate
-from cluster.weights import Weights
+from cluster.weights import Pretrained, Weights
 
 
-class TextTower(Section):
+class TextTower(Pretrained):
     """The encoder of deltas: its output enters the fusion."""
 
     library: Literal["open_clip", "transformers"] = Field(description="whose model it is")
@@ -28,6 +28,17 @@ class TextTower(Section):
         if self.pretrained and self.weights:
             raise ValueError("give 'pretrained' (a tag) or 'weights', not both")
         return self
+
+    @property
+    def source(self) -> tuple[str, Weights | None]:
+        """`weights`, or the tag of them."""
+        return "pretrained" if self.pretrained else "weights", self.weights
+
+    def check_library(self) -> None:
+        """As the library that loads it says."""
+        from cir.models.text import check_text
+
+        check_text(self)
 
 
 Scorer = Literal["log_probability", "agreement", "round_trip"]

@@ -25,7 +25,7 @@ from mining.features import Features, FeatureSource, read_mean, unit_vectors
 from mining.gallery import read_images
 from mining.images import decode, plain
 from mining.indexes import filled, trained
-from mining.search import best_first
+from mining.search import Exact, Lists, Search
 
 EXACT_ROWS = 20_000  # one query over larger galleries goes through inverted lists
 LISTS_A_PROBE = 16  # of so many lists one is searched: a composed query lies farther from the gallery than its own images do
@@ -49,36 +49,27 @@ class Hits:
 
 
 class Matrix:
-    """Unit vectors of a gallery: searched exactly, or through FAISS's lists and scored again where there are many.
+    """Unit vectors of a gallery, which single queries are compared with: all of them, or those of FAISS's lists.
 
     The filled lists lie on the node's disk (`mining.scratch`): they are made once.
     """
 
     def __init__(self, image_ids: np.ndarray, vectors: np.ndarray) -> None:
         self.image_ids, self.vectors = image_ids, vectors
-        self._lists: Any = filled(trained(vectors, None), vectors, on_disk=True) if len(vectors) > EXACT_ROWS else None
-        if self._lists is not None:
-            self._lists.nprobe = -(-self._lists.nlist // LISTS_A_PROBE)
-
-    def search(self, queries: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows int64 [q, n], cosines float32 [q, n]) of unit queries float32 [q, dim], best first; n is at most `top`."""
-        import faiss
-
-        count = min(top, len(self.vectors))
-        if self._lists is None:
-            scores, rows = faiss.knn(queries, self.vectors, count, metric=faiss.METRIC_INNER_PRODUCT)
-            return rows, scores
-        rows = self._lists.search(queries, count)[1]
-        scores = np.einsum("qd,qkd->qk", queries, self.vectors[rows.clip(0)])
-        scores[rows < 0] = -np.inf  # fewer than `count` in the lists that were searched
-        return best_first(rows, scores, count)
+        self.search: Search = Exact(vectors) if len(vectors) <= EXACT_ROWS else _lists(vectors)
 
     def nearest(self, query: np.ndarray, top: int, without: int | None) -> Hits:
         """The best of one unit query float32 [dim], without one image."""
-        rows, scores = (found[0] for found in self.search(query[None], top + (without is not None)))
+        rows, scores = (found[0] for found in self.search(query[None], min(top + (without is not None), len(self.vectors))))
         ids = self.image_ids[rows]
         kept = np.isfinite(scores) & (ids != without)
         return Hits(ids[kept][:top], scores[kept][:top])
+
+
+def _lists(vectors: np.ndarray) -> Lists:
+    lists = filled(trained(vectors, None), vectors, on_disk=True)
+    lists.nprobe = -(-lists.nlist // LISTS_A_PROBE)
+    return Lists(vectors, lists)
 
 
 class Encoder:

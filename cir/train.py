@@ -12,7 +12,7 @@ from cluster.errors import UserError
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import train, unfit
 from mining.embeddings import INFO
-from mining.features import Features, copy_mean, features_of
+from mining.features import copy_mean, features_of
 
 MODEL = "cir.json"
 RESULT = "result.json"
@@ -63,7 +63,8 @@ class Train(Stage):
         pseudo = pseudo_of(run, self.pseudo_triplets, self.scores) if self.pseudo_triplets and config.pseudo else None
         info = features.embeddings.read_json(INFO)
         _check_inputs(triplets, pseudo, config, info["tokens"])
-        _check_text(config, features, info["dim"])
+        if config.text is not None and config.fusion == "combiner":
+            _check_widths(config.text, info["dim"])
         labelled, pseudo_triplets = _checked_rows(TASKS[config.model](features, triplets, pseudo, config), triplets)
         content = {
             "version": self.version,
@@ -95,34 +96,13 @@ def _check_inputs(triplets: Output, pseudo: Pseudo | None, config: VariantConfig
         )
 
 
-def _check_text(config: VariantConfig, features: Features, dim: int) -> None:
-    if config.text is not None:
-        _check_text_tower(config.text, config.fusion, dim)
-    elif features.online is not None:
-        from cir.models.blip import DeltaTokenizer
+def _check_widths(tower: TextTower, dim: int) -> None:
+    from cir.models.composed import check_widths
+    from cir.models.text import text_width
 
-        DeltaTokenizer(features.online.tower)
-
-
-def _check_text_tower(tower: TextTower, fusion: str, dim: int) -> None:
-    if tower.weights is not None:
-        tower.weights.location()
-    elif ":" not in (tower.model or ""):
-        _check_known(tower.model or "")
-    if fusion == "combiner":
-        from cir.models.composed import check_widths
-        from cir.models.text import text_width
-
-        width = text_width(tower)
-        if width is not None:
-            check_widths(dim, width)
-
-
-def _check_known(model: str) -> None:
-    import open_clip
-
-    if open_clip.get_model_config(model) is None:
-        raise UserError(f"train.text.model: open_clip knows no {model!r}; `open_clip.list_models()` gives its names")
+    width = text_width(tower)
+    if width is not None:
+        check_widths(dim, width)
 
 
 def _checked_rows(task: TripletTask, triplets: Output) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 from cluster.errors import UserError
 from cluster.files import files_below
 from cluster.manifest import Manifest, checked, parse
+from cluster.stores import open_store
 
 HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
 MANIFEST = "manifest.json"
@@ -41,7 +42,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow filesystem of a URI or local path, and the path inside it. Raises OSError or NoPlaceError."""
     try:
         if "://" in uri:
-            return pafs.FileSystem.from_uri(uri)
+            return open_store(uri)
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
     except (RuntimeError, ValueError, pa.ArrowException) as error:  # RuntimeError: of `~nobody`, or links in a circle
         raise NoPlaceError(f"{uri}: {error}; give a folder, or a URI of a store such as s3://bucket/folder") from error

@@ -104,6 +104,10 @@ class Resources(Section):
         """CPUs and GPUs that all of its processes take together, as Ray names them."""
         raise NotImplementedError
 
+    def least(self) -> list[dict[str, float]]:
+        """What each of the processes takes that must be there at the same time, or the stage waits for ever."""
+        raise NotImplementedError
+
 
 class TaskResources(Resources):
     """What one process of a stage may use."""
@@ -121,6 +125,11 @@ class TaskResources(Resources):
     def wanted(self) -> dict[str, float]:
         """As many for each process."""
         return {"CPU": self.processes * self.cpus, "GPU": self.processes * self.gpus}
+
+    def least(self) -> list[dict[str, float]]:
+        """One process: of a pool the others may come later."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": (self.memory_gb or 0) * 2**30}
+        return [wanted | ({f"accelerator_type:{self.accelerator_type}": 0.001} if self.accelerator_type else {})]
 
     def ray_options(self) -> dict[str, Any]:
         """As Ray's tasks, actors and `map_batches` take them."""
@@ -149,6 +158,10 @@ class DecodeResources(Resources):
         """Of all decode tasks."""
         return {"CPU": self.decode_tasks * self.decode_cpus, "GPU": 0.0}
 
+    def least(self) -> list[dict[str, float]]:
+        """One task."""
+        return [{"CPU": self.decode_cpus}]
+
 
 class EmbedResources(ActorResources, DecodeResources):
     """What embed may use: CPU tasks that decode feed a pool of actors that hold the tower."""
@@ -159,6 +172,10 @@ class EmbedResources(ActorResources, DecodeResources):
         """Of the actors and the decode tasks."""
         actors, tasks = ActorResources.wanted(self), DecodeResources.wanted(self)
         return {name: actors[name] + tasks[name] for name in actors}
+
+    def least(self) -> list[dict[str, float]]:
+        """All actors, which never let go of their CPUs, and a task that feeds them."""
+        return self.actors * ActorResources.least(self) + DecodeResources.least(self)
 
 
 class WorkerResources(TaskResources):
@@ -178,6 +195,10 @@ class WorkerResources(TaskResources):
     def wanted(self) -> dict[str, float]:
         """In the driver all threads that the machine has."""
         return super().wanted() if self.workers else {"CPU": math.inf, "GPU": 0.0}
+
+    def least(self) -> list[dict[str, float]]:
+        """All workers, which start together."""
+        return self.workers * super().least()
 
 
 class TrainingConfig(Section):

@@ -1,4 +1,7 @@
-"""Which code made an output, as which Ray job, and on what: its manifest keeps all three."""
+"""Which code made an output, as which Ray job, and on what: its manifest keeps all three.
+
+None of it is in the digest, which `cluster/stage.py` makes of a stage's fields.
+"""
 
 import hashlib
 import json

@@ -39,7 +39,7 @@ from cluster.manifest import Manifest, digest_of, sealed
 from cluster.monitor import Monitor
 from cluster.provenance import code
 from cluster.verify import described, differences, remove_broken, verify
-from cluster.weights import Weights, weights_in
+from cluster.weights import Pretrained, Weights, models_in
 
 if TYPE_CHECKING:
     from cluster.training.groups import Groups
@@ -189,10 +189,21 @@ class Stage(ABC):
         return output_of(root, self.instance, self.digest)
 
     @cached_property
-    def weights(self) -> dict[str, Weights]:
-        """All pretrained weights that it loads, by the config's field."""
+    def pretrained(self) -> dict[str, Pretrained | Weights]:
+        """All pretrained models that it loads, by the config's field of their weights.
+
+        Who takes a trained model loads what that is built on too.
+        """
         sections = ((self.config_field(role), value) for role, value, _ in self._flat() if isinstance(value, BaseModel))
-        return {field: weights for place, section in sections for field, weights in weights_in(section, place)}
+        own = {field: model for place, section in sections for field, model in models_in(section, place)}
+        built = (item for parent in self.parents.values() if parent.model for item in parent.pretrained.items())
+        return {**dict(built), **own}
+
+    @property
+    def weights(self) -> dict[str, Weights]:
+        """Those of `pretrained` that are not the library's own."""
+        found = {field: model if isinstance(model, Weights) else model.source[1] for field, model in self.pretrained.items()}
+        return {field: weights for field, weights in found.items() if weights is not None}
 
     def missing(self) -> dict[str, str]:
         """The outside files that this machine does not see: the config's field -> what was found and what to do."""
@@ -201,11 +212,10 @@ class Stage(ABC):
     def check(self) -> dict[str, str]:
         """What is wrong before any work: the config's field -> what was found and what to do.
 
-        Missing sources and weights; a class adds what else its work would stumble over.
+        Missing sources; a class adds what else its work would stumble over. Pretrained models are checked once a run.
         """
-        found = {field: weights.problem() for field, weights in self.weights.items()}
-        found |= {source.field: source.secret() for source in self.sources.values()}
-        return self.missing() | {field: problem for field, problem in found.items() if problem is not None}
+        secrets = {source.field: source.secret() for source in self.sources.values()}
+        return self.missing() | {field: problem for field, problem in secrets.items() if problem is not None}
 
     def earlier(self, root: str) -> tuple[Output, Manifest] | None:
         """The newest whole output of the same instance, code and settings but of other parents, and its manifest."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import packages_distributions, version
@@ -21,6 +22,7 @@ from pydantic import (
 from cluster.artifacts import fingerprint
 from cluster.config import CONTENT, Section, path_field
 from cluster.errors import UserError
+from cluster.weight_files import damage
 
 
 class Weights(Section):
@@ -63,34 +65,43 @@ class Weights(Section):
             raise UserError(f"weights: {path} has sha256 {sha256_of(path)}, expected {self.sha256}")
         return str(path)
 
-    def check(self) -> None:
-        """Raises UserError when the weights are missing or other ones, or on a hub that does not give them.
+    def check(self, shards: bool = True) -> None:
+        """Raises UserError when the weights are missing, damaged or other ones, or on a hub that does not give them.
 
-        Of a hub's repository its smallest file is fetched, unless it is in the local cache.
+        Headers are read, never tensors; `shards` says whether all of a sharded model's files are needed. A hub is asked
+        whether it has the repository, unless the local cache has what is needed of it.
         """
-        if self.hub is None:
-            self.location()
+        if self.hub is not None:
+            if not self._is_cached(shards):
+                self._ask_hub()
             return
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
+        path = Path(self.location())
+        if not self.sha256 and (found := damage(path, shards)):
+            raise UserError(f"weights: {found}")
+
+    def _is_cached(self, shards: bool) -> bool:
+        from huggingface_hub import snapshot_download
 
         try:
-            hf_hub_download(self.hub, "config.json", revision=self.revision)
-        except RemoteEntryNotFoundError:  # a repository without that file, but there
-            return
-        except (OSError, ValueError) as error:
+            folder = Path(snapshot_download(self.hub or "", revision=self.revision, local_files_only=True))
+        except (OSError, ValueError):
+            return False
+        return damage(folder / (self.file or ""), shards) is None
+
+    def _ask_hub(self) -> None:
+        """One question, without the retries of a download."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import GatedRepoError
+
+        name = f"'{self.hub}' at revision {self.revision or 'main'}"
+        try:
+            repository = HfApi().model_info(self.hub or "", revision=self.revision, timeout=10)
+        except Exception as error:  # whatever the network, or a name that no repository can have, gives
             gated = isinstance(error, GatedRepoError)
             reason = "accept its licence on its page of the hub, then `hf auth login`" if gated else str(error).split("\n")[0]
-            name = f"'{self.hub}' at revision {self.revision or 'main'}"
             raise UserError(f"weights: {name} is not in the local cache and cannot be fetched: {reason}") from error
-
-    def problem(self) -> str | None:
-        """What `check` finds, if anything."""
-        try:
-            self.check()
-        except UserError as error:
-            return str(error)
-        return None
+        if self.file and self.file not in [file.rfilename for file in repository.siblings or ()]:
+            raise UserError(f"weights: {name} has no file {self.file!r}; correct 'file'")
 
     def identity(self) -> dict[str, Any]:
         """What decides the weights' content, never where they lie: as precise as is cheap to find out."""
@@ -110,7 +121,7 @@ class Weights(Section):
 def _package_folder(package: str) -> Path:
     try:
         spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # of the package that a dotted name is in
+    except (ImportError, ValueError):  # of the package that a dotted name is in, or no name at all
         spec = None
     if spec is None or spec.origin is None:
         raise UserError(f"weights: Python package '{package}' is not installed; install it on every node")
@@ -130,11 +141,49 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_in(section: BaseModel, field: str) -> Iterator[tuple[str, Weights]]:
-    """(field, weights) of all weights in a section, which the config has at `field`."""
+class Pretrained(Section, ABC):
+    """A section that says which library loads which weights, and can say before any work whether it will."""
+
+    @property
+    @abstractmethod
+    def source(self) -> tuple[str, Weights | None]:
+        """Name of the field of its weights, and those; None where the library brings them itself."""
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether all files of a sharded model are read."""
+        return True
+
+    @abstractmethod
+    def check_library(self) -> None:
+        """Raises UserError, or whatever the library does, when it would not load these weights, which are whole.
+
+        Only what is small is read: config, tokenizer, names and shapes of tensors.
+        """
+
+    def check(self) -> None:
+        """Raises UserError naming what is missing, damaged, or not what the library takes."""
+        name, weights = self.source
+        if weights is not None:
+            weights.check(self.reads_all)
+        try:
+            self.check_library()
+        except UserError:
+            raise
+        except Exception as error:  # a library raises what it likes of what is not its own
+            why = str(error).strip().split("\n")[0][:300] or type(error).__name__
+            place = f" of {weights.location()}" if weights else ""
+            raise UserError(f"the library does not take the {name}{place}: {why}; give others, or correct 'library'") from error
+
+
+def models_in(section: BaseModel, field: str) -> Iterator[tuple[str, Pretrained | Weights]]:
+    """(field of the weights, what can check them) of all pretrained models in a section, which the config has at `field`."""
+    if isinstance(section, Pretrained):
+        yield f"{field}.{section.source[0]}", section
+        return
     for name in type(section).model_fields:
         value, place = getattr(section, name), f"{field}.{name}"
         if isinstance(value, Weights):
             yield place, value
         elif isinstance(value, BaseModel):
-            yield from weights_in(value, place)
+            yield from models_in(value, place)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mining.search import Found, without_self
+from mining.search import Found
 
 if TYPE_CHECKING:
     import torch
@@ -29,23 +29,23 @@ class BlockProduct:
     As many shards as fit stay on the device; the others come anew for each block of queries.
     """
 
-    def __init__(self, vectors: np.ndarray, top: int, device: str) -> None:
-        self.vectors, self.device, self._count = vectors, device, min(top + 1, len(vectors))
+    def __init__(self, vectors: np.ndarray, device: str) -> None:
+        self.vectors, self.device = vectors, device
         self._kept: dict[int, torch.Tensor] = {}
 
-    def __call__(self, rows: np.ndarray) -> Found:
+    def __call__(self, queries: np.ndarray, count: int) -> Found:
         """As `Search`."""
         import torch
 
-        queries = self._moved(self.vectors[rows])
-        found = torch.full((len(rows), self._count), -1, device=self.device)
-        scores = torch.full((len(rows), self._count), -torch.inf, device=self.device)
+        moved = self._moved(queries)
+        found = torch.full((len(queries), count), -1, device=self.device)
+        scores = torch.full((len(queries), count), -torch.inf, device=self.device)
         for first, shard in self._shards():
             half = shard.half()
-            for start in range(0, len(rows), QUERIES):
+            for start in range(0, len(queries), QUERIES):
                 here = slice(start, start + QUERIES)
-                found[here], scores[here] = _nearer(queries[here], shard, half, first, found[here], scores[here])
-        return without_self(rows, (found.cpu().numpy(), scores.cpu().numpy()))
+                found[here], scores[here] = _nearer(moved[here], shard, half, first, found[here], scores[here])
+        return found.cpu().numpy(), scores.cpu().numpy()
 
     def _shards(self) -> Iterator[tuple[int, "torch.Tensor"]]:
         for first in range(0, len(self.vectors), SHARD_ROWS):

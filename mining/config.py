@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cluster.config import NOT_CONTENT, Section, path_field
-from cluster.weights import Weights
+from cluster.weights import Pretrained, Weights
 
 
 def _listed(paths: str | list[str] | None) -> list[str]:
@@ -69,7 +69,7 @@ class IngestConfig(Section):
     max_reject_fraction: float = Field(0.01, ge=0, le=1, description="share of rejected rows above which a stage fails")
 
 
-class TowerConfig(Section):
+class TowerConfig(Pretrained):
     """A frozen image tower."""
 
     library: Literal["timm", "open_clip", "transformers"] = Field(description="whose model it is")
@@ -99,6 +99,23 @@ class TowerConfig(Section):
         if self.output == "levels" and self.library != "timm":
             raise ValueError("output 'levels' needs 'library: timm'")
         return self
+
+    @property
+    def source(self) -> tuple[str, Weights | None]:
+        """`weights`."""
+        return "weights", self.weights
+
+    @property
+    def reads_all(self) -> bool:
+        """Of InstructBLIP and BLIP-2 the language model is never read."""
+        return self.output != "qformer"
+
+    def check_library(self) -> None:
+        """As the library that loads it says."""
+        from mining.tower_checks import CHECKS
+
+        if self.library in CHECKS:
+            CHECKS[self.library](self)
 
 
 class ViewsConfig(Section):

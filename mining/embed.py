@@ -53,8 +53,7 @@ class Embed(Stage):
         return f"embed.towers.{self.name.partition('.')[0]}" if name == "tower" else f"embed.{name}"
 
     def work(self, output: Output, run: Run) -> None:
-        """Raises UserError when what comes with the weights is missing, before an actor starts, or no image can be read."""
-        _check(self.tower)
+        """Raises UserError when no image can be read."""
         gallery, earlier = run.output(self.gallery), self._earlier(run)
         parts = {view_part(part, view): n for part, n in gallery.part_rows().items() for view in range(self.views.count)}
         decode = partial(_decode_part, gallery=gallery, output=output, tower=self.tower, views=self.views, earlier=earlier)
@@ -96,19 +95,6 @@ class Embed(Stage):
         of_gallery = gallery.manifest()
         whole = of_gallery is not None and not differences(gallery, of_gallery)
         return open_earlier(embeddings, gallery) if whole else None
-
-
-def _check(tower: TowerConfig) -> None:
-    if tower.weights is not None:
-        tower.weights.location()
-    if tower.output == "projected":
-        from mining.towers import check_projected
-
-        check_projected(tower)
-    if tower.library == "transformers" and not (tower.mean and tower.std):
-        from mining.towers import preprocessing
-
-        preprocessing(tower)
 
 
 def _decode_part(

@@ -25,7 +25,7 @@ from mining.features import ORIGIN, read_mean, unit_vectors
 from mining.gallery import part_name
 from mining.indexes import filled, kind_for
 from mining.scratch import new_array, shared
-from mining.search import Exact, Found, Lists, Search, has_gpus, limit_threads, plan
+from mining.search import Exact, Found, Lists, Search, has_gpus, limit_threads, neighbours_of, plan
 
 BLOCK = 4096  # images of one part
 REPORT = "neighbours.json"  # how the neighbours were found, and with which recall
@@ -121,7 +121,9 @@ class _Searcher:
         """Write one part."""
         part = str(row["part"][0])
         rows = np.arange(*self.job.blocks[part])
-        self.job.output.write_table(part, _to_table(self.ids, rows, self.search(rows)), tables.NEIGHBOURS)
+        self.job.output.write_table(
+            part, _to_table(self.ids, rows, neighbours_of(self.search, rows, self.job.top)), tables.NEIGHBOURS
+        )
         return {"part": [part], "rows": [len(rows)]}
 
 
@@ -133,13 +135,13 @@ def _opened(job: _Job, vectors: np.ndarray) -> Search:
         lists = faiss.deserialize_index(np.frombuffer(job.output.read_bytes(LISTS), np.uint8))
         index = filled(lists, vectors, report["index"] == "ondisk")
         index.nprobe = report["nprobe"]
-        return Lists(vectors, job.top, index)
+        return Lists(vectors, index)
     if job.on_gpu and not has_gpus():
         from cluster.devices import device
         from mining.block_product import BlockProduct
 
-        return BlockProduct(vectors, job.top, device())
-    return Exact(vectors, job.top)
+        return BlockProduct(vectors, device())
+    return Exact(vectors)
 
 
 def _to_table(ids: np.ndarray, rows: np.ndarray, best: Found) -> pa.Table:

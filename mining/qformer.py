@@ -15,7 +15,6 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import nn
 from transformers import (
-    AutoConfig,
     Blip2Config,
     Blip2QFormerModel,
     Blip2VisionModel,
@@ -25,7 +24,9 @@ from transformers import (
 )
 
 from cluster.errors import UserError
+from cluster.weight_files import damage
 from cluster.weights import Weights
+from mining.pretrained import config_of
 
 SHARDS = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -56,16 +57,27 @@ class QFormer(nn.Module):
 
 def load_qformer(weights: Weights) -> QFormer:
     """The image side of a checkpoint. Raises UserError when it is another model's, or has no safetensors."""
-    location = weights.location()
-    config = AutoConfig.from_pretrained(location, revision=weights.revision, trust_remote_code=False)
+    model = QFormer(_config(weights))
+    model.load_state_dict(_read(_fetcher(weights), list(model.state_dict()), weights.location()))
+    return model
+
+
+def check_qformer(weights: Weights) -> None:
+    """Raises UserError as `load_qformer` does, but of a local checkpoint alone for what its files hold; no tensor is read."""
+    config = _config(weights)
+    if weights.hub is None:
+        with torch.device("meta"):
+            names = list(QFormer(config).state_dict())
+        _read(_fetcher(weights), names, weights.location(), headers=True)
+
+
+def _config(weights: Weights) -> Any:
+    config = config_of(weights)
     if type(config) not in _CLASSES:
         raise UserError(
-            f"embed.towers: output 'qformer' takes an InstructBLIP or BLIP-2 checkpoint; {location} is {config.model_type}"
+            f"output 'qformer' takes an InstructBLIP or BLIP-2 checkpoint; {weights.location()} is {config.model_type}"
         )
-    model = QFormer(config)
-    tensors = _read(_fetcher(weights), list(model.state_dict()), location)
-    model.load_state_dict(tensors)
-    return model
+    return config
 
 
 def _fetcher(weights: Weights) -> Callable[[str], Path | None]:
@@ -84,20 +96,25 @@ def _fetcher(weights: Weights) -> Callable[[str], Path | None]:
     return fetch
 
 
-def _read(fetch: Callable[[str], Path | None], names: list[str], location: str) -> dict[str, torch.Tensor]:
-    """Some tensors of a checkpoint, from those of its files alone that hold them."""
+def _read(
+    fetch: Callable[[str], Path | None], names: list[str], location: str, headers: bool = False
+) -> dict[str, torch.Tensor]:
+    """Some tensors of a checkpoint, from those of its files alone that hold them. With `headers` only their names are read."""
     index = fetch(SHARDS)
     shard_of = json.loads(index.read_text())["weight_map"] if index else dict.fromkeys(names, WHOLE)
     if missing := [name for name in names if name not in shard_of]:
-        raise UserError(f"embed.towers: {location} has no tensor {missing[0]}: it is not a whole InstructBLIP or BLIP-2")
+        raise UserError(f"{location} has no tensor {missing[0]}: it is not a whole InstructBLIP or BLIP-2")
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted({shard_of[name] for name in names}):
         path = fetch(shard)
         if path is None:
-            raise UserError(f"embed.towers: {location} has no {shard}; give a checkpoint in safetensors format")
+            raise UserError(f"{location} has no {shard}; give a checkpoint in safetensors format")
+        if found := damage(path):
+            raise UserError(found)
         with safe_open(path, framework="pt") as file:
             held = set(file.keys())
             if missing := [name for name in names if shard_of[name] == shard and name not in held]:
-                raise UserError(f"embed.towers: {path} has no tensor {missing[0]}: it is not a whole InstructBLIP or BLIP-2")
-            tensors |= {name: file.get_tensor(name) for name in names if shard_of[name] == shard}
+                raise UserError(f"{path} has no tensor {missing[0]}: it is not a whole InstructBLIP or BLIP-2")
+            if not headers:
+                tensors |= {name: file.get_tensor(name) for name in names if shard_of[name] == shard}
     return tensors

@@ -19,28 +19,38 @@ Found = tuple[np.ndarray, np.ndarray]  # (rows int64 [b, top], cosines float32 [
 
 
 class Search(Protocol):
-    """Finds the nearest of unit vectors float32 [n, dim], which may be memory-mapped, among themselves."""
+    """Finds the nearest of unit vectors float32 [n, dim], which may be memory-mapped."""
 
-    def __call__(self, rows: np.ndarray) -> Found:
-        """Nearest of some rows, the row itself left out. A place that none fills has row -1 and cosine -inf."""
+    vectors: np.ndarray
+
+    def __call__(self, queries: np.ndarray, count: int) -> Found:
+        """The `count` nearest of unit queries float32 [b, dim]; count is at most n.
+
+        A place that none fills has row -1 and cosine -inf.
+        """
+
+
+def neighbours_of(search: Search, rows: np.ndarray, top: int) -> Found:
+    """Nearest of some of the vectors that are searched, each row itself left out; `top`, or as many as there are."""
+    return without_self(rows, search(search.vectors[rows], min(top + 1, len(search.vectors))))
 
 
 class Exact:
     """Every vector is compared, shard by shard: all need not fit in memory."""
 
-    def __init__(self, vectors: np.ndarray, top: int) -> None:
-        self.vectors, self._count = vectors, min(top + 1, len(vectors))
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.vectors = vectors
 
-    def __call__(self, rows: np.ndarray) -> Found:
-        """As `Search`."""
+    def __call__(self, queries: np.ndarray, count: int) -> Found:
+        """As `Search`; a single query is answered before the vectors would have reached a GPU."""
         import faiss
 
-        queries, best = self.vectors[rows], empty(len(rows), self._count)
+        knn, best = self._knn if len(queries) > 1 else faiss.knn, empty(len(queries), count)
         for first in range(0, len(self.vectors), SHARD_ROWS):
             shard = self.vectors[first : first + SHARD_ROWS]
-            scores, found = self._knn(queries, shard, min(self._count, len(shard)), metric=faiss.METRIC_INNER_PRODUCT)
+            scores, found = knn(queries, shard, min(count, len(shard)), metric=faiss.METRIC_INNER_PRODUCT)
             best = merged(best, (found + first, scores))
-        return without_self(rows, best)
+        return best
 
     @cached_property
     def _knn(self) -> Callable[..., tuple[Any, Any]]:
@@ -55,18 +65,18 @@ class Exact:
 class Lists:
     """Through inverted lists of half-precision copies; what they find is scored again by the vectors themselves."""
 
-    def __init__(self, vectors: np.ndarray, top: int, lists: Any) -> None:
-        self.vectors, self.lists, self._count = vectors, lists, min(top + 1, len(vectors))
+    def __init__(self, vectors: np.ndarray, lists: Any) -> None:
+        self.vectors, self.lists = vectors, lists
 
-    def __call__(self, rows: np.ndarray) -> Found:
+    def __call__(self, queries: np.ndarray, count: int) -> Found:
         """As `Search`."""
-        found = self.lists.search(self.vectors[rows], self._count)[1]
+        found = self.lists.search(queries, count)[1]
         scores = np.empty(found.shape, np.float32)
-        for first in range(0, len(rows), RESCORED):
+        for first in range(0, len(queries), RESCORED):
             here = slice(first, first + RESCORED)
-            scores[here] = np.einsum("bd,bkd->bk", self.vectors[rows[here]], self.vectors[found[here].clip(0)])
+            scores[here] = np.einsum("bd,bkd->bk", queries[here], self.vectors[found[here].clip(0)])
         scores[found < 0] = -np.inf
-        return without_self(rows, best_first(found, scores, self._count))
+        return best_first(found, scores, count)
 
 
 def has_gpus() -> bool:
@@ -83,19 +93,19 @@ def plan(vectors: np.ndarray, top: int, config: IndexConfig, seed: int) -> tuple
     """
     kind = kind_for(config, len(vectors))
     lists = trained(vectors, config.nlist)
-    search = Lists(vectors, top, filled(lists, vectors, kind == "ondisk"))
-    probed = _probe(search, Exact(vectors, top), config, np.random.default_rng(seed))
+    search = Lists(vectors, filled(lists, vectors, kind == "ondisk"))
+    probed = _probe(search, top, config, np.random.default_rng(seed))
     return {"index": kind, "images": len(vectors), "top": top, **probed}, lists
 
 
-def _probe(search: Lists, exact: Exact, config: IndexConfig, rng: np.random.Generator) -> dict[str, Any]:
+def _probe(search: Lists, top: int, config: IndexConfig, rng: np.random.Generator) -> dict[str, Any]:
     """Search the fewest lists that find the share `config.recall` of a sample's neighbours, or `config.nprobe` lists."""
     rows = np.sort(rng.choice(len(search.vectors), min(RECALL_QUERIES, len(search.vectors)), replace=False))
-    last = exact(rows)[1][:, -1:]
+    last = neighbours_of(Exact(search.vectors), rows, top)[1][:, -1:]
     lists, recall = search.lists.nlist, 0.0
     for probes in [config.nprobe] if config.nprobe else _doubled(FIRST_PROBES, max(lists // LISTS_A_PROBE, LAST_PROBES)):
         search.lists.nprobe = min(probes, lists)
-        recall = float((search(rows)[1] >= last - EPSILON).mean())
+        recall = float((neighbours_of(search, rows, top)[1] >= last - EPSILON).mean())
         if recall >= config.recall:
             break
     return {"nlist": lists, "nprobe": search.lists.nprobe, "recall": round(recall, 4), "recall_queries": len(rows)}

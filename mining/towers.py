@@ -1,7 +1,8 @@
 """Frozen image towers of timm, open_clip and transformers behind one call: uint8 pixels to vectors."""
 
 import copy
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from cluster.devices import device, uses_bf16
 from cluster.errors import UserError
 from cluster.weights import Weights
 from mining.config import TowerConfig
+from mining.pretrained import Colour, colours_of, source_of
 
-_Colour = Sequence[float]
-_Loaded = tuple[nn.Module, _Colour, _Colour]  # a model, and the mean and deviation of the pixels (0 to 1) it was trained on
+_Loaded = tuple[nn.Module, Colour, Colour]  # a model, and the mean and deviation of the pixels (0 to 1) it was trained on
 
 
 class ImageTower(nn.Module):
@@ -44,7 +45,7 @@ class ImageTower(nn.Module):
         return values.float() if values.ndim == 3 else values.float().unsqueeze(1)
 
 
-def normalised(pixels: torch.Tensor, mean: _Colour, std: _Colour) -> torch.Tensor:
+def normalised(pixels: torch.Tensor, mean: Colour, std: Colour) -> torch.Tensor:
     """Images float32 [B, 3, size, size] of pixels uint8 [B, size, size, 3]; mean and deviation are of 0 to 1."""
     middle, spread = (torch.tensor(colour, device=pixels.device).view(3, 1, 1) * 255 for colour in (mean, std))
     return (pixels.permute(0, 3, 1, 2).float() - middle) / spread
@@ -61,26 +62,38 @@ def _load_timm(config: TowerConfig) -> _Loaded:
     else:
         model = timm.create_model(config.model, pretrained=False, num_classes=0 if not config.weights else 1000)
         if config.weights:
-            _load_state(model, Path(config.weights.location()), config.by_order)
+            load_state(model, Path(config.weights.location()), config.by_order)
             model.reset_classifier(0)
     mean, std = (model.pretrained_cfg[name] for name in ("mean", "std"))
     return _fold_batch_norm(reparameterize_model(model.eval())), mean, std
 
 
-def _load_state(model: nn.Module, path: Path, by_order: bool) -> None:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    expected = model.state_dict()
+def load_state(model: nn.Module, path: Path, by_order: bool, place: str = "cpu") -> None:
+    """Raises UserError when the file's tensors are not the model's. On `place` meta none of them is read."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the weights in it by 'file'")
+    state, expected = _state(path, place), model.state_dict()
     if by_order:
         shapes = [value.shape for value in state.values()], [value.shape for value in expected.values()]
         if shapes[0] != shapes[1]:
             raise UserError(f"{path}: its tensors do not have the shapes of the model's, in order; check 'model'")
         state = dict(zip(expected, state.values(), strict=True))
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state, assign=place == "meta")
+    except (RuntimeError, TypeError, AttributeError) as error:  # the latter of what is no state at all
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its tensors are not those of the model; check 'model' and 'by_order': {why}") from error
+
+
+def _state(path: Path, place: str) -> dict[str, torch.Tensor]:
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location=place, weights_only=True)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        if place != "meta":
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
 
 
 def _fold_batch_norm(model: Any) -> nn.Module:
@@ -114,11 +127,42 @@ def open_clip_source(model: str, weights: Weights | None) -> tuple[str, str | No
     if weights is None:
         return model, None
     if weights.hub is None:
-        return model, weights.location()
+        location = weights.location()
+        return (f"local-dir:{location}", None) if Path(location).is_dir() else (model, location)
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "*.txt", "*.model", "open_clip_*"]  # configs, tokenisers and weights, not those of other libraries
     return f"local-dir:{snapshot_download(weights.hub, revision=weights.revision, allow_patterns=files)}", None
+
+
+def open_clip_config(model: str, weights: Weights | None) -> dict[str, Any]:
+    """The config of an architecture: the library's own, or that of a repository or folder.
+
+    Raises UserError when there is none.
+    """
+    import open_clip
+
+    if weights and (weights.hub or Path(weights.location()).is_dir()):
+        return _own_config(weights)
+    found: dict[str, Any] | None = open_clip.get_model_config(model)
+    if found is None:
+        raise UserError(f"open_clip knows no model {model!r}; `open_clip.list_models()` gives its names")
+    return found
+
+
+def _own_config(weights: Weights) -> dict[str, Any]:
+    location, name = weights.location(), "open_clip_config.json"
+    if weights.hub:
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(weights.hub, name, revision=weights.revision))
+    else:
+        path = Path(location) / name
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())["model_cfg"]
+    except (OSError, KeyError) as error:
+        raise UserError(f"{location} has no {name} of open_clip ({error}); name a checkpoint of its by 'file'") from error
+    return found
 
 
 def _load_transformers(config: TowerConfig) -> _Loaded:
@@ -129,54 +173,17 @@ def _load_transformers(config: TowerConfig) -> _Loaded:
         from mining.qformer import load_qformer
 
         return load_qformer(config.weights), *colours(config)
-    location, revision = config.weights.location(), config.weights.revision
     kind: Any = BlipForImageTextRetrieval if config.output == "projected" else AutoModel
-    return kind.from_pretrained(location, revision=revision, trust_remote_code=False), *colours(config)
+    return kind.from_pretrained(**source_of(config.weights)), *colours(config)
 
 
-def colours(config: TowerConfig) -> tuple[_Colour, _Colour]:
+def colours(config: TowerConfig) -> tuple[Colour, Colour]:
     """The mean and deviation of a transformers tower's pixels: the config's, or those it was saved with.
 
     Raises UserError when there are neither.
     """
-    return (config.mean, config.std) if config.mean and config.std else preprocessing(config)
-
-
-def check_projected(config: TowerConfig) -> None:
-    """Raises UserError when a tower with output `projected` is no BLIP retrieval model for images of its size."""
-    from transformers import AutoConfig
-
     assert config.weights is not None
-    location, revision = config.weights.location(), config.weights.revision
-    try:
-        found: Any = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"embed.towers: {location} has no config that transformers can read: {error}") from error
-    if "BlipForImageTextRetrieval" not in (found.architectures or []):
-        raise UserError(
-            f"embed.towers: output 'projected' is of BLIP's retrieval models, {location} is {found.architectures}; give such "
-            "weights (Salesforce/blip-itm-large-coco), or output: pooled"
-        )
-    if found.vision_config.image_size != config.image_size:
-        raise UserError(
-            f"embed.towers: image_size is {config.image_size}, {location} takes images of {found.vision_config.image_size}"
-        )
-
-
-def preprocessing(config: TowerConfig) -> tuple[_Colour, _Colour]:
-    """The mean and deviation that a transformers model's image processor was saved with.
-
-    Raises UserError when it was saved without one.
-    """
-    from transformers import AutoImageProcessor
-
-    assert config.weights is not None
-    location, revision = config.weights.location(), config.weights.revision
-    try:
-        processor = AutoImageProcessor.from_pretrained(location, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"embed.towers: {location} has no image processor; give the tower's 'mean' and 'std'") from error
-    return processor.image_mean, processor.image_std
+    return (config.mean, config.std) if config.mean and config.std else colours_of(config.weights)
 
 
 def _forward_timm(model: Any, images: torch.Tensor, output: str) -> torch.Tensor:

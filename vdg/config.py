@@ -5,10 +5,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from cluster.config import NOT_CONTENT, Section, TrainingConfig
-from cluster.weights import Weights
+from cluster.weights import Pretrained, Weights
 
 
-class VdgConfig(Section):
+class VdgConfig(Pretrained):
     """The Visual Delta Generator's architecture (paper, section 3.1 and supplement)."""
 
     backbone: Literal["features", "image_text"] = Field(
@@ -27,6 +27,17 @@ class VdgConfig(Section):
     tokens_per_feature: int = Field(1, gt=0, description="features: language-model embeddings made of an image-tower token")
     center: bool = Field(False, description="features: subtract the labelled images' mean, then scale to norm sqrt(dim)")
     feature_dropout: float = Field(0.0, ge=0, lt=1, description="features: dropout on them, in training")
+
+    @property
+    def source(self) -> tuple[str, Weights | None]:
+        """`language_model`."""
+        return "language_model", self.language_model
+
+    def check_library(self) -> None:
+        """As transformers says."""
+        from vdg.language import check_language_model
+
+        check_language_model(self.language_model, sees_images=self.backbone == "image_text")
 
 
 class AlignConfig(Section):

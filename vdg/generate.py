@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ from cluster.errors import UserError
 from cluster.parts import run_actors
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import stable_seed
-from cluster.weights import Weights
 from mining import tables
 from vdg.agreement import medoid
 from vdg.config import GenerateConfig
-from vdg.description import read_description
 from vdg.images import ImageSource, images_of
 from vdg.instruct import Instruct
 from vdg.prompts import is_garbled, says_no_change
@@ -54,16 +51,10 @@ class Generate(Stage):
         """The section has the stage's name."""
         return "generate" if name == "config" else name
 
-    @cached_property
-    def weights(self) -> dict[str, Weights]:
-        """The generator is built on its language model."""
-        return super().weights | self.vdg.weights
-
     def work(self, output: Output, run: Run) -> None:
-        """Raises UserError when the model is no trained generator, or its language model is missing, before an actor starts."""
+        """Raises UserError when the model is no trained generator, before an actor starts."""
         pairs, model = run.output(self.pairs), run.output(self.vdg)
         images = images_of(run, self.embeddings, self.galleries, None)
-        read_description(model).vdg.language_model.location()
         images.check(_image_ids(pairs), f"mine: {pairs.uri}")
         job = Generation(output, images, pairs, model, self.config, self.seed)
         run_actors(PartGenerator, job, pairs.part_rows(), self.resources, run.monitor, "delta")

@@ -52,7 +52,6 @@ class Instruct(Stage):
         images = images_of(run, self.embeddings, self.galleries, self.center, self.instruct.crop)
         require_rows(triplets, "triplets")
         images.check(tables.images_of(triplets.read_parts(tables.TRIPLETS)), f"instruct.triplets ({triplets.uri})")
-        self.vdg.language_model.location()
         description = describe("instruct", images, self.vdg)
         write_description(output, description, images)
         aligned = run.output(self.aligned) if self.aligned else None

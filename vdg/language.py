@@ -18,6 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from cluster.errors import UserError
 from cluster.weights import Weights
+from mining.pretrained import check_model, source_of, tokenizer_of
 from mining.scratch import shared
 
 
@@ -60,14 +61,14 @@ def _zero3(dtype: torch.dtype) -> dict[str, Any]:
 
 def load_tokenizer(weights: Weights) -> Any:
     """The model's tokenizer. Raises UserError when it has no end-of-text token to close a delta with."""
-    return _with_end(AutoTokenizer.from_pretrained(**_source(weights)), weights)
+    return _with_end(tokenizer_of(weights, **_source(weights)), weights)
 
 
 def load_processor(weights: Weights) -> Any:
     """An image-text model's processor. Raises UserError when it lacks a chat template, or an end-of-text token."""
     processor = AutoProcessor.from_pretrained(**_source(weights))
     if not getattr(processor, "chat_template", None):
-        raise UserError(f"vdg.language_model: {weights.location()} has no processor with a chat template; take another model")
+        raise UserError(f"{weights.location()} has no processor with a chat template; take another model")
     tokenizer = _with_end(processor.tokenizer, weights)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -76,18 +77,28 @@ def load_processor(weights: Weights) -> Any:
 
 def _with_end(tokenizer: Any, weights: Weights) -> Any:
     if tokenizer.eos_token_id is None:
-        raise UserError(f"language_model: the tokenizer of {weights.location()} has no end-of-text token; take another model")
+        raise UserError(f"the tokenizer of {weights.location()} has no end-of-text token; take another model")
     return tokenizer
 
 
+def check_language_model(weights: Weights, sees_images: bool) -> None:
+    """Raises UserError, or what transformers does, when the model or what reads its texts would not load.
+
+    No tensor is read; of a GGUF its header has been.
+    """
+    if weights.hub is None and Path(weights.location()).is_file():
+        if sees_images or Path(weights.location()).suffix != ".gguf":
+            raise UserError(f"{weights.location()} is a file; give the model's folder, or for backbone 'features' a GGUF")
+    elif not weights.file:
+        check_model(weights, AutoModelForImageTextToText if sees_images else AutoModelForCausalLM)
+        (load_processor if sees_images else load_tokenizer)(weights)
+
+
 def _source(weights: Weights) -> dict[str, Any]:
-    """Arguments of `from_pretrained`."""
-    location = weights.location()
-    if weights.hub is not None:
-        gguf = {"gguf_file": weights.file} if weights.file else {}
-        return {"pretrained_model_name_or_path": location, "revision": weights.revision or "main", **gguf}
-    path = Path(location)
-    return {"pretrained_model_name_or_path": str(_converted(path) if path.is_file() else path)}
+    """Arguments of `from_pretrained`, for a GGUF too."""
+    path, gguf = Path(weights.location()), {"gguf_file": weights.file} if weights.hub and weights.file else {}
+    place = {"pretrained_model_name_or_path": str(_converted(path))} if weights.hub is None and path.is_file() else {}
+    return source_of(weights) | gguf | place
 
 
 def _converted(gguf: Path) -> Path:

@@ -9,8 +9,8 @@ from torch.nn import functional
 from cir.config import VariantConfig
 from cir.losses import Pairs, distinct, draw_negatives, target_delta_matching
 from cir.models.retrieval import Retrieval
-from cluster.errors import UserError
 from mining.config import TowerConfig
+from mining.pretrained import source_of, tokenizer_of
 from mining.towers import colours, normalised
 
 MAX_LENGTH = 32  # tokens of a delta, as in the paper; longer ones are cut
@@ -22,13 +22,8 @@ class DeltaTokenizer:
     """The tokenizer that comes with BLIP's weights. Raises UserError when none does."""
 
     def __init__(self, tower: TowerConfig) -> None:
-        from transformers import AutoTokenizer
-
         assert tower.weights is not None
-        location, revision = tower.weights.location(), tower.weights.revision
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
-        if len(self.tokenizer) == len(self.tokenizer.all_special_ids):  # transformers makes an empty one
-            raise UserError(f"train.tower: {location} has no tokenizer; BLIP's must lie beside its weights")
+        self.tokenizer = tokenizer_of(tower.weights)
         self.padding: int = self.tokenizer.pad_token_id
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
@@ -50,8 +45,7 @@ class BlipRetrieval(Retrieval):
 
         assert tower.weights is not None
         self.config, self.tokenizer = config, DeltaTokenizer(tower)
-        source: dict[str, Any] = {"revision": tower.weights.revision, "trust_remote_code": False}
-        self.blip: Any = BlipForImageTextRetrieval.from_pretrained(tower.weights.location(), dtype=torch.float32, **source)
+        self.blip: Any = BlipForImageTextRetrieval.from_pretrained(dtype=torch.float32, **source_of(tower.weights))
         self.blip.requires_grad_(False)
         for trained in (self.blip.text_encoder, self.blip.text_proj):
             trained.requires_grad_(True)

@@ -1,6 +1,7 @@
 """Text encoders of open_clip and transformers behind one call: tokens to vectors."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import regex
@@ -8,7 +9,10 @@ import torch
 from torch import nn
 
 from cir.config import TextTower
-from mining.towers import open_clip_source
+from cluster.errors import UserError
+from cluster.weights import Weights
+from mining.pretrained import check_model, config_of, source_of, tokenizer_of
+from mining.towers import open_clip_config, open_clip_source
 
 ENCODE_BATCH = 256
 
@@ -70,13 +74,12 @@ class TransformersText(TextEncoder):
     """A transformers encoder, its last hidden states averaged over the text's tokens."""
 
     def __init__(self, tower: TextTower) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         super().__init__()
         assert tower.weights is not None
-        source: dict[str, Any] = {"revision": tower.weights.revision, "trust_remote_code": False}
-        self.tokenizer = AutoTokenizer.from_pretrained(tower.weights.location(), **source)
-        self.tower = AutoModel.from_pretrained(tower.weights.location(), dtype=torch.float32, **source)
+        self.tokenizer = tokenizer_of(tower.weights)
+        self.tower = AutoModel.from_pretrained(dtype=torch.float32, **source_of(tower.weights))
         if getattr(self.tower, "pooler", None) is not None:
             self.tower.pooler = None  # unused by the mean: it would be trained on nothing
         self.width = self.tower.config.hidden_size
@@ -108,15 +111,39 @@ def load_text_encoder(tower: TextTower) -> TextEncoder:
 
 def text_width(tower: TextTower) -> int | None:
     """Width of a tower's features, without loading it; None where only loading tells."""
-    if tower.library == "open_clip":
-        import open_clip
+    if tower.library == "transformers":
+        assert tower.weights is not None
+        return config_of(tower.weights).hidden_size
+    if ":" in (tower.model or ""):
+        return None
+    return open_clip_config(tower.model or "", tower.weights)["embed_dim"]
 
-        config = open_clip.get_model_config(tower.model or "")
-        return config["embed_dim"] if config else None
-    from transformers import AutoConfig
 
-    assert tower.weights is not None
-    return AutoConfig.from_pretrained(tower.weights.location(), revision=tower.weights.revision).hidden_size
+def check_text(tower: TextTower) -> None:
+    """Raises UserError, or what the library does, when an encoder or its tokenizer would not load; no tensor is read."""
+    text_width(tower)
+    if tower.library == "transformers":
+        from transformers import AutoModel
+
+        assert tower.weights is not None
+        check_model(tower.weights, AutoModel)
+        if tokenizer_of(tower.weights).pad_token_id is None:
+            raise UserError(f"the tokenizer of {tower.weights.location()} has no padding token; take another encoder")
+    elif tower.pretrained:
+        _check_tag(tower.model or "", tower.pretrained)
+
+
+def _check_tag(model: str, tag: str) -> None:
+    """Raises UserError when open_clip has no weights of this tag, or they are neither here nor on the hub."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag in tags:
+        hub = open_clip.get_pretrained_cfg(model, tag).get("hf_hub")
+        if hub:
+            Weights(hub=hub.rstrip("/")).check()
+    elif not Path(tag).exists():
+        raise UserError(f"open_clip has no weights {tag!r} of {model}, only {', '.join(tags) or 'none'}; correct 'pretrained'")
 
 
 @torch.no_grad()

@@ -2,14 +2,40 @@
 
 from collections.abc import Mapping
 
+import ray
+
 from cluster.app.config import PROJECT, RunConfig
+from cluster.driver.demand import nodes, shortages
 from cluster.errors import UserError
 from cluster.stage import Stage
+from cluster.weights import Pretrained, Weights
 
 
 def check(config: RunConfig, stages: list[Stage]) -> None:
     """Raises UserError listing everything that these stages need and that is missing or does not fit, by the config's field."""
-    _refuse({field: problem for stage in stages for field, problem in stage.check().items()}, config)
+    _refuse(problems(config, stages), config)
+
+
+def problems(config: RunConfig, stages: list[Stage]) -> dict[str, str]:
+    """What these stages need and is missing or does not fit: the config's field -> what was found and what to do."""
+    there = None if ray.is_initialized() else nodes(config.resources.ray)  # a session's cluster may grow
+    own = {field: problem for stage in stages for field, problem in stage.check().items()}
+    return own | unloadable(stages) | (shortages(stages, there) if there else {})
+
+
+def unloadable(stages: list[Stage]) -> dict[str, str]:
+    """Pretrained models of these stages that would not load, each looked at once: first of its fields -> what was found."""
+    fields: dict[Pretrained | Weights, list[str]] = {}
+    for field, model in ((f, m) for stage in stages for f, m in stage.pretrained.items()):
+        fields.setdefault(model, []).append(field)
+    found = {}
+    for model, (field, *others) in fields.items():
+        try:
+            model.check()
+        except UserError as error:
+            also = len(set(others) - {field})
+            found[field if not also else f"{field} (and {also} more)"] = str(error)
+    return found
 
 
 def check_sources(config: RunConfig, stages: list[Stage]) -> None:

@@ -17,8 +17,9 @@ from cluster.app.outputs import CONFIG, keep_models
 from cluster.artifacts import Output, below, filesystem, hidden, without_user
 from cluster.config import in_folder
 from cluster.driver import lease, session
+from cluster.driver.demand import nodes, require, resources_of
 from cluster.driver.progress import RunProgress, StageProgress, console
-from cluster.driver.schedule import Room, Schedule, resources_of
+from cluster.driver.schedule import Room, Schedule
 from cluster.driver.store import sqlite_uri
 from cluster.errors import UserError
 from cluster.monitor import Monitor
@@ -61,6 +62,8 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
                 tracker.skipped(stage)
         if todo:
             session.start(config.resources.ray, log)
+            for line in require(todo, nodes(config.resources.ray) or []):
+                console.print(f"  waiting for an autoscaler: {line}")
             with RunProgress() as progress, Groups() as groups:
                 _Driver(config, tracker, progress, groups).do(todo)
         if keep_config and graph.output(graph.evaluation).manifest() is not None:

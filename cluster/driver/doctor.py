@@ -7,7 +7,6 @@ import http.client
 import importlib.util
 import os
 import shutil
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.artifacts import filesystem, without_user
+from cluster.driver.session import RayConfig, silence
 
 PROJECT = "visual-delta"
 GIGABYTE = 2**30
@@ -148,17 +148,12 @@ def ray_cluster(address: str | None) -> Finding:
     import ray
 
     found = f"Ray {ray.__version__}"
-    address = address or os.environ.get("RAY_ADDRESS", "local")
+    address = RayConfig(address=address).where
     if address == "local":
         return Finding("Ray", "ok", f"{found}; it starts on this machine")
-    if address == "auto":
-        return Finding("Ray", "ok", f"{found}; it looks for the cluster of this machine")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), TIMEOUT).close()
-    except (OSError, ValueError) as error:
+    if why := silence(address):
         advice = "`ray status` on the head shows its address (host:6379); correct resources.ray.address"
-        return Finding("Ray", "blocker", f"{found}; nothing answers at {address} ({error})", advice)
+        return Finding("Ray", "blocker", f"{found}; no cluster takes us at {address}: {why}", advice)
     return Finding("Ray", "ok", f"{found}; {address} answers")
 
 

@@ -5,9 +5,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 
-from cluster.config import Resources
+from cluster.driver.demand import resources_of
 from cluster.driver.interrupt import interrupt
 from cluster.driver.progress import console
 from cluster.stage import Stage
@@ -16,11 +15,6 @@ from cluster.training.groups import THREAD
 LOOK = 0.5  # seconds between looks for a signal
 GRACE = 15.0  # seconds in which an interrupted stage ends; one that waits in native code ends with the process
 Ended = tuple[Stage, BaseException | None]
-
-
-def resources_of(stage: Stage) -> Resources | None:
-    """What a stage may use; None of one that works in the driver."""
-    return next((value for one in fields(stage) if isinstance(value := getattr(stage, one.name), Resources)), None)
 
 
 class Room:

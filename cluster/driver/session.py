@@ -3,6 +3,9 @@
 import atexit
 import logging
 import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +33,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 
+KNOCK, PATIENCE = 5.0, 30.0  # seconds for a port to open, and for the cluster behind it to answer
+
 
 class RayConfig(Section):
     """Where Ray runs. Never part of a digest."""
@@ -37,31 +42,25 @@ class RayConfig(Section):
     address: str | None = Field(
         None, description="of a running cluster; None: the cluster that runs this job, else Ray starts on this machine"
     )
-    num_cpus: int | None = Field(None, description="logical CPUs of a local Ray; None: what the machine has")
+    num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a local Ray; None: what the machine has")
+
+    @property
+    def where(self) -> str:
+        """The address, or "local". Ray sets the variable for a job's driver."""
+        return self.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def start(config: RayConfig, log_file: Path | None = None) -> None:
     """Connect to or start Ray, set the Ray Data defaults, and send library chatter to `log_file`.
 
-    Raises UserError when no cluster answers at the config's address.
+    Raises UserError when no cluster answers at the config's address, or Ray does not start here.
     """
     if log_file is not None:
         _log_to(log_file)
     os.environ.update(OPENMP)  # for what trains in this process: read when torch is loaded
     if not ray.is_initialized():
-        # Ray sets the variable for a job's driver; "local" starts one beside any that happens to run on this machine
-        address = config.address or os.environ.get("RAY_ADDRESS", "local")
-        local: dict[str, Any] = {"num_cpus": config.num_cpus, "include_dashboard": False} if address == "local" else {}
-        environment = {"env_vars": WORKER_ENVIRONMENT}
-        os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge it into that of the job which runs this driver
         with _standard_error_to(log_file or Path(os.devnull)):  # the C++ side prints a line of its own
-            try:
-                ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
-            except ConnectionError as error:
-                why = str(error.__cause__ or error).strip().splitlines()[-1]
-                raise UserError(
-                    f"resources.ray.address: no Ray cluster takes us at {address}: {why}\n`vdg doctor` checks address and token"
-                ) from error
+            _connect(config)
     end_as_ctrl_c()
     atexit.register(_leave)
     context = ray.data.DataContext.get_current()
@@ -70,6 +69,59 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
     context.max_consecutive_actor_init_deaths = 2  # a node lost while a model loads is no reason to fail
     context.execution_no_progress_timeout_s = -1  # one batch of a large model may take long
     context.target_max_block_size = 1 << 30  # a block is one part: never split it
+
+
+def _connect(config: RayConfig) -> None:
+    """Begin the session. "local" starts a cluster beside any that happens to run on this machine."""
+    where = config.where
+    if where != "local" and (why := silence(where)):
+        raise UserError(_refused(where, why))
+    local: dict[str, Any] = {"num_cpus": config.num_cpus, "include_dashboard": False} if where == "local" else {}
+    environment = {"env_vars": WORKER_ENVIRONMENT}
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge it into that of the job which runs this driver
+    try:
+        ray.init(where, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
+    except Exception as error:  # of sockets, versions, tokens, time-outs: Ray raises all kinds
+        ray.shutdown()
+        raise UserError(_refused(where, str(error.__cause__ or error) or type(error).__name__)) from error
+
+
+def silence(address: str) -> str | None:
+    """Why no cluster that takes us answers at an address; None when one does.
+
+    Ray's own client waits minutes for a head that is dead, in native code; its check is ended here.
+    """
+    if address != "auto":
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), KNOCK).close()
+        except (OSError, ValueError) as error:
+            return f"nothing answers ({error})"
+    if address.startswith("ray://"):  # its server ends a wait by itself
+        return None
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    command += [] if address == "auto" else ["--address", address]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {PATIENCE:.0f} s"
+    return _last_line(asked.stderr or asked.stdout or "no answer") if asked.returncode else None
+
+
+def _last_line(said: str) -> str:
+    return next((line for line in reversed(said.splitlines()) if line.strip()), said).strip()[:300]
+
+
+def _refused(where: str, said: str) -> str:
+    """One message of a session that did not begin: the last line that Ray said, and what to do."""
+    if where != "local":
+        refused = f"no Ray cluster takes us at {where}: {_last_line(said)}"
+        return f"resources.ray.address: {refused}\n`vdg doctor` checks address and token"
+    if "AF_UNIX" in said or "socket path" in said:
+        advice = "give it a short folder for its sockets, such as RAY_TMPDIR=/tmp"
+    else:
+        advice = "`vdg doctor` looks at disk, memory and shared memory"
+    return f"Ray does not start here: {_last_line(said)}; {advice}"
 
 
 def _leave() -> None:

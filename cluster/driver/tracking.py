@@ -1,4 +1,7 @@
-"""MLflow records of runs: written by the driver alone, a view of the manifests that can be made again from them."""
+"""MLflow's runs: written by the driver alone, a view of the manifests that can be made again from them.
+
+What it keeps of a table or a model, and the registry, is in `records.py`.
+"""
 
 import logging
 import os

@@ -13,11 +13,6 @@ from mining.config import MineConfig
 from mining.features import read_mean, unit_vectors
 from mining.gallery import part_name
 from mining.neighbours import Nearest, read_neighbours
-from mining.pairs.similarities import cosines
-
-# (reference rank, target rank) within a group of six, as in every full CIRR subset (the paper's section 3.2)
-PAIR_RANKS = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0))
-_RANKS = np.array(PAIR_RANKS)
 
 
 @dataclass(frozen=True)
@@ -67,22 +62,3 @@ def write_parts(job: Mining, pairs: int, part: Callable[[slice], pa.Table]) -> N
     for index, start in enumerate(range(0, pairs, rows)):
         if part_name(index) not in finished:
             job.output.write_table(part_name(index), part(slice(start, start + rows)), tables.PAIRS)
-
-
-def write_grouped(
-    job: Mining, ids: np.ndarray, vectors: np.ndarray, groups: np.ndarray, group: np.ndarray, place: np.ndarray
-) -> None:
-    """Write the pairs at some places of some groups."""
-
-    def part(here: slice) -> pa.Table:
-        references, targets = members(groups, group[here], place[here])
-        group_ids = [tables.stable_id("group", *images) for images in ids[groups[group[here]]].tolist()]
-        columns = {"group_id": group_ids, "reference_rank": _RANKS[place[here], 0], "target_rank": _RANKS[place[here], 1]}
-        return pairs_table(ids, references, targets, cosines(vectors, references, targets), columns)
-
-    write_parts(job, len(group), part)
-
-
-def members(groups: np.ndarray, group: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the references and targets at some places of some groups."""
-    return groups[group, _RANKS[place, 0]], groups[group, _RANKS[place, 1]]

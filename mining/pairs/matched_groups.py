@@ -7,10 +7,10 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from mining.pairs.job import PAIR_RANKS, Mining, members, write_grouped
+from mining.pairs.job import Mining
 from mining.pairs.matched import Matcher, matcher_of
 from mining.pairs.similarities import cosines
-from mining.pairs.walk import GROUP_SIZE, pairs_of, without_overlap
+from mining.pairs.walk import GROUP_SIZE, PAIR_RANKS, members, pairs_of, without_overlap, write_grouped
 
 OFFERED = 1.5  # pairs of the drawn groups for each that is kept: six of a group's nine, on average
 LEAST_PAIRS = 2  # a group with fewer is no group

@@ -7,13 +7,19 @@ from array import array
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 
+from mining import tables
 from mining.config import WalkConfig
 from mining.features import ORIGIN
 from mining.neighbours import Nearest
-from mining.pairs.job import PAIR_RANKS, Mining, write_grouped
+from mining.pairs.job import Mining, pairs_table, write_parts
+from mining.pairs.similarities import cosines
 
 GROUP_SIZE = 6  # images of a group, the anchor included; its nine pairs need all six
+# (reference rank, target rank) within a group of six, as in every full CIRR subset (the paper's section 3.2)
+PAIR_RANKS = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0))
+_RANKS = np.array(PAIR_RANKS)
 
 
 def write_walked(job: Mining) -> Iterator[int]:
@@ -98,3 +104,22 @@ def pairs_of(groups: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
     first = np.unique(ordered[..., 0].ravel() * images + ordered[..., 1].ravel(), return_index=True)[1]
     first.sort()
     return first // len(PAIR_RANKS), first % len(PAIR_RANKS)
+
+
+def write_grouped(
+    job: Mining, ids: np.ndarray, vectors: np.ndarray, groups: np.ndarray, group: np.ndarray, place: np.ndarray
+) -> None:
+    """Write the pairs at some places of some groups."""
+
+    def part(here: slice) -> pa.Table:
+        references, targets = members(groups, group[here], place[here])
+        group_ids = [tables.stable_id("group", *images) for images in ids[groups[group[here]]].tolist()]
+        columns = {"group_id": group_ids, "reference_rank": _RANKS[place[here], 0], "target_rank": _RANKS[place[here], 1]}
+        return pairs_table(ids, references, targets, cosines(vectors, references, targets), columns)
+
+    write_parts(job, len(group), part)
+
+
+def members(groups: np.ndarray, group: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the references and targets at some places of some groups."""
+    return groups[group, _RANKS[place, 0]], groups[group, _RANKS[place, 1]]

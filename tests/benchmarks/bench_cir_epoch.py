@@ -23,7 +23,8 @@ from cluster.driver import session
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.features import Online
-from tests.stages import centred_by_own, embed_gallery
+from tests.mining.stages import embed_gallery
+from tests.stages import centred_by_own
 
 PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train" / "part-00000.parquet"
 TOWER = TowerConfig(

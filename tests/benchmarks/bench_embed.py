@@ -17,7 +17,7 @@ from cluster.driver import session
 from cluster.monitor import Silent
 from mining.config import GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
 from mining.images import render
-from tests.stages import embed_gallery, ingest_gallery
+from tests.mining.stages import embed_gallery, ingest_gallery
 
 PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train"
 PROCESSES, SHARD, VIEWS = 2, 128, 1

@@ -34,8 +34,11 @@ from mining import tables
 from mining.config import GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig, WalkConfig
 from mining.features import Online, copy_mean
 from tests.cir import world
-from tests.stages import centred_by_own, embed_gallery, generate, ingest_gallery, instruct, mine_pairs, train_cir
+from tests.cir.stages import train_cir
+from tests.mining.stages import embed_gallery, ingest_gallery, mine_pairs
+from tests.stages import centred_by_own
 from tests.tiny import WORDS, image_text_model, text_tower
+from tests.vdg.stages import generate, instruct
 from vdg.backbones import build
 from vdg.config import GenerateConfig, InstructConfig, VdgConfig
 from vdg.description import DESCRIPTION, describe

@@ -8,7 +8,7 @@ from mining.config import WalkConfig
 from mining.features import centred
 from mining.neighbours import Nearest, blocks
 from mining.pairs.walk import groups_of, pairs_of, shuffled, without_overlap
-from mining.search import Exact
+from mining.search import Exact, neighbours_of
 
 ROWS, DIM, CLUSTERS, ROUNDS = 20_000, 512, 800, 3
 CONFIG = WalkConfig()
@@ -23,8 +23,8 @@ def vectors() -> np.ndarray:
 
 def walk(values: np.ndarray) -> None:
     """The walk, to its pairs."""
-    search = Exact(values, CONFIG.top)
-    found = (search(np.arange(*block)) for block in blocks(ROWS))
+    search = Exact(values)
+    found = (neighbours_of(search, np.arange(*block), CONFIG.top) for block in blocks(ROWS))
     nearest = Nearest(np.arange(ROWS), *(np.concatenate(part) for part in zip(*found, strict=True)))
     groups = np.concatenate([groups_of(nearest, block, CONFIG) for block in nearest.blocks()])
     pairs_of(without_overlap(shuffled(groups, ROWS, 0), ROWS, CONFIG), ROWS)

@@ -15,7 +15,7 @@ from memory import peaks
 from mining.config import IndexConfig
 from mining.indexes import filled
 from mining.neighbours import blocks
-from mining.search import Exact, Lists, Search, plan
+from mining.search import Exact, Lists, Search, neighbours_of, plan
 
 DIM, ROWS_A_CLUSTER, NOISE, TOP = 256, 50, 0.6, 20
 WRITTEN_ROWS = 50_000  # vectors in memory at a time
@@ -40,11 +40,11 @@ def write_vectors(path: Path, rows: int) -> np.ndarray:
 def opened(vectors: np.ndarray, index: str) -> tuple[dict[str, Any], Search]:
     """As the actors of the stage open it."""
     if index == "exact":
-        return {"index": index}, Exact(vectors, TOP)
+        return {"index": index}, Exact(vectors)
     report, lists = plan(vectors, TOP, IndexConfig.model_validate({"kind": index}), seed=0)
     lists = filled(lists, vectors, index == "ondisk")
     lists.nprobe = report["nprobe"]
-    return report, Lists(vectors, TOP, lists)
+    return report, Lists(vectors, lists)
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
         with peaks() as private:
             report, search = opened(vectors, arguments.index)
             built = time.perf_counter() - began
-            searched = sum(len(search(np.arange(*block))[0]) for block in blocks(arguments.rows))
+            searched = sum(len(neighbours_of(search, np.arange(*block), TOP)[0]) for block in blocks(arguments.rows))
         seconds = time.perf_counter() - began - built
         on_disk = sum(path.stat().st_size for path in Path(folder).glob("*/*.lists/*"))
         tempfile.tempdir = None

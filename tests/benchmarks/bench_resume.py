@@ -15,7 +15,8 @@ from cluster.driver import session
 from cluster.monitor import Silent
 from mining.config import GalleryConfig, IngestConfig, ViewsConfig
 from mining.embed import Embed
-from tests.stages import given, ingest_gallery
+from tests.mining.stages import ingest_gallery
+from tests.stages import given
 
 PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train"
 SHARD = 32  # 92 shards of 2,936 photos; each gives a part a view

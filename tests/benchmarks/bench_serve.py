@@ -25,6 +25,7 @@ from cir.search import Matrix
 from cluster.app.api import Run
 from cluster.monitor import Silent
 from cluster.stage import Run as At
+from mining.search import Lists
 
 PORT, CLIENTS, REQUESTS, MODEL = 8765, 16, 400, "semi.s0"
 LOAD = 0.3  # share of the capacity that the open loop asks for
@@ -138,10 +139,10 @@ def index(rows: int) -> None:
         recall = np.mean([len(np.intersect1d(*pair)) / TOP for pair in zip(exact, found, strict=True)])
 
         def raw() -> None:
-            if matrix._lists is None:
+            if not isinstance(matrix.search, Lists):
                 faiss.knn(queries, vectors, TOP, metric=faiss.METRIC_INNER_PRODUCT)
                 return
-            rows = matrix._lists.search(queries, TOP)[1]
+            rows = matrix.search.lists.search(queries, TOP)[1]
             scores = np.einsum("qd,qkd->qk", queries, vectors[rows])
             np.take_along_axis(rows, np.argsort(-scores, axis=1), 1)
 

@@ -29,7 +29,7 @@ from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.features import Features, Pixels
 from tests.cir import world
-from tests.stages import evaluate, train_cir
+from tests.cir.stages import evaluate, train_cir
 
 TEXTS = ["make it red", "a much longer delta that asks for a green cone", "in blue", "no label " * 30]
 

@@ -22,7 +22,7 @@ from mining import tables
 from mining.gallery import GROUPS
 from tests.cir import world
 from tests.cir.benchmarks import official
-from tests.stages import evaluate, train_cir
+from tests.cir.stages import evaluate, train_cir
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from cluster.monitor import Silent
 from mining import tables
 from mining.features import Features
 from tests.cir import world
-from tests.stages import score_round_trip, train_cir
+from tests.cir.stages import score_round_trip, train_cir
 
 
 @pytest.fixture(scope="module")

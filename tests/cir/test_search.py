@@ -16,8 +16,9 @@ from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Silent
 from mining.images import decode
+from mining.search import Exact, Lists
 from tests.cir import world
-from tests.stages import train_cir
+from tests.cir.stages import train_cir
 
 QUERIES = world.triplet_rows(40, 2)
 TOP = 10
@@ -90,7 +91,7 @@ def test_inverted_lists_find_what_an_exact_search_finds(monkeypatch: pytest.Monk
     monkeypatch.setattr(search, "EXACT_ROWS", 100)
     monkeypatch.setattr(search, "LISTS_A_PROBE", 1)
     lists = Matrix(ids, vectors)
-    assert lists._lists is not None
+    assert (type(exact.search), type(lists.search)) == (Exact, Lists)
     for query in vectors[:20]:
         assert lists.nearest(query, 5, None).image_ids.tolist() == exact.nearest(query, 5, None).image_ids.tolist()
         assert np.allclose(lists.nearest(query, 5, 0).scores, exact.nearest(query, 5, 0).scores, atol=1e-5)

@@ -14,7 +14,7 @@ from cluster.errors import UserError
 from cluster.monitor import Silent
 from mining import tables
 from tests.cir import world
-from tests.stages import select_confident, with_own_deltas
+from tests.cir.stages import select_confident, with_own_deltas
 
 
 def pseudo(count: int, grouped: int | None = 9) -> pa.Table:

@@ -18,7 +18,7 @@ from cluster.errors import UserError
 from cluster.monitor import Silent
 from mining.features import Features, read_mean
 from tests.cir import world
-from tests.stages import train_cir
+from tests.cir.stages import train_cir
 
 LOCAL = WorkerResources(workers=0)
 

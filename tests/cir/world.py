@@ -14,7 +14,8 @@ from cluster.weights import Weights
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.features import Features, Online
-from tests.stages import centred_by_own, embed_gallery
+from tests.mining.stages import embed_gallery
+from tests.stages import centred_by_own
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow"]
 SHAPES = ["ball", "cube", "cone", "ring"]

@@ -24,9 +24,10 @@ def test_a_hash_is_that_of_a_local_file(where: dict[str, str]) -> None:
         Weights(**where, sha256="00")
 
 
-def test_a_package_in_a_missing_package_is_missing() -> None:
-    with pytest.raises(UserError, match="no_such_package"):
-        Weights(package="no_such_package.weights").location()
+@pytest.mark.parametrize("name", ["no_such_package.weights", "", ".", "a b", "..x"])
+def test_what_is_no_package_is_missing(name: str) -> None:
+    with pytest.raises(UserError, match=f"Python package '{name}' is not installed"):
+        Weights(package=name).location()
 
 
 def test_folder_file_and_hash(tmp_path: Path) -> None:

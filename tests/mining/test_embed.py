@@ -15,7 +15,7 @@ from mining.embeddings import plain_parts, read_part
 from mining.features import Features, Online
 from mining.gallery import keys
 from tests.chaos.killing import assert_same_embeddings, killing
-from tests.stages import embed_gallery, ingest_gallery
+from tests.mining.stages import embed_gallery, ingest_gallery
 
 RESOURCES = EmbedResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2, batch_size=4)
 VIEWS = ViewsConfig(count=3)

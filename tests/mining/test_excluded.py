@@ -14,8 +14,8 @@ from mining.config import MineConfig
 from mining.embeddings import plain_parts
 from mining.excluded import LISTING, Excluded, Guards, Reject
 from tests.conftest import Recorder
+from tests.mining.stages import Guard, mine_pairs
 from tests.mining.test_mine import clustered, embeddings
-from tests.stages import Guard, mine_pairs
 
 IMAGES = 200
 WALK = MineConfig(gallery="g", tower="t")

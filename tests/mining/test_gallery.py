@@ -15,7 +15,8 @@ from mining.config import CaptionsConfig, GalleryConfig, IngestConfig
 from mining.gallery import GROUPS, encoded_images, image_bytes, keys, read_images
 from mining.ingest import IngestGallery, _starts
 from mining.sources import BytesReader
-from tests.stages import ingest_captions, ingest_gallery, ingest_triplets, running
+from tests.mining.stages import ingest_captions, ingest_gallery, ingest_triplets
+from tests.stages import running
 
 RESOURCES = DecodeResources(decode_tasks=2)
 OPTIONS = IngestConfig(galleries={}, triplets={}, shard_rows=10)

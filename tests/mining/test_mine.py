@@ -19,9 +19,9 @@ from mining.pairs.matched import Matcher
 from mining.pairs.random import random_pairs
 from mining.pairs.similarities import SIMILARITIES
 from mining.pairs.walk import PAIR_RANKS, groups_of, shuffled, without_overlap
-from mining.search import Exact
+from mining.search import Exact, neighbours_of
 from tests.conftest import Recorder
-from tests.stages import mine_pairs
+from tests.mining.stages import mine_pairs
 
 WALK = MineConfig(gallery="g", tower="t")
 MATCHED = MineConfig(gallery="g", tower="t", method="matched", triplets="t", matched=MatchedConfig(pairs=300), part_rows=100)
@@ -46,7 +46,7 @@ def embeddings(folder: Path, values: np.ndarray, first: int = 1000) -> Output:
 
 
 def nearest(vectors: np.ndarray, top: int) -> Nearest:
-    return Nearest(np.arange(len(vectors)), *Exact(vectors, top)(np.arange(len(vectors))))
+    return Nearest(np.arange(len(vectors)), *neighbours_of(Exact(vectors), np.arange(len(vectors)), top))
 
 
 def walk_all(vectors: np.ndarray, config: WalkConfig) -> list[tuple[int, ...]]:

@@ -11,10 +11,10 @@ from mining import tables
 from mining.config import IndexConfig, MatchedConfig, MineConfig
 from mining.features import centred
 from mining.neighbours import REPORT, read_neighbours
-from mining.search import Exact
+from mining.search import Exact, neighbours_of
 from tests.conftest import Recorder
+from tests.mining.stages import find_neighbours, mine_pairs
 from tests.mining.test_mine import WALK, clustered, embeddings
-from tests.stages import find_neighbours, mine_pairs
 
 CENTRED = MineConfig(gallery="g", tower="t", method="matched", triplets="t", matched=MatchedConfig(neighbours=7))
 
@@ -35,7 +35,7 @@ def test_the_table_has_the_nearest_and_their_cosines(
     assert output.read_json(REPORT) == {"index": "exact", "images": 400, "top": top, "recall": 1.0}
     mean = np.zeros(1) if config is WALK else values.mean(axis=0)
     vectors = centred(values.astype(np.float16).astype(np.float32), mean).astype(np.float32)
-    rows, cosines = Exact(vectors, top)(np.arange(400))
+    rows, cosines = neighbours_of(Exact(vectors), np.arange(400), top)
     table = output.read_parts(tables.NEIGHBOURS)
     assert table["image_id"].to_pylist() == [1000 * (i + 1) for i in range(400)]
     assert np.array_equal(np.array(table["neighbour_ids"].to_pylist()), 1000 * (rows + 1))

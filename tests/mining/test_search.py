@@ -11,10 +11,10 @@ import pytest
 from mining.block_product import BlockProduct
 from mining.config import IndexConfig
 from mining.indexes import filled, kind_for
-from mining.search import Exact, Lists, Search, plan
+from mining.search import Exact, Lists, Search, neighbours_of, plan
 from tests.mining.test_mine import clustered
 
-EXACT: list[Callable[[np.ndarray, int], Search]] = [Exact, lambda vectors, top: BlockProduct(vectors, top, "cpu")]
+EXACT: list[Callable[[np.ndarray], Search]] = [Exact, lambda vectors: BlockProduct(vectors, "cpu")]
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +26,15 @@ def opened(vectors: np.ndarray, kind: str, nprobe: int | None = None) -> tuple[d
     report, lists = plan(vectors, 5, IndexConfig.model_validate({"kind": kind, "nprobe": nprobe}), seed=0)
     index = filled(lists, vectors, kind == "ondisk")
     index.nprobe = report["nprobe"]
-    return report, Lists(vectors, 5, index)
+    return report, Lists(vectors, index)
 
 
 @pytest.mark.parametrize("search", EXACT)
-def test_neighbours_agree_with_brute_force(search: Callable[[np.ndarray, int], Search]) -> None:
+def test_neighbours_agree_with_brute_force(search: Callable[[np.ndarray], Search]) -> None:
     vectors = clustered(300)
     cosine = vectors @ vectors.T
     np.fill_diagonal(cosine, -np.inf)
-    found, scores = search(vectors, 5)(np.arange(300))
+    found, scores = neighbours_of(search(vectors), np.arange(300), 5)
     assert np.allclose(scores, -np.sort(-cosine, axis=1)[:, :5], atol=1e-5)
     assert np.allclose(np.take_along_axis(cosine, found, 1), scores, atol=1e-5)
 
@@ -42,12 +42,12 @@ def test_neighbours_agree_with_brute_force(search: Callable[[np.ndarray, int], S
 @pytest.mark.parametrize("noise", [0.35, 0.02])  # of the latter half precision cannot tell a cluster's images apart
 def test_shards_and_half_precision_change_nothing(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = clustered(3000, dim=32, noise=noise)
-    whole = Exact(vectors, 20)(np.arange(3000))
+    whole = neighbours_of(Exact(vectors), np.arange(3000), 20)
     monkeypatch.setattr("mining.search.SHARD_ROWS", 700)
     monkeypatch.setattr("mining.block_product.SHARD_ROWS", 700)
     monkeypatch.setattr("mining.block_product.QUERIES", 256)
     for search in EXACT:
-        found, scores = search(vectors, 20)(np.arange(3000))
+        found, scores = neighbours_of(search(vectors), np.arange(3000), 20)
         assert np.allclose(scores, whole[1], atol=1e-6)
         differ = found != whole[0]
         assert differ.mean() < (1e-3 if noise > 0.1 else 0.1)  # where two cosines are the same to fp32
@@ -61,10 +61,10 @@ def test_approximate_neighbours_have_exact_scores(kind: str, monkeypatch: pytest
     monkeypatch.setattr("mining.indexes.SHARD_ROWS", 800)
     vectors = clustered(3000)
     report, search = opened(vectors, kind)
-    found, scores = search(np.arange(3000))
+    found, scores = neighbours_of(search, np.arange(3000), 5)
     exact = np.einsum("bd,bkd->bk", vectors, vectors[found.clip(0)])
     assert np.allclose(exact[found >= 0], scores[found >= 0], atol=1e-5)
-    best = Exact(vectors, 5)(np.arange(3000))[0]
+    best = neighbours_of(Exact(vectors), np.arange(3000), 5)[0]
     hits = [len(set(f) & set(b)) / 5 for f, b in zip(found.tolist(), best.tolist(), strict=True)]
     assert np.mean(hits) > 0.9
     assert report["index"] == kind
@@ -78,7 +78,10 @@ def test_lists_on_disk_find_what_lists_in_memory_do_and_are_made_once(tmp_path: 
     in_memory, *on_disk = (opened(mapped, kind, nprobe=4)[1] for kind in ("ivf", "ondisk", "ondisk"))
     rows = np.arange(0, 3000, 7)
     for search in on_disk:
-        assert all(np.array_equal(*both) for both in zip(in_memory(rows), search(rows), strict=True))
+        assert all(
+            np.array_equal(*both)
+            for both in zip(neighbours_of(in_memory, rows, 5), neighbours_of(search, rows, 5), strict=True)
+        )
     folders = [sorted(path.name for path in folder.iterdir()) for folder in tmp_path.glob("*/*.lists")]
     assert sorted(folders) == [["index"], ["index", "lists"]]
 
@@ -98,11 +101,11 @@ def test_the_gpu_of_the_process_searches_where_faiss_is_built_for_it(monkeypatch
         used.append(resources)
         return faiss.knn(queries, gallery, k, metric=options["metric"])
 
-    expected = Exact(vectors, top=5)(np.arange(50))
+    expected = neighbours_of(Exact(vectors), np.arange(50), 5)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
     monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
     monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
-    assert np.array_equal(Exact(vectors, top=5)(np.arange(50)), expected)
+    assert np.array_equal(neighbours_of(Exact(vectors), np.arange(50), 5), expected)
     assert used == ["resources"]
 
 
@@ -112,6 +115,6 @@ def test_auto_takes_the_index_of_the_size() -> None:
 
 
 @pytest.mark.parametrize("search", EXACT)
-def test_exact_copies_do_not_hide_an_image_from_its_neighbours(search: Callable[[np.ndarray, int], Search]) -> None:
+def test_exact_copies_do_not_hide_an_image_from_its_neighbours(search: Callable[[np.ndarray], Search]) -> None:
     vectors = np.repeat(clustered(4), 8, axis=0)
-    assert not (search(vectors, 3)(np.arange(32))[0] == np.arange(32)[:, None]).any()
+    assert not (neighbours_of(search(vectors), np.arange(32), 3)[0] == np.arange(32)[:, None]).any()

@@ -15,7 +15,7 @@ from cluster.errors import UserError
 from cluster.weights import Weights
 from mining.config import TowerConfig, ViewsConfig
 from mining.images import render
-from mining.towers import ImageTower, _fold_batch_norm, check_projected, normalised
+from mining.towers import ImageTower, _fold_batch_norm, normalised
 
 SMALL = {"model": "test_efficientnet", "library": "timm", "image_size": 64, "precision": "fp32"}
 PIXELS = torch.randint(0, 255, (2, 64, 64, 3), dtype=torch.uint8)
@@ -98,11 +98,11 @@ def test_the_projected_output_is_blips_retrieval_space(tiny_blip: TowerConfig) -
 
 
 def test_projected_weights_must_be_a_blip_retrieval_model_of_the_images_size(clip: TowerConfig, tiny_blip: TowerConfig) -> None:
-    check_projected(tiny_blip)
+    tiny_blip.check()
     with pytest.raises(UserError, match=r"image_size is 64, .* takes images of 32"):
-        check_projected(tiny_blip.model_copy(update={"image_size": 64}))
+        tiny_blip.model_copy(update={"image_size": 64}).check()
     with pytest.raises(UserError, match=r"BLIP's retrieval models, .* is \['CLIPModel'\]"):
-        check_projected(clip.model_copy(update={"output": "projected"}))
+        clip.model_copy(update={"output": "projected"}).check()
     with pytest.raises(ValueError, match="'projected' needs 'library: transformers'"):
         TowerConfig(library="timm", model="test_vit", output="projected")
 

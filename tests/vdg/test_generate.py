@@ -20,7 +20,8 @@ from cluster.training.checkpoints import WEIGHTS
 from mining import tables
 from mining.features import copy_mean, read_mean
 from tests.chaos.killing import assert_same_table, killing
-from tests.stages import centred_by_own, generate
+from tests.stages import centred_by_own
+from tests.vdg.stages import generate
 from vdg.agreement import medoid
 from vdg.backbones import build, load_generator
 from vdg.config import GenerateConfig

@@ -17,7 +17,8 @@ from cluster.training.checkpoints import WEIGHTS
 from cluster.training.loop import METRICS, train
 from mining import tables
 from mining.features import read_mean
-from tests.stages import align, centred_by_own, instruct
+from tests.stages import centred_by_own
+from tests.vdg.stages import align, instruct
 from vdg.backbones import build, load_generator, make_inputs
 from vdg.backbones.base import Backbone
 from vdg.config import AlignConfig, GenerateConfig, InstructConfig

@@ -8,9 +8,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from cluster.app import config as configs
-from cluster.app.commands.options import Set
-from cluster.driver.doctor import Setting, examine
+from cluster.app.commands.options import Set, graph_of
+from cluster.driver.doctor import Finding, Setting, examine
 from cluster.driver.progress import answers
 
 app = typer.Typer()
@@ -24,7 +23,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON on standard output")] = False,
 ) -> None:
     """Versions, GPUs, Ray, MLflow, disk and memory, and what to do about each problem; exit status 1 on a blocker."""
-    findings = examine(_setting(config, assignments) if config else Setting())
+    findings = _of_config(config, assignments) if config else examine(Setting())
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
@@ -37,8 +36,19 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _setting(config: str, assignments: list[str]) -> Setting:
+def _of_config(config: str, assignments: list[str]) -> list[Finding]:
+    """Of the machine, and of what the config's stages would stumble over."""
+    from cluster.app.checks import problems
     from cluster.app.runner import tracking_uri
 
-    loaded = configs.load(config, assignments)
-    return Setting(loaded.root, tracking_uri(loaded), loaded.resources.ray.address)
+    graph = graph_of(config, assignments)
+    wanted = Setting(graph.root, tracking_uri(graph.config), graph.config.resources.ray.address)
+    wrong = [Finding(field, "blocker", *_halves(problem)) for field, problem in problems(graph.config, graph.stages).items()]
+    whole = Finding(graph.config.name, "ok", f"the files and models of its {len(graph.stages)} stages are there")
+    return [*examine(wanted), *(wrong or [whole])]
+
+
+def _halves(problem: str) -> tuple[str, str]:
+    """What was found, and what to do."""
+    found, mark, advice = problem.rpartition("; ")
+    return (found, advice) if mark else (problem, "")

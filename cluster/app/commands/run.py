@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from cluster.app.checks import check
 from cluster.app.commands.options import Config, Set, graph_of
 from cluster.app.graph import KINDS, Graph
 from cluster.artifacts import Output
@@ -125,6 +126,7 @@ def _cell(value: dict[str, Any]) -> str:
 
 
 def _show_plan(graph: Graph, stages: list[Stage]) -> None:
+    """Raises UserError after it when what is to do would be refused."""
     answers.print(f"{graph.config.name}: {len(stages)} stage instances below {Output(graph.root).uri}")
     table = Table("stage", "state", "output")
     for stage in stages:
@@ -136,3 +138,4 @@ def _show_plan(graph: Graph, stages: list[Stage]) -> None:
     found = {source.field: (source.path, stage.fingerprints[f]) for stage in stages for f, source in stage.sources.items()}
     for field, (path, fingerprint) in found.items():
         answers.print(f"  {'missing' if fingerprint is None else 'found  '} {field}: {path}")
+    check(graph.config, [stage for stage in stages if graph.output(stage).manifest() is None])

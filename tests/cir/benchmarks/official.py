@@ -17,7 +17,7 @@ from cir.evaluate import RANKINGS
 from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.monitor import Silent
-from tests.stages import evaluate_given
+from tests.cir.stages import evaluate_given
 
 COCO_IMAGES = 123_403
 

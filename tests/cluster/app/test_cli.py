@@ -48,10 +48,14 @@ def test_dry_run_shows_every_instance_and_touches_nothing(config: str, tmp_path:
     assert not (tmp_path / "root").exists()
 
 
-def test_dry_run_marks_missing_inputs(config: str) -> None:
-    shown = invoke("run", config, "--dry-run", "--set", "evaluate.images=nowhere")
-    assert "missing evaluate.images: nowhere" in shown
-    assert "found   evaluate.triplets" in shown
+def test_dry_run_marks_what_is_missing_and_ends_with_the_status_of_a_run(config: str) -> None:
+    given = ["--set", "evaluate.images=nowhere", "--set", "vdg.language_model={package: no_such_package}"]
+    result = RUNNER.invoke(app, ["run", config, "--dry-run", *given])
+    assert "missing evaluate.images: nowhere" in result.stdout
+    assert "found   evaluate.triplets" in result.stdout
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == fail("run", config, *given)
+    assert "vdg.language_model: weights: Python package 'no_such_package' is not installed" in str(result.exception)
 
 
 def test_until_and_only_select_instances_with_what_they_need(config: str) -> None:
@@ -183,7 +187,7 @@ def test_excluded_images_are_ingested_and_seen_by_the_mining_tower(config: str, 
     assert set(named) - set(free) == {"ingest:excluded-cirr", "exclude:photos"}
     assert set(seen) - set(named) == {"embed:photo.excluded-cirr"}
     assert len({digests["mine:photos"] for digests in (free, named, seen)}) == 3
-    shown = invoke("mine", config, "--dry-run", "--set", "mine.exclude.circo={annotations: nowhere}")
+    shown = RUNNER.invoke(app, ["mine", config, "--dry-run", "--set", "mine.exclude.circo={annotations: nowhere}"]).stdout
     assert "ingest:excluded-circo" in shown
     assert "missing mine.exclude.circo.annotations:" in shown
 

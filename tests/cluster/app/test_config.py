@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cluster.app.config import RunConfig, content_of, load
-from cluster.app.graph import Graph, Sources
+from cluster.app.graph import Graph
+from cluster.app.sources import Sources
 from cluster.config import validate
 from cluster.errors import UserError
 

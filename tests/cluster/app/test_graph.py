@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cluster.app.config import RunConfig, load
-from cluster.app.graph import Graph, Sources
+from cluster.app.graph import Graph
+from cluster.app.sources import Sources
 from cluster.errors import UserError
 from cluster.stage import Stage
 

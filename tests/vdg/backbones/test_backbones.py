@@ -14,8 +14,9 @@ from mining.features import Features
 from mining.images import render
 from mining.towers import ImageTower
 from tests import tiny
-from tests.stages import centred_by_own, instruct
+from tests.stages import centred_by_own
 from tests.vdg.conftest import write_embeddings
+from tests.vdg.stages import instruct
 from vdg.backbones import build
 from vdg.config import GenerateConfig, InstructConfig, VdgConfig
 from vdg.description import describe

@@ -21,3 +21,12 @@ def test_a_table_without_a_config() -> None:
     assert result.exit_code == 0
     for subject in ("packages", "CUDA", "DeepSpeed", "FAISS", "Ray", "MLflow", "root", "shared memory"):
         assert subject in result.stdout
+
+
+def test_what_a_configs_stages_lack_blocks(tmp_path: Path) -> None:
+    given = [f"root={tmp_path}/root", "evaluate.images=nowhere", "vdg.language_model={package: no_such_package}"]
+    result = RUNNER.invoke(app, ["doctor", "grocery", "--json", *(part for value in given for part in ("--set", value))])
+    assert result.exit_code == 1
+    findings = {row["subject"]: row for row in json.loads(result.stdout) if row["state"] == "blocker"}
+    assert findings["evaluate.images"]["found"] == "nowhere does not exist"
+    assert findings["vdg.language_model"]["advice"] == "install it on every node"

@@ -1,0 +1,57 @@
+"""A session that does not begin is one message, whatever Ray says."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.driver import session
+from cluster.driver.session import RayConfig
+from cluster.errors import UserError
+
+
+def begin(config: RayConfig) -> str:
+    with pytest.raises(UserError) as error:
+        session._connect(config)
+    return str(error.value)
+
+
+def test_a_head_that_takes_connections_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "PATIENCE", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert f"no Ray cluster takes us at {address}: no answer in 2 s" in begin(RayConfig(address=address))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense", "ray://127.0.0.1:9"])
+def test_an_address_where_nobody_is(address: str) -> None:
+    message = begin(RayConfig(address=address))
+    assert message.startswith(f"resources.ray.address: no Ray cluster takes us at {address}: ")
+    assert message.count("\n") == 1
+
+
+def test_a_local_ray_that_does_not_start_is_one_message(tmp_path: Path) -> None:
+    """In a process of its own: a session of these tests is running."""
+    place = tmp_path / ("long" * 30)
+    place.mkdir()
+    script = "from cluster.driver.session import *; start(RayConfig(num_cpus=1))"
+    environment = {**os.environ, "RAY_TMPDIR": str(place), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("RAY_ADDRESS", None)
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.stderr.splitlines()[-1].startswith("cluster.errors.UserError: Ray does not start here: ")
+    assert "RAY_TMPDIR=/tmp" in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("trace\n\nTimeoutError: start-up took too long\n", "TimeoutError: start-up took too long; `vdg doctor` looks at disk"),
+        ("AF_UNIX path length cannot exceed 107 bytes: '/x'", "such as RAY_TMPDIR=/tmp"),
+        ("", "Ray does not start here: ;"),
+    ],
+)
+def test_what_ray_says_last_is_said_with_what_to_do(said: str, expected: str) -> None:
+    assert expected in session._refused("local", said)
