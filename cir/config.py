@@ -109,6 +109,11 @@ class LossConfig(Section):
         "None: only the same image is none, as in the paper",
     )
     reference_negative: bool = Field(False, description="each query's own reference image is one of its negatives")
+    unlabelled: int = Field(
+        0,
+        ge=0,
+        description="fusion: images of the mined gallery, drawn once, that are negatives of every query; the paper: none",
+    )
 
 
 class VariantConfig(Section):
@@ -161,6 +166,8 @@ class VariantConfig(Section):
         for name in ("text", "hidden", "image_hidden", "dropout", "zero"):
             if getattr(self, name) is not None:
                 raise ValueError(f"'{name}' is of model 'fusion'; model 'blip' takes all from the weights of train.tower")
+        if self.loss.unlabelled:
+            raise ValueError("'loss.unlabelled' is of model 'fusion': it takes cached features")
         if self.center:
             raise ValueError("'center' is of model 'fusion': BLIP compares its features as they are")
         return self

@@ -15,6 +15,13 @@ DRAWN_AT_LEAST = 1e-4  # added to a negative's probability of being drawn
 UNUSED = -100  # label of a pair that costs nothing
 
 
+class Unlabelled(NamedTuple):
+    """Images of the gallery that are negatives of every query; the same on all ranks."""
+
+    vectors: torch.Tensor  # [m, dim], of norm 1
+    ids: torch.Tensor  # int64 [m]
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Queries and their targets; all vectors are of norm 1."""
@@ -24,6 +31,7 @@ class Pairs:
     target_ids: torch.Tensor  # int64 [n]
     reference_ids: torch.Tensor  # int64 [n]
     references: torch.Tensor | None = None  # [n, dim], target-side: given where a query's reference is its negative
+    unlabelled: Unlabelled | None = None
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -36,8 +44,9 @@ class Pairs:
         return self._each(lambda values: gather_blocks(values, first))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        fields: dict[str, Any] = {name: None if values is None else change(values) for name, values in vars(self).items()}
-        return type(self)(**fields)
+        rows = {name: values for name, values in vars(self).items() if name != "unlabelled"}
+        fields: dict[str, Any] = {name: None if values is None else change(values) for name, values in rows.items()}
+        return type(self)(**fields, unlabelled=self.unlabelled)
 
 
 class Negatives(NamedTuple):
@@ -50,20 +59,31 @@ class Negatives(NamedTuple):
 def negatives(pairs: Pairs, scale: torch.Tensor, alike: float | None = None) -> tuple[Negatives, Negatives]:
     """Those of each query among the targets, and of each target among the queries; `scale` is 1 / tau.
 
-    Rows with the same target image are no negatives of each other, nor those whose targets' cosine exceeds `alike`. Where
-    `references` are given, each query has one more candidate, its own reference, unless that is its target.
+    Rows with the same target image are no negatives of each other, nor those whose targets' cosine exceeds `alike`. Each
+    query has more candidates where they are given: its own reference, and the unlabelled images; its target, and what is
+    alike, is none of them.
     """
-    similarities = scale.float() * pairs.queries.float() @ pairs.targets.float().T
+    targets, queries = pairs.targets.float(), scale.float() * pairs.queries.float()
+    similarities = queries @ targets.T
     own = similarities.diagonal()[:, None]
-    mask = pairs.target_ids[:, None] != pairs.target_ids[None, :]
-    if alike is not None:
-        mask &= pairs.targets.float() @ pairs.targets.float().T <= alike
-    queries = Negatives(similarities.T - own, mask)
-    if pairs.references is None:
-        return Negatives(similarities - own, mask), queries
-    reference = scale.float() * (pairs.queries.float() * pairs.references.float()).sum(1, keepdim=True)
-    other = (pairs.reference_ids != pairs.target_ids)[:, None]
-    return Negatives(torch.cat([similarities, reference], 1) - own, torch.cat([mask, other], 1)), queries
+    mask = _differ(pairs.target_ids, targets, pairs.target_ids, targets, alike)
+    candidates, masks = [similarities], [mask]
+    if pairs.references is not None:
+        candidates.append((queries * pairs.references.float()).sum(1, keepdim=True))
+        masks.append((pairs.reference_ids != pairs.target_ids)[:, None])
+    if pairs.unlabelled is not None:
+        vectors = pairs.unlabelled.vectors.float()
+        candidates.append(queries @ vectors.T)
+        masks.append(_differ(pairs.target_ids, targets, pairs.unlabelled.ids, vectors, alike))
+    return Negatives(torch.cat(candidates, 1) - own, torch.cat(masks, 1)), Negatives(similarities.T - own, mask)
+
+
+def _differ(
+    ids: torch.Tensor, vectors: torch.Tensor, other_ids: torch.Tensor, others: torch.Tensor, alike: float | None
+) -> torch.Tensor:
+    """bool [n, m]: whether two images are not the same one, nor alike."""
+    differ = ids[:, None] != other_ids[None, :]
+    return differ if alike is None else differ & (vectors @ others.T <= alike)
 
 
 def info_nce(pairs: Pairs, scale: torch.Tensor, alike: float | None = None) -> torch.Tensor:

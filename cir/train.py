@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from cir.config import TextTower, VariantConfig
 from cir.select import Pseudo, pseudo_of
 from cir.tasks import TASKS
-from cir.tasks.triplets import TripletTask
+from cir.tasks.triplets import Gallery, TripletTask
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
@@ -22,12 +22,14 @@ RESULT = "result.json"
 class Train(Stage):
     """`train:<variant>.s<seed>`: a composed-retrieval model: its config, the centring mean, the best weights, their metrics."""
 
-    version = 5
+    version = 6
     model = "composed retrieval"
     triplets: Stage
     embeddings: tuple[Stage, ...] = field(metadata=LOOKED_UP)  # of the triplets' images
     galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where pixels are seen in training
     center: Stage
+    gallery: Stage | None = None  # embeddings of the mined gallery, where its images are negatives
+    mineable: Stage | None = None  # of that gallery, where some are excluded
     pseudo_triplets: Stage | None = None
     scores: Stage | None = None
     config: VariantConfig
@@ -65,7 +67,8 @@ class Train(Stage):
         _check_inputs(triplets, pseudo, config, info["tokens"])
         if config.text is not None and config.fusion == "combiner":
             _check_widths(config.text, info["dim"])
-        labelled, pseudo_triplets = _checked_rows(TASKS[config.model](features, triplets, pseudo, config), triplets)
+        gallery = self._gallery(run)
+        labelled, pseudo_triplets = _checked_rows(TASKS[config.model](features, triplets, pseudo, config, gallery), triplets)
         content = {
             "version": self.version,
             "seed": self.seed,
@@ -79,8 +82,13 @@ class Train(Stage):
         output.write_json(MODEL, content)
         copy_mean(features, output)
         # a fresh task: the checks filled the other's caches, which would travel
-        task = TASKS[config.model](features, triplets, pseudo, config)
+        task = TASKS[config.model](features, triplets, pseudo, config, gallery)
         output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor, run.groups))
+
+    def _gallery(self, run: Run) -> Gallery | None:
+        if self.gallery is None:
+            return None
+        return Gallery(run.output(self.gallery), run.output(self.mineable) if self.mineable else None)
 
 
 def _check_inputs(triplets: Output, pseudo: Pseudo | None, config: VariantConfig, tokens: int) -> None:

@@ -78,7 +78,7 @@ class TowerConfig(Pretrained):
     by_order: bool = Field(False, description="the file's tensors match the model's in order, not by name")
     output: Literal["pooled", "levels", "tokens", "qformer", "projected"] = Field(
         "pooled",
-        description="one vector an image; the same joined with those of earlier levels, which hold colour (timm); one a "
+        description="one vector an image; that joined with those of earlier levels and a histogram of colours (timm); one a "
         "patch; one a query of InstructBLIP's or BLIP-2's Q-Former; or BLIP's one of its retrieval space (not normalised)",
     )
     image_size: int = Field(224, gt=0, description="pixels a side")

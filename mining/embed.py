@@ -36,7 +36,7 @@ class Embed(Stage):
     only the new images go through the tower, and `reused.json` counts the others.
     """
 
-    version = 6
+    version = 7
     table = "embeddings"
     gallery: Stage
     tower: TowerConfig

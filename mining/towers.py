@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from cluster.devices import device, uses_bf16
 from cluster.errors import UserError
 from cluster.weights import Weights
+from mining.colours import colour_histogram
 from mining.config import TowerConfig
 from mining.pretrained import Colour, colours_of, source_of
 
@@ -42,6 +43,8 @@ class ImageTower(nn.Module):
         """Pixels are normalised here, on the device."""
         images = normalised(pixels.to(device(), non_blocking=True), self.mean, self.std)
         values = self._run(self.model, images.to(self.dtype), self.config.output)
+        if self.config.output == "levels":
+            values = torch.cat([values, colour_histogram(pixels.to(device()))], 1)
         return values.float() if values.ndim == 3 else values.float().unsqueeze(1)
 
 

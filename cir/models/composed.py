@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from cir.config import VariantConfig
-from cir.losses import Pairs
+from cir.losses import Pairs, Unlabelled
 from cir.models.combiner import Combiner
 from cir.models.residual import ResidualFusion
 from cir.models.retrieval import Retrieval
@@ -31,6 +32,19 @@ class ComposedRetrieval(Retrieval):
         self.text: TextEncoder | None = encoder
         self.fusion = FUSIONS[config.fusion](config, dim, encoder.width)
         self.log_scale = nn.Parameter(torch.full((1,), FIRST_LOG_SCALE)) if config.learns_temperature else None
+
+    def hold_unlabelled(self, ids: np.ndarray, vectors: np.ndarray) -> None:
+        """Images int64 [m] of the gallery, their vectors float32 [m, dim] of norm 1: from now on negatives of every query.
+
+        They are no part of the weights.
+        """
+        self.register_buffer("unlabelled_ids", torch.from_numpy(ids), persistent=False)
+        self.register_buffer("unlabelled_vectors", torch.from_numpy(vectors), persistent=False)
+
+    @property
+    def _unlabelled(self) -> Unlabelled | None:
+        held = dict(self.named_buffers(recurse=False))
+        return Unlabelled(held["unlabelled_vectors"], held["unlabelled_ids"]) if held else None
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
         """Tokens as the text encoder takes them."""
@@ -67,6 +81,7 @@ class ComposedRetrieval(Retrieval):
             batch["target_id"],
             batch["reference_id"],
             references if self.config.loss.reference_negative else None,
+            self._unlabelled,
         )
         return self.losses(pairs, batch["supervised"])
 

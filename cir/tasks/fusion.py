@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from cir.config import VariantConfig
-from cir.tasks.triplets import TripletTask
+from cir.tasks.triplets import Gallery, TripletTask
 from cluster.config import content_of
 from cluster.manifest import digest_of
 from mining.embeddings import INFO
-from mining.features import FeatureSource
+from mining.features import ORIGIN, FeatureSource, drawn_vectors
 from mining.scratch import shared
 
 
@@ -66,7 +66,13 @@ class FusionTask(TripletTask):
         module = ComposedRetrieval(self.config, self.features.embeddings.read_json(INFO)["dim"], self._encoder)
         if not self._trains_text:
             module.text = None
+        if self.gallery is not None:
+            module.hold_unlabelled(*self._unlabelled(self.gallery))
         return module
+
+    def _unlabelled(self, gallery: Gallery) -> tuple[np.ndarray, np.ndarray]:
+        mean = self.features.mean if self.config.center else ORIGIN
+        return drawn_vectors(gallery.embeddings, mean, gallery.mineable, self.config.loss.unlabelled)
 
     def _drawn(self, image_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self._taken(image_ids, self._source.draw_views(len(image_ids), rng))

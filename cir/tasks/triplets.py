@@ -56,6 +56,14 @@ def held_out(triplet_ids: np.ndarray, validation: Validation) -> np.ndarray:
     return np.array([tables.stable_id("fold", i) % validation.folds == validation.fold for i in triplet_ids.tolist()], bool)
 
 
+@dataclass(frozen=True)
+class Gallery:
+    """Embeddings of the mined gallery, and which of its images no benchmark excludes; `loss.unlabelled` draws from it."""
+
+    embeddings: Output
+    mineable: Output | None
+
+
 @dataclass
 class TripletTask(ABC):
     """The `cluster.training.loop.Task` of one variant, whatever its model takes. Holds settings and paths, loads lazily.
@@ -70,6 +78,7 @@ class TripletTask(ABC):
     triplets: Output
     pseudo: Pseudo | None
     config: VariantConfig
+    gallery: Gallery | None = None
 
     def __post_init__(self) -> None:
         self.best_metric = "val_mrr" if self.config.validation.folds else None

@@ -289,12 +289,20 @@ class Rounds:
             triplets=self._with_own_deltas(variant.triplets) if variant.own_deltas else self.sources.triplets(variant.triplets),
             **self.sources.seen(config.train.tower, *galleries, pixels=TASKS[variant.model].sees_pixels),
             center=self.sources.center(config.train.tower, config.train.triplets),
+            **self._negatives(variant),
             pseudo_triplets=self.pseudo_triplets(used) if variant.pseudo else None,
             scores=self._judged(used, variant) if variant.pseudo else None,
             config=variant,
             seed=seed,
             resources=config.resources.train,
         )
+
+    def _negatives(self, variant: VariantConfig) -> dict[str, Stage | None]:
+        """Where a variant's unlabelled negatives are drawn from."""
+        if not variant.loss.unlabelled:
+            return {}
+        embeddings = self.sources.embeddings(self.config.train.tower, self.config.mine.gallery)
+        return {"gallery": embeddings, "mineable": excluding(self.config, self.sources)}
 
     def _with_own_deltas(self, name: str) -> SelectOwn:
         """`select:<triplets>.vdg`: labelled triplets, each with the generator's delta of its pair too (PAPER 2.3)."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 from cir.config import LossConfig
 from cir.losses import (
     Pairs,
+    Unlabelled,
     contrastive,
     distinct,
     draw_negatives,
@@ -280,3 +281,19 @@ def test_targets_that_look_alike_are_no_negatives() -> None:
     guarded, unguarded = negatives(pairs, torch.tensor(1.0), alike=0.9)[0], negatives(pairs, torch.tensor(1.0))[0]
     assert guarded.mask.tolist() == [[False, False, True], [False, False, True], [True, True, False]]
     assert unguarded.mask.sum() == 6
+
+
+def test_unlabelled_images_are_negatives_of_queries_unless_they_are_the_target_or_alike() -> None:
+    targets = functional.normalize(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), dim=-1)
+    gallery = functional.normalize(torch.tensor([[1.0, 0.0, 0.0], [0.95, 0.3, 0.0], [0.0, 0.0, 1.0]]), dim=-1)
+    pairs = Pairs(
+        targets, targets, torch.tensor([7, 8]), torch.tensor([1, 2]), None, Unlabelled(gallery, torch.tensor([7, 5, 6]))
+    )
+    queries, back = negatives(pairs, torch.tensor(2.0))
+    assert queries.mask[:, 2:].tolist() == [[False, True, True], [True, True, True]]
+    torch.testing.assert_close(queries.margins[:, 2:], 2 * (targets @ gallery.T) - 2)
+    assert back.mask.shape == (2, 2)
+    assert negatives(pairs, torch.tensor(2.0), alike=0.9)[0].mask[:, 2:].tolist() == [[False, False, True], [True, True, True]]
+    assert pairs[:1].unlabelled is pairs.unlabelled
+    alone = Pairs(targets, targets, torch.tensor([7, 8]), torch.tensor([1, 2]))
+    assert info_nce(pairs, torch.tensor(2.0)) > info_nce(alone, torch.tensor(2.0))

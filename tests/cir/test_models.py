@@ -162,6 +162,15 @@ def test_the_reference_as_a_negative_costs_a_query_that_stays_near_it(tiny_bert:
     torch.testing.assert_close(harder(batch)["loss"], plain(batch)["loss"])
 
 
+def test_unlabelled_images_are_negatives_and_no_weights(tiny_bert: dict[str, Any]) -> None:
+    plain, harder = model(tiny_bert), model(tiny_bert, loss={"unlabelled": 4})
+    batch = semi_batch()
+    near = plain.compose(batch["reference"], batch["text"]).detach().numpy()[:4]
+    harder.hold_unlabelled(np.arange(900, 904), near)
+    assert float(harder(batch)["loss"]) > float(plain(batch)["loss"])
+    assert harder.state_dict().keys() == plain.state_dict().keys()
+
+
 def test_the_combiner_refuses_unequal_widths(tiny_bert: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="one width, found 16 and 32"):
         model(tiny_bert, fusion="combiner")

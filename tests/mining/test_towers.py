@@ -13,6 +13,7 @@ from torch.nn import functional
 from cluster.app.config import load
 from cluster.errors import UserError
 from cluster.weights import Weights
+from mining.colours import WIDTH, colour_histogram
 from mining.config import TowerConfig, ViewsConfig
 from mining.images import render
 from mining.towers import ImageTower, _fold_batch_norm, normalised
@@ -165,14 +166,15 @@ def test_the_preset_tower_names_fruit() -> None:
     assert named.tolist() == [fruit[row["key"]] for row in photos if row["key"] in fruit]
 
 
-def test_levels_join_the_last_vector_with_the_middles_of_earlier_maps() -> None:
+def test_levels_join_the_last_vector_the_middles_of_earlier_maps_and_the_colours() -> None:
     torch.manual_seed(0)
     tower = ImageTower(TowerConfig(**SMALL, output="levels"))
     found = tower(PIXELS)[:, 0]
     images = normalised(PIXELS, tower.mean, tower.std)
     with torch.inference_mode():
         last, levels = tower.model(images), tower.model.forward_intermediates(images, intermediates_only=True)
-    assert found.shape[1] == last.shape[1] + sum(level.shape[1] for level in levels)
+    assert found.shape[1] == last.shape[1] + sum(level.shape[1] for level in levels) + WIDTH
+    torch.testing.assert_close(found[:, -WIDTH:], colour_histogram(PIXELS))
     torch.testing.assert_close(found[:, : last.shape[1]], functional.normalize(last))
     side = levels[0].shape[2] // 4
     middle = functional.normalize(levels[0][:, :, side:-side, side:-side].mean((2, 3)))
