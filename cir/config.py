@@ -155,6 +155,11 @@ class VariantConfig(Section):
         return self
 
     @property
+    def uses_generator(self) -> bool:
+        """Whether it is trained on what a generator wrote."""
+        return self.pseudo or self.own_deltas
+
+    @property
     def learns_temperature(self) -> bool:
         """Whether tau is a parameter."""
         return self.temperature == "learned" or (self.temperature is None and self.model == "blip")

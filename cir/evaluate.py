@@ -57,11 +57,11 @@ class Evaluate(Stage):
     each number is) and, for benchmarks with a server, submission files: these alone where labels are hidden.
     """
 
-    version = 5
+    version = 6
     queries: Stage
     gallery: Stage
     embeddings: Stage
-    models: Mapping[str, Stage]  # "<variant>.s<seed>"
+    models: Mapping[str, Stage]  # by their names: cir.train.ModelName
     text: TextTower | None  # the encoder of the control rows, where its vectors can be compared with the gallery's
     annotations: Annotations | None = None  # of an official benchmark
     attributes: Source | None = None  # of one's own triplets

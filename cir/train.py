@@ -1,6 +1,7 @@
 """The stage train: one variant with one seed."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cir.config import TextTower, VariantConfig
 from cir.select import Pseudo, pseudo_of
@@ -16,11 +17,29 @@ from mining.features import Features, copy_mean, features_of
 
 MODEL = "cir.json"
 RESULT = "result.json"
+FIRST = -1  # the generator of a model whose name names none
+
+
+class ModelName(NamedTuple):
+    """A trained model, as `<variant>[.g<generator>].s<seed>`. They sort by variant, generator and seed."""
+
+    variant: str
+    generator: int
+    seed: int
+
+    @classmethod
+    def parse(cls, name: str) -> "ModelName":
+        """Of a name."""
+        variant, *generator, seed = name.split(".")
+        return cls(variant, int(generator[0][1:]) if generator else FIRST, int(seed[1:]))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Train(Stage):
-    """`train:<variant>.s<seed>`: a composed-retrieval model: its config, the centring mean, the best weights, their metrics."""
+    """`train:<variant>[.g<generator>].s<seed>`: a composed-retrieval model.
+
+    Written are its config, the centring mean, the best weights and their metrics.
+    """
 
     version = 5
     model = "composed retrieval"

@@ -70,9 +70,8 @@ class Run:
 
     @cached_property
     def models(self) -> dict[str, Output]:
-        """Every trained model, as `<variant>.s<seed>`."""
-        parents = self.graph.evaluation.parents
-        return {r.removeprefix("models."): self._output(r) for r in parents if r.startswith("models.")}
+        """Every trained model, by its name (cir.train.ModelName)."""
+        return {name: self.graph.output(model) for name, model in self.graph.models.items()}
 
     @cached_property
     def searcher(self) -> Searcher:

@@ -3,9 +3,9 @@
 import re
 from functools import reduce
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cir.config import EvaluateConfig, RoundsConfig, ScoreConfig, TrainConfig, merge
 from cluster.config import (
@@ -56,6 +56,19 @@ class InstructSection(InstructConfig):
     """Stage 2 of the generator."""
 
     triplets: str = Field(description="name of a file of ingest.triplets")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0],
+        min_length=1,
+        json_schema_extra=NOT_CONTENT,
+        description="a generator is trained with each, and with each generator every variant that uses one",
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"found {seeds}: a generator that is counted twice tells nothing new; give each seed once")
+        return seeds
 
 
 class TrainSection(TrainConfig):
@@ -138,7 +151,7 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^\w[\w.-]*$", max_length=64, description="names the folder of the report and the MLflow run")
     root: str = path_field("folder or URI that holds every output", "outputs")
-    seed: int = Field(0, ge=0, description="of mining, the generator and its deltas; retrieval has train.seeds")
+    seed: int = Field(0, ge=0, description="of mining; generators have instruct.seeds, retrieval models train.seeds")
     ingest: IngestConfig
     embed: EmbedConfig
     mine: MineConfig

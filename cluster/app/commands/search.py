@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
+from cir.train import ModelName
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
 from cluster.driver.progress import answers, console
@@ -64,7 +65,7 @@ def chosen(known: list[str], models: str | None) -> list[str]:
     if models is None:
         first: dict[str, str] = {}
         for name in known:
-            first.setdefault(name.rpartition(".s")[0], name)
+            first.setdefault(ModelName.parse(name).variant, name)
         return list(first.values())
     if unknown := set(models.split(",")) - set(known):
         raise UserError(f"--models {min(unknown)}: there is none of this name; give some of {', '.join(known)}")

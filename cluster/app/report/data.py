@@ -1,6 +1,7 @@
 """What the report shows, collected from a run's outputs: tables column-wise and in samples, images by id."""
 
 import base64
+from collections import defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
@@ -10,7 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from cir.train import MODEL
+from cir.train import MODEL, ModelName
 from cluster.app.config import PRESETS, RunConfig, load
 from cluster.app.graph import Graph
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
@@ -197,7 +198,9 @@ def _thumbnail(content: bytes) -> str:
 
 def _curves(run: _Run) -> Curves:
     logs = {i: _log(run.output(i)) for i in run.stages if run.output(i).exists(METRICS)}
-    variants = {v: [logs[f"train:{v}.s{seed}"] for seed in run.config.train.seeds] for v in run.config.train.variants}
+    variants: dict[str, list[dict[int, dict[str, float]]]] = defaultdict(list)
+    for name, model in run.graph.models.items():
+        variants[ModelName.parse(name).variant].append(logs[model.instance])
     names = dict.fromkeys(n for log in logs.values() for point in log.values() for n in point if n.startswith("val_"))
     alone = {kind: _curve(kind, [logs[s.instance]], "loss") for kind in ("align", "instruct") if (s := run.find(kind))}
     validation = {name: [_curve(v, found, name) for v, found in variants.items()] for name in names}
