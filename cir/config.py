@@ -40,6 +40,7 @@ class PseudoSelection(Section):
     mean over them of the share of triplets that it beats, so that scorers of different units count alike.
     """
 
+    drop_repeated: bool = Field(True, description="leave out deltas that repeat themselves; the paper keeps all")
     scorers: tuple[Scorer, ...] = Field(("log_probability",), min_length=1, description="what the score is made of")
     min_score: float | None = Field(None, description="least score, in the unit of the one scorer; a share for several")
     top_fraction: float | None = Field(None, gt=0, le=1, description="share to keep, the highest scores first")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cir.config import TextTower, VariantConfig
-from cir.select import Pseudo, pseudo_of
+from cir.select import Pseudo, pseudo_of, repeated
 from cir.tasks import TASKS
 from cir.tasks.triplets import TripletTask
 from cluster.artifacts import Output
@@ -12,6 +12,7 @@ from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import train, unfit
+from mining import tables
 from mining.embeddings import INFO
 from mining.features import Features, copy_mean, features_of
 
@@ -90,6 +91,7 @@ class Train(Stage):
             "dim": info["dim"],
             "labelled_triplets": labelled,
             "pseudo_triplets": pseudo_triplets,
+            "repeated": _repeated(pseudo, config),
             "config": config.model_dump(mode="json"),
         }
         if TASKS[config.model].sees_pixels and features.online is not None:
@@ -99,6 +101,13 @@ class Train(Stage):
         # a fresh task: the checks filled the other's caches, which would travel
         task = TASKS[config.model](features, triplets, pseudo, config)
         output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor, run.groups))
+
+
+def _repeated(pseudo: Pseudo | None, config: VariantConfig) -> int:
+    """Number of pseudo triplets that are left out because their deltas repeat themselves."""
+    if pseudo is None or not config.selection.drop_repeated:
+        return 0
+    return int(repeated(pseudo.triplets.read_parts(tables.TRIPLETS, ["deltas"])).sum())
 
 
 def _check_inputs(triplets: Output, pseudo: Pseudo | None, config: VariantConfig, tokens: int) -> None:

@@ -16,12 +16,13 @@ from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import stable_seed
 from cluster.weights import Weights
 from mining import tables
+from mining.deltas import is_garbled
 from vdg.agreement import medoid
 from vdg.config import GenerateConfig
 from vdg.description import read_description
 from vdg.images import ImageSource, images_of
 from vdg.instruct import Instruct
-from vdg.prompts import is_garbled, says_no_change
+from vdg.prompts import says_no_change
 
 GARBLED = "garbled.json"  # number of deltas, and of those that are garbled
 _LOG = logging.getLogger(__name__)
