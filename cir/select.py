@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cir.config import PseudoSelection
+from cir.config import PseudoSelection, Validation
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.monitor import Monitor
@@ -58,6 +58,23 @@ class SelectOwn(Stage, kind="select"):
         for row in rows:
             row["deltas"] += written.get((row["reference_id"], row["target_id"]), [])
         _write(output, pa.Table.from_pylist(rows, tables.TRIPLETS), run.monitor)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SelectFold(Stage, kind="select"):
+    """`select:<triplets>.f<fold>`: the labelled triplets without a fold, for a generator that has not seen it."""
+
+    version = 1
+    triplets: Stage
+    without: Validation
+
+    def work(self, output: Output, run: Run) -> None:
+        """One part."""
+        from cir.tasks.triplets import held_out
+
+        table = run.output(self.triplets).read_parts(tables.TRIPLETS)
+        held = held_out(table["triplet_id"].to_numpy(), self.without)
+        _write(output, table.filter(pa.array(~held)), run.monitor)
 
 
 @dataclass(frozen=True)
@@ -165,9 +182,7 @@ def select(pseudo: pa.Table, scores: np.ndarray | None, labelled_images: int, co
     if config.ratio is not None and len(pseudo):
         pseudo = pseudo.filter(pa.array(_up_to_images(pseudo, math.ceil(config.ratio * labelled_images), config.seed)))
     if not len(pseudo):
-        raise UserError(
-            f"train.selection: none of {found} pseudo triplets is left; loosen drop_repeated, min_score, top_fraction or ratio"
-        )
+        raise UserError(f"train.selection: none of {found} pseudo triplets is left; loosen its fields")
     return pseudo
 
 

@@ -1,7 +1,7 @@
 """What a finished run, or an exported model alone, can do from Python.
 
 run = Run.open("outputs", "demo")
-run.search("photo.jpg", "the same in green", model="semi.s0", top=20)
+run.search("photo.jpg", "the same in green", top=20)  # by the recommended model
 """
 
 import json
@@ -18,6 +18,7 @@ from cir.search import Hits, Model, Reference, Searcher
 from cluster.app.config import RunConfig
 from cluster.app.export import TOWER
 from cluster.app.graph import Graph
+from cluster.app.recommend import recommend
 from cluster.app.runner import metrics_of
 from cluster.artifacts import Output, below
 from cluster.config import validate
@@ -109,11 +110,19 @@ class Run:
             name = "the image" if isinstance(image, bytes) else image
             raise UserError(f"{name}: cannot be read ({error}); give an image file or a key of the gallery") from error
 
-    def search(self, image: str | Path | bytes | int, text: str, model: str = "semi.s0", top: int = 20) -> list[Hit]:
+    @property
+    def recommended(self) -> str:
+        """The model to use unless another is asked for; without a baseline to compare with the first one."""
+        found = recommend(self.graph)
+        return found.model if found else next(iter(self.models))
+
+    def search(self, image: str | Path | bytes | int, text: str, model: str | None = None, top: int = 20) -> list[Hit]:
         """The `top` images of the gallery for a reference and a text that says what should differ, best first.
 
-        The reference is not among them. Raises UserError for an unknown model, or an image that cannot be read.
+        They are ranked by the recommended model unless another is named, and the reference is not among them. Raises
+        UserError for an unknown model, or an image that cannot be read.
         """
+        model = model or self.recommended
         self.searcher.composer(model)
         return self.hits(self.searcher.search(model, self.reference(image), text, top))
 

@@ -2,19 +2,35 @@
 
 from collections.abc import Mapping
 
+from cir.benchmarks.triplets import check_attributes
 from cluster.app.config import PROJECT, RunConfig
 from cluster.errors import UserError
-from cluster.stage import Stage
+from cluster.stage import Source, Stage
 
 
 def check(config: RunConfig, stages: list[Stage]) -> None:
     """Raises UserError listing everything that these stages need and that is missing or does not fit, by the config's field."""
-    _refuse({field: problem for stage in stages for field, problem in stage.check().items()}, config)
+    _refuse({field: problem for stage in stages for field, problem in stage.check().items()} | _reported(config), config)
 
 
 def check_sources(config: RunConfig, stages: list[Stage]) -> None:
     """As `check`, of outside files alone."""
     _refuse({field: problem for stage in stages for field, problem in stage.missing().items()}, config)
+
+
+def _reported(config: RunConfig) -> dict[str, str]:
+    """The file of attributes that the report alone reads."""
+    field, path = "report.attributes", config.report.attributes
+    if path is None:
+        return {}
+    source = Source(field, path)
+    if source.fingerprint() is None:
+        return {field: source.problem()}
+    try:
+        check_attributes(path, field)
+    except UserError as error:
+        return {field: str(error).removeprefix(f"{field}: ")}
+    return {}
 
 
 def _refuse(problems: Mapping[str, str], config: RunConfig) -> None:

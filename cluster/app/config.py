@@ -119,6 +119,9 @@ class ReportConfig(Section):
 
     examples: int = Field(8, gt=0, description="pseudo triplets and retrieval examples shown")
     seed: int = Field(0, description="of the examples drawn")
+    attributes: str | None = _path(
+        "JSON of key to attributes of mine.gallery's photos, by which the precision of the deltas is told; nothing else sees it"
+    )
 
 
 class TrackingConfig(Section):
@@ -229,6 +232,14 @@ class RunConfig(Section):
             raise ValueError(f"{field}: {name!r} is not one of train.variants, {sorted(self.train.variants)}")
         if self.train.variant(name).pseudo != pseudo:
             raise ValueError(f"{field}: '{name}' must {'' if pseudo else 'not '}be trained on pseudo triplets")
+
+    @property
+    def rivals(self) -> list[str]:
+        """The variants one of which is recommended: the baseline, and those that learn from the same labels; no controls."""
+        variants = {name: self.train.variant(name) for name in self.train.variants}
+        if (baseline := variants.get(self.evaluate.baseline)) is None:
+            return []
+        return [name for name, one in variants.items() if one.triplets == baseline.triplets and not one.is_control]
 
     def _galleries_named(self) -> list[tuple[str, str]]:
         """(name of a file of triplets or captions, gallery it names)."""

@@ -75,7 +75,7 @@ def _recalls(lineage: Lineage, made: Made) -> list[str]:
     lines = []
     variant = made.instance.partition(":")[2].partition(".")[0]
     for role, near in lineage.below(made):
-        if near.manifest is None or not near.instance.startswith("evaluate:") or not near.output.exists("metrics.json"):
+        if near.manifest is None or not role.startswith("models.") or not near.output.exists("metrics.json"):
             continue
         models = [r.removeprefix("models.") for r in lineage.parents[near.name] if r.startswith(f"models.{variant}.")]
         place = sorted(models, key=ModelName.parse).index(role.removeprefix("models."))

@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import TypedDict, TypeVar
 
 from cir.benchmarks.official import Annotations, IngestExcluded, IngestExcludedNames, IngestImages, IngestQueries
-from cir.config import TextTower, VariantConfig
+from cir.config import TextTower, Validation, VariantConfig
 from cir.evaluate import Evaluate, EvaluateGiven
 from cir.index import Index
 from cir.score import Score
-from cir.select import Select, SelectOwn
+from cir.select import Select, SelectFold, SelectOwn
 from cir.tasks import TASKS
 from cir.train import Train
 from cluster.app.config import RunConfig
@@ -80,7 +80,7 @@ class Graph:
         sources = Sources(config)
         pairs = mined(config, sources)
         rounds = [Rounds(config, sources, Generator(config, sources, seed), pairs) for seed in config.instruct.seeds]
-        self.evaluation = evaluated(config, sources, models(config, rounds))
+        self.evaluation = evaluated(config, sources, models(config, rounds), folds(config, sources, pairs))
         self.index = indexed(config, sources)
 
     def output(self, stage: Stage) -> Output:
@@ -368,15 +368,26 @@ def mined(config: RunConfig, sources: Sources) -> Mine:
 
 
 class Generator:
-    """The Visual Delta Generator of a seed: how it is trained on triplets, and what it writes of pairs."""
+    """The Visual Delta Generator of a seed: how it is trained on triplets, and what it writes of pairs.
 
-    def __init__(self, config: RunConfig, sources: Sources, seed: int) -> None:
-        self.config, self.sources, self.tower, self.seed = config, sources, config.vdg.tower, seed
-        self.is_first = seed == config.instruct.seeds[0]
+    It has not seen the `fold` of its triplets.
+    """
+
+    def __init__(self, config: RunConfig, sources: Sources, seed: int, fold: Validation | None = None) -> None:
+        self.config, self.sources, self.tower, self.seed, self.fold = config, sources, config.vdg.tower, seed, fold
+        self.of_seed = "" if seed == config.instruct.seeds[0] else f".g{seed}"
+        self.of_fold = f".f{fold.fold}" if fold else ""
 
     def suffix(self, round_: int = 1) -> str:
         """What the names of its instances end in, in a round."""
-        return ("" if self.is_first else f".g{self.seed}") + ("" if round_ == 1 else f".r{round_}")
+        return self.of_seed + self.of_fold + ("" if round_ == 1 else f".r{round_}")
+
+    @property
+    def labelled(self) -> Stage:
+        """The triplets that it learns from in the first round."""
+        name = self.config.instruct.triplets
+        triplets = self.sources.triplets(name)
+        return SelectFold(name=f"{name}{self.of_fold}", triplets=triplets, without=self.fold) if self.fold else triplets
 
     @property
     def _center(self) -> Center | None:
@@ -389,7 +400,7 @@ class Generator:
         if section is None or self._center is None:
             return None
         return Align(
-            name=f"vdg{self.suffix()}",
+            name=f"vdg{self.of_seed}",
             captions=self.sources.captions(section.captions),
             **self.sources.seen(self.tower, config.ingest.captions[section.captions].gallery),
             center=self._center,
@@ -436,8 +447,7 @@ class Rounds:
 
     def vdg(self, round_: int) -> Instruct:
         """The generator of a round."""
-        labelled = self.config.instruct.triplets
-        return self.generator.trained(round_, self.sources.triplets(labelled) if round_ == 1 else self._confident(round_ - 1))
+        return self.generator.trained(round_, self.generator.labelled if round_ == 1 else self._confident(round_ - 1))
 
     def pseudo_triplets(self, round_: int) -> Generate:
         """`generate:<gallery>`."""
@@ -455,7 +465,7 @@ class Rounds:
             scores = self._scores(round_, self.model(config.rounds.judge, config.train.seeds[0], round_))
         return Select(
             name=f"vdg{self.generator.suffix(round_ + 1)}",
-            triplets=self.sources.triplets(config.instruct.triplets),
+            triplets=self.generator.labelled,
             pseudo_triplets=self.pseudo_triplets(round_),
             scores=scores,
             selection=selection,
@@ -484,7 +494,7 @@ class Rounds:
         own = variant.round or config.rounds.count
         used = round_ if round_ and variant.pseudo else own
         galleries = [config.ingest.triplets[variant.triplets].gallery, *([config.mine.gallery] if variant.pseudo else [])]
-        generator = self.generator.suffix() if variant.uses_generator else ""
+        generator = self.generator.suffix() if variant.uses_generator else self.generator.of_fold
         return Train(
             name=f"{name}{generator}{'' if used == own else f'.r{used}'}.s{seed}",
             triplets=self._with_own_deltas(variant.triplets) if variant.own_deltas else self.sources.triplets(variant.triplets),
@@ -519,7 +529,18 @@ def models(config: RunConfig, rounds: list[Rounds]) -> dict[str, Stage]:
     return {model.name: model for model in every}
 
 
-def evaluated(config: RunConfig, sources: Sources, models: dict[str, Stage]) -> Stage:
+def folds(config: RunConfig, sources: Sources, pairs: Mine) -> dict[str, Stage]:
+    """Variants that could be recommended with the first seeds, trained without each fold, as `<variant>.f<fold>`."""
+    train, found = config.train, dict[str, Stage]()
+    for fold in range(config.evaluate.folds):
+        held_out = Validation(folds=config.evaluate.folds, fold=fold)
+        without = config.model_copy(update={"train": train.model_copy(update={"validation": held_out})})
+        rounds = Rounds(without, sources, Generator(without, sources, config.instruct.seeds[0], held_out), pairs)
+        found |= {f"{name}.f{fold}": rounds.model(name, train.seeds[0]) for name in config.rivals}
+    return found
+
+
+def evaluated(config: RunConfig, sources: Sources, models: dict[str, Stage], folds: dict[str, Stage]) -> Stage:
     """`evaluate:all`: all models on the gallery and queries of the evaluate section; or given embeddings, without a model."""
     section, resources = config.evaluate, config.resources.evaluate
     queries, annotations = sources.triplets("queries"), sources.benchmark
@@ -535,6 +556,7 @@ def evaluated(config: RunConfig, sources: Sources, models: dict[str, Stage]) -> 
         gallery=sources.gallery("evaluate"),
         embeddings=sources.embeddings(config.train.tower, "evaluate"),
         models=models,
+        folds=folds,
         text=_shared_text(config),
         annotations=annotations,
         attributes=Source("evaluate.attributes", section.attributes) if section.attributes else None,

@@ -15,6 +15,7 @@ from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
 from cluster.app.outputs import keep_models
+from cluster.app.recommend import recommend
 from cluster.artifacts import Output, below, filesystem, without_user
 from cluster.config import in_folder
 from cluster.driver import lease, session
@@ -153,6 +154,8 @@ def _record_results(graph: Graph, tracker: Any) -> None:
         values = {metric: value["seeds"][places[variant]] for metric, value in table[variant].items() if "(" not in metric}
         places[variant] += 1
         tracker.scored(graph.models[name], graph.root, values)
+    if recommended := recommend(graph):
+        tracker.recommend(graph.models[recommended.model], graph.root)
 
 
 def run_folder(config: RunConfig) -> Output:

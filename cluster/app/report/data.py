@@ -14,8 +14,10 @@ from PIL import Image
 from cir.train import MODEL, ModelName
 from cluster.app.config import PRESETS, RunConfig, load
 from cluster.app.graph import Graph
+from cluster.app.recommend import Recommendation, recommend
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
-from cluster.app.report.results import Results, collect_results, headline
+from cluster.app.report.precision import Precision, collect_precision
+from cluster.app.report.results import Results, advice, collect_results, headline
 from cluster.artifacts import MANIFEST, Output, below, filesystem, without_user
 from cluster.stage import Stage
 from cluster.training.loop import METRICS, reports_of
@@ -71,11 +73,18 @@ class Report:
     command: str
     config: str
     images: dict[int, str]
+    recommendation: Recommendation | None
+    precision: list[Precision]
 
     @property
     def headline(self) -> str:
         """The result in one sentence."""
         return headline(self.results)
+
+    @property
+    def advice(self) -> str:
+        """What to use and to try where pseudo triplets do not help; empty where they do."""
+        return advice(self.results, self.recommendation)
 
     @property
     def seconds(self) -> float:
@@ -131,6 +140,8 @@ def collect(graph: Graph) -> Report:
         command=_command(run.config),
         config=without_user(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)),
         images=_thumbnails(run, shown),
+        recommendation=recommend(graph),
+        precision=collect_precision(graph),
     )
 
 
@@ -160,12 +171,13 @@ def _mined(run: _Run) -> Mined | None:
 def _generated(run: _Run, results: Results) -> Generated | None:
     if (stage := run.find("generate")) is None:
         return None
-    top_fraction = run.config.train.variant(results.best.name).selection.top_fraction if results.best else None
+    train = run.config.train
+    selection = train.variant(results.best.name).selection if results.best else train.selection
     return collect_generated(
         run.graph.output(stage),
         run.output(f"ingest:{run.config.instruct.triplets}"),
         run.manifests[stage.instance],
-        top_fraction,
+        selection,
         run.config.report.examples,
         _rng(run, 1),
     )
