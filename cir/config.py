@@ -51,6 +51,7 @@ class PseudoSelection(Section):
     mean over them of the share of triplets that it beats, so that scorers of different units count alike.
     """
 
+    drop_repeated: bool = Field(True, description="leave out deltas that repeat themselves; the paper keeps all")
     scorers: tuple[Scorer, ...] = Field(("log_probability",), min_length=1, description="what the score is made of")
     min_score: float | None = Field(None, description="least score, in the unit of the one scorer; a share for several")
     top_fraction: float | None = Field(None, gt=0, le=1, description="share to keep, the highest scores first")
@@ -173,6 +174,16 @@ class VariantConfig(Section):
         return self
 
     @property
+    def is_control(self) -> bool:
+        """Whether it shows what a recipe gives without its texts or images."""
+        return self.shuffle_deltas or self.zero is not None
+
+    @property
+    def uses_generator(self) -> bool:
+        """Whether it is trained on what a generator wrote."""
+        return self.pseudo or self.own_deltas
+
+    @property
     def learns_temperature(self) -> bool:
         """Whether tau is a parameter."""
         return self.temperature == "learned" or (self.temperature is None and self.model == "blip")
@@ -256,6 +267,18 @@ class EvaluateConfig(Section):
     baseline: str = Field("supervised", description="variant that the others' gains are measured against")
     oracle: str = Field("oracle", description="variant that knows more labels: of its gain the others' share is given")
     resamples: int = Field(10_000, gt=0, description="of the paired bootstrap")
+    folds: int = Field(
+        0,
+        ge=0,
+        description="recommend a model by cross-validation on the labelled triplets, each fold with a generator that has not "
+        "seen it, in so many more trainings; 0: by the evaluation itself",
+    )
+
+    @model_validator(mode="after")
+    def _folds_are_several(self) -> Self:
+        if self.folds == 1:
+            raise ValueError("folds: 1 fold leaves nothing to train on; set it to 0 or at least 2")
+        return self
 
     @model_validator(mode="after")
     def _protocol_is_open(self) -> Self:

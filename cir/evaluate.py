@@ -1,8 +1,9 @@
 """The stage evaluate: everything that can be ranked, on one benchmark. The driver stays free of torch."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from cir.benchmarks.official import Annotations
 from cir.benchmarks.triplets import check_attributes
 from cir.config import EvaluateConfig, TextTower
 from cir.entrants import Entrant, GivenQueries, Trained, controls
-from cir.train import MODEL
+from cir.train import MODEL, RESULT
 from cir.vectors import Embedded, Given, Take, Vectors
 from cluster.artifacts import Output
 from cluster.config import ActorResources
@@ -27,6 +28,7 @@ from mining.embeddings import INFO
 CONTROLS = "controls"  # folder of the control rows' rankings
 GIVEN = "embeddings"  # name of given embeddings among the variants
 SUBMISSIONS = "submissions"
+FOLDS = "folds.json"
 RANKINGS = pa.schema(
     [
         ("triplet_id", pa.int64()),
@@ -53,15 +55,17 @@ class _Inputs:
 class Evaluate(Stage):
     """`evaluate:all`: rankings of the gallery for every query by each model and control row, and the figures.
 
-    A ranking that exists is kept. Written are rankings, `metrics.json`, `gain.json`, `controls.json`, `protocols.json` (what
-    each number is) and, for benchmarks with a server, submission files: these alone where labels are hidden.
+    A ranking that exists is kept. Written are rankings, `metrics.json`, `gain.json`, `controls.json`, `folds.json`,
+    `protocols.json` (what each number is) and, for benchmarks with a server, submission files: these alone where labels are
+    hidden.
     """
 
-    version = 5
+    version = 6
     queries: Stage
     gallery: Stage
     embeddings: Stage
-    models: Mapping[str, Stage]  # "<variant>.s<seed>"
+    models: Mapping[str, Stage]  # by their names: cir.train.ModelName
+    folds: Mapping[str, Stage] = field(default_factory=dict)  # "<variant>.f<fold>", cross-validated
     text: TextTower | None  # the encoder of the control rows, where its vectors can be compared with the gallery's
     annotations: Annotations | None = None  # of an official benchmark
     attributes: Source | None = None  # of one's own triplets
@@ -102,7 +106,16 @@ class Evaluate(Stage):
         found, extra = _figures(inputs, trained, {} if benchmark.hidden else rows, self.resources, run.monitor)
         output.write_json("metrics.json", figures.by_variant(found))
         output.write_json("gain.json", figures.gains(found, self.config, benchmark.classes_of_queries))
+        output.write_json(FOLDS, _validated({name: run.output(model) for name, model in self.folds.items()}))
         _write_controls(output, extra, left_out)
+
+
+def _validated(models: dict[str, Output]) -> dict[str, list[float]]:
+    """variant -> the MRR of the held-out triplets, in percent, of every fold."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for name, model in models.items():
+        found[name.partition(".")[0]].append(100 * model.read_json(RESULT)["val_mrr"])
+    return found
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -9,6 +9,7 @@ import numpy as np
 from cir import metrics
 from cir.benchmarks.benchmark import Benchmark, Figures
 from cir.config import EvaluateConfig
+from cir.train import ModelName
 
 
 def flat(figures: dict[str, Figures]) -> Figures:
@@ -34,7 +35,7 @@ def protocols(benchmark: Benchmark, figures: list[dict[str, Figures]]) -> list[d
 
 
 def summary(models: list[Figures]) -> dict[str, dict[str, Any]]:
-    """Metric -> {"mean", "seeds"} over models that differ in their seed, in percent."""
+    """Metric -> {"mean", "seeds"} over models that differ in their generator and seed alone, in percent."""
     return {
         metric: {"mean": float(np.mean(means)), "seeds": means}
         for metric in models[0]
@@ -43,24 +44,27 @@ def summary(models: list[Figures]) -> dict[str, dict[str, Any]]:
 
 
 def by_variant(figures: dict[str, Figures]) -> dict[str, dict[str, dict[str, Any]]]:
-    """variant -> metric -> {"mean", "seeds"}, from models named "<variant>.s<seed>"."""
-    return {variant: summary(models) for variant, models in _seeds(figures).items()}
+    """variant -> metric -> {"mean", "seeds"}, of its models in the order of their generators, then of their seeds."""
+    found: dict[str, list[Figures]] = defaultdict(list)
+    for name in sorted(figures, key=ModelName.parse):
+        found[ModelName.parse(name).variant].append(figures[name])
+    return {variant: summary(found[variant]) for variant in _variants(figures)}
 
 
 def gains(figures: dict[str, Figures], config: EvaluateConfig, classes: np.ndarray) -> dict[str, dict[str, Any]]:
     """variant -> its gain over the baseline in the headline, values averaged over seeds; empty without a baseline.
 
     `gap` is the share that it closes of the gain of the variant `evaluate.oracle`, where there is one that gains. Intervals
-    resample `classes`, int [queries]: what each query asks for.
+    resample `classes`, int [queries], what each query asks for, and the variant's generators.
     """
-    metric = config.headline
-    means = {variant: _mean([model[metric] for model in models]) for variant, models in _seeds(figures).items()}
+    means = {variant: _by_generator(figures, variant, config.headline) for variant in _variants(figures)}
     if (baseline := means.pop(config.baseline, None)) is None:
         return {}
     return {
         variant: {
             "baseline": config.baseline,
-            "metric": metric,
+            "metric": config.headline,
+            "generators": len(values),
             **asdict(metrics.paired_bootstrap(values, baseline, classes, config.resamples)),
             "gap": _gap(values, baseline, means.get(config.oracle), classes, config.resamples),
         }
@@ -75,13 +79,15 @@ def _gap(
     return None if found is None else asdict(found)
 
 
-def _seeds(figures: dict[str, Figures]) -> dict[str, list[Figures]]:
-    """The models of each variant, in order of seed."""
-    variants: dict[str, list[Figures]] = defaultdict(list)
-    for name in sorted(figures, key=lambda name: int(name.rpartition(".s")[2])):
-        variants[name.rpartition(".s")[0]].append(figures[name])
-    return {name.rpartition(".s")[0]: variants[name.rpartition(".s")[0]] for name in figures}
+def _variants(figures: dict[str, Figures]) -> list[str]:
+    return list(dict.fromkeys(ModelName.parse(name).variant for name in figures))
 
 
-def _mean(hits: list[np.ndarray]) -> np.ndarray:
-    return np.stack(hits).mean(axis=0)
+def _by_generator(figures: dict[str, Figures], variant: str, metric: str) -> np.ndarray:
+    """Values [generators, queries] of a variant, averaged over seeds."""
+    found: dict[int, list[np.ndarray]] = defaultdict(list)
+    for name in sorted(figures, key=ModelName.parse):
+        model = ModelName.parse(name)
+        if model.variant == variant:
+            found[model.generator].append(figures[name][metric])
+    return np.stack([np.mean(values, axis=0) for values in found.values()])

@@ -217,13 +217,15 @@ class Gain:
 def paired_bootstrap(
     hits: np.ndarray, baseline: np.ndarray, classes: np.ndarray | None = None, resamples: int = 10_000, seed: int = 0
 ) -> Gain:
-    """Gain of `hits` over `baseline`, both [queries] in 0..1 (averaged over seeds), with a cluster bootstrap's interval.
+    """Gain of `hits` over `baseline` with a cluster bootstrap's interval.
 
-    Resampled with replacement are `classes`, int [queries]: what each query asks for. Queries for one thing are hit or missed
-    together, so that as many independent ones would claim too narrow an interval. None: each query asks for its own.
+    Both are [generators, queries] in 0..1, averaged over seeds; those that use no generator have one row, or are [queries].
+    Resampled with replacement are `classes`, int [queries], what each query asks for, and, independently, the generators.
+    Queries for one thing are hit or missed together, so that as many independent ones would claim too narrow an interval;
+    so do the queries of one generator. None: each query asks for its own.
     """
-    differences = 100.0 * (hits - baseline)
-    means = _resampled(np.stack([differences]), classes, resamples, seed)[0]
+    differences = 100.0 * np.atleast_2d(hits - baseline)
+    means = _resampled(differences[None], classes, resamples, seed)[0]
     return Gain(float(differences.mean()), *_interval(means))
 
 
@@ -231,7 +233,7 @@ def gap_closed(
     hits: np.ndarray, baseline: np.ndarray, best: np.ndarray, classes: np.ndarray | None = None, resamples: int = 10_000
 ) -> Gain | None:
     """(hits - baseline) / (best - baseline), a share; resampled as `paired_bootstrap`. None where `best` gains nothing."""
-    gain, whole = 100.0 * (hits - baseline), 100.0 * (best - baseline)
+    gain, whole = np.broadcast_arrays(100.0 * np.atleast_2d(hits - baseline), 100.0 * np.atleast_2d(best - baseline))
     if whole.mean() <= 0:
         return None
     means = _resampled(np.stack([gain, whole]), classes, resamples, seed=0)
@@ -246,12 +248,17 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def _resampled(values: np.ndarray, classes: np.ndarray | None, resamples: int, seed: int) -> np.ndarray:
-    """Means float64 [k, resamples] of `values` [k, queries] over classes drawn with replacement."""
-    _, places = np.unique(np.arange(values.shape[1]) if classes is None else classes, return_inverse=True)
+    """Means float64 [k, resamples] of `values` [k, generators, queries] over classes and generators drawn with replacement.
+
+    Of n generators n - 1 are drawn, which makes the variance of so few unbiased (Rao and Wu 1988); of one, that one.
+    """
+    _, generators, queries = values.shape
+    _, places = np.unique(np.arange(queries) if classes is None else classes, return_inverse=True)
     counts = np.bincount(places)
-    sums = np.stack([np.bincount(places, row) for row in values])
+    sums = np.stack([[np.bincount(places, row) for row in rows] for rows in values])  # [k, generators, classes]
     rng, means = np.random.default_rng(seed), np.empty((len(values), resamples))
     for i in range(resamples):
         drawn = rng.integers(len(counts), size=len(counts))
-        means[:, i] = sums[:, drawn].sum(axis=1) / counts[drawn].sum()
+        who = rng.integers(generators, size=generators - 1) if generators > 1 else [0]
+        means[:, i] = sums[:, who][:, :, drawn].sum(axis=2).mean(axis=1) / counts[drawn].sum()
     return means

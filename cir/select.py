@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cir.config import PseudoSelection
+from cir.config import PseudoSelection, Validation
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.stage import Run, Stage
 from mining import tables
+from mining.deltas import is_garbled
 from mining.gallery import part_name
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,23 @@ class SelectOwn(Stage, kind="select"):
         for row in rows:
             row["deltas"] += written.get((row["reference_id"], row["target_id"]), [])
         _write(output, pa.Table.from_pylist(rows, tables.TRIPLETS), run.monitor)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SelectFold(Stage, kind="select"):
+    """`select:<triplets>.f<fold>`: the labelled triplets without a fold, for a generator that has not seen it."""
+
+    version = 1
+    triplets: Stage
+    without: Validation
+
+    def work(self, output: Output, run: Run) -> None:
+        """One part."""
+        from cir.tasks.triplets import held_out
+
+        table = run.output(self.triplets).read_parts(tables.TRIPLETS)
+        held = held_out(table["triplet_id"].to_numpy(), self.without)
+        _write(output, table.filter(pa.array(~held)), run.monitor)
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,8 @@ def share_beaten(values: np.ndarray) -> np.ndarray:
 def chosen(pseudo: Pseudo, labelled_images: int, config: PseudoSelection) -> tuple[pa.Table, np.ndarray | None]:
     """The pseudo triplets to train on, and with `weight_power` the probability float [n] of drawing each."""
     table = pseudo.triplets.read_parts(tables.TRIPLETS)
+    if config.drop_repeated:
+        table = table.filter(pa.array(~repeated(table)))
     if not config.by_score:
         return select(table, None, labelled_images, config), None
     scores = pseudo.scores(table["triplet_id"].to_numpy(), config.scorers)
@@ -139,6 +159,11 @@ def chosen(pseudo: Pseudo, labelled_images: int, config: PseudoSelection) -> tup
     by_id = dict(zip(table["triplet_id"].to_pylist(), share_beaten(scores), strict=True))
     weights = np.array([by_id[i] for i in kept["triplet_id"].to_pylist()]) ** config.weight_power
     return kept, weights / weights.sum()
+
+
+def repeated(pseudo: pa.Table) -> np.ndarray:
+    """bool [rows]: whether a delta repeats itself, or is no text."""
+    return np.array([is_garbled(deltas[0]) for deltas in pseudo["deltas"].to_pylist()], bool)
 
 
 def select(pseudo: pa.Table, scores: np.ndarray | None, labelled_images: int, config: PseudoSelection) -> pa.Table:
@@ -157,7 +182,7 @@ def select(pseudo: pa.Table, scores: np.ndarray | None, labelled_images: int, co
     if config.ratio is not None and len(pseudo):
         pseudo = pseudo.filter(pa.array(_up_to_images(pseudo, math.ceil(config.ratio * labelled_images), config.seed)))
     if not len(pseudo):
-        raise UserError(f"train.selection: none of {found} pseudo triplets is left; loosen min_score, top_fraction or ratio")
+        raise UserError(f"train.selection: none of {found} pseudo triplets is left; loosen its fields")
     return pseudo
 
 

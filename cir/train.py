@@ -1,9 +1,10 @@
 """The stage train: one variant with one seed."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cir.config import TextTower, VariantConfig
-from cir.select import Pseudo, pseudo_of
+from cir.select import Pseudo, pseudo_of, repeated
 from cir.tasks import TASKS
 from cir.tasks.triplets import Gallery, TripletTask
 from cluster.artifacts import Output
@@ -11,16 +12,35 @@ from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import train, unfit
+from mining import tables
 from mining.embeddings import INFO
 from mining.features import copy_mean, features_of
 
 MODEL = "cir.json"
 RESULT = "result.json"
+FIRST = -1  # the generator of a model whose name names none
+
+
+class ModelName(NamedTuple):
+    """A trained model, as `<variant>[.g<generator>].s<seed>`. They sort by variant, generator and seed."""
+
+    variant: str
+    generator: int
+    seed: int
+
+    @classmethod
+    def parse(cls, name: str) -> "ModelName":
+        """Of a name."""
+        variant, *generator, seed = name.split(".")
+        return cls(variant, int(generator[0][1:]) if generator else FIRST, int(seed[1:]))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Train(Stage):
-    """`train:<variant>.s<seed>`: a composed-retrieval model: its config, the centring mean, the best weights, their metrics."""
+    """`train:<variant>[.g<generator>].s<seed>`: a composed-retrieval model.
+
+    Written are its config, the centring mean, the best weights and their metrics.
+    """
 
     version = 6
     model = "composed retrieval"
@@ -75,6 +95,7 @@ class Train(Stage):
             "dim": info["dim"],
             "labelled_triplets": labelled,
             "pseudo_triplets": pseudo_triplets,
+            "repeated": _repeated(pseudo, config),
             "config": config.model_dump(mode="json"),
         }
         if TASKS[config.model].sees_pixels and features.online is not None:
@@ -89,6 +110,13 @@ class Train(Stage):
         if self.gallery is None:
             return None
         return Gallery(run.output(self.gallery), run.output(self.mineable) if self.mineable else None)
+
+
+def _repeated(pseudo: Pseudo | None, config: VariantConfig) -> int:
+    """Number of pseudo triplets that are left out because their deltas repeat themselves."""
+    if pseudo is None or not config.selection.drop_repeated:
+        return 0
+    return int(repeated(pseudo.triplets.read_parts(tables.TRIPLETS, ["deltas"])).sum())
 
 
 def _check_inputs(triplets: Output, pseudo: Pseudo | None, config: VariantConfig, tokens: int) -> None:

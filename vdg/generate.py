@@ -15,11 +15,12 @@ from cluster.parts import run_actors
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import stable_seed
 from mining import tables
+from mining.deltas import is_garbled
 from vdg.agreement import medoid
 from vdg.config import GenerateConfig
 from vdg.images import ImageSource, images_of
 from vdg.instruct import Instruct
-from vdg.prompts import is_garbled, says_no_change
+from vdg.prompts import says_no_change
 
 GARBLED = "garbled.json"  # numbers of deltas, of those that are garbled, and of the one that comes most often
 FEW = 20  # deltas, of which nothing follows where they are all alike

@@ -92,14 +92,6 @@ def clean(tokenizer: Any, ids: Sequence[int]) -> str:
     return " ".join(text.rpartition(":")[2].split())
 
 
-def is_garbled(text: str) -> bool:
-    """Whether a delta holds U+FFFD, half of a character, or mostly repeats itself: of five words or more few are distinct."""
-    words = re.findall(r"\w+", text.lower()) or text.split()
-    if "\ufffd" in text or (len(words) >= 5 and len(set(words)) <= 0.4 * len(words)):
-        return True
-    return re.search(r"(.{1,8}?)\1{9}", text) is not None  # in one word, or without any
-
-
 _NO_CHANGE = re.compile(
     r"(there (is|are) )?no (visible |real |other )?(changes?|differences?)( (is|are) \w+)?"
     r"|nothing( else)?( (has|is|was))?( (changes?|changed|different))?"

@@ -81,14 +81,14 @@ def _groups(queries: Output) -> dict[int, tuple[int, ...]]:
     return {row["group_id"]: tuple(row["image_ids"]) for row in rows}
 
 
-def check_attributes(file: str) -> dict[str, Any]:
-    """Attributes by key. Raises UserError when the file is not a JSON object."""
+def check_attributes(file: str, field: str = "evaluate.attributes") -> dict[str, Any]:
+    """Attributes by key, of a file that a field of the config names. Raises UserError when the file is not a JSON object."""
     try:
         content = read_json(file)
     except UserError as error:
-        raise UserError(f"evaluate.attributes: {error}") from None
+        raise UserError(f"{field}: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"evaluate.attributes: {file} holds a {type(content).__name__}, expected an object: key -> attributes")
+        raise UserError(f"{field}: {file} holds a {type(content).__name__}, expected an object: key -> attributes")
     return content
 
 

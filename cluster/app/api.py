@@ -1,7 +1,7 @@
 """What a finished run, or an exported model alone, can do from Python.
 
 run = Run.open("outputs", "demo")
-run.search("photo.jpg", "the same in green", model="semi.s0", top=20)
+run.search("photo.jpg", "the same in green", top=20)  # by the recommended model
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from cir.search import Hits, Model, Reference, Searcher
 from cluster.app.export import TOWER
 from cluster.app.graph import Graph
 from cluster.app.outputs import CONFIG, kept_config
+from cluster.app.recommend import recommend
 from cluster.app.runner import metrics_of
 from cluster.artifacts import Output, below
 from cluster.config import validate
@@ -68,9 +69,8 @@ class Run:
 
     @cached_property
     def models(self) -> dict[str, Output]:
-        """Every trained model, as `<variant>.s<seed>`."""
-        parents = self.graph.evaluation.parents
-        return {r.removeprefix("models."): self._output(r) for r in parents if r.startswith("models.")}
+        """Every trained model, by its name (cir.train.ModelName)."""
+        return {name: self.graph.output(model) for name, model in self.graph.models.items()}
 
     @cached_property
     def searcher(self) -> Searcher:
@@ -109,11 +109,19 @@ class Run:
             name = "the image" if isinstance(image, bytes) else image
             raise UserError(f"{name}: cannot be read ({error}); give an image file or a key of the gallery") from error
 
-    def search(self, image: str | Path | bytes | int, text: str, model: str = "semi.s0", top: int = 20) -> list[Hit]:
+    @property
+    def recommended(self) -> str:
+        """The model to use unless another is asked for; without a baseline to compare with the first one."""
+        found = recommend(self.graph)
+        return found.model if found else next(iter(self.models))
+
+    def search(self, image: str | Path | bytes | int, text: str, model: str | None = None, top: int = 20) -> list[Hit]:
         """The `top` images of the gallery for a reference and a text that says what should differ, best first.
 
-        The reference is not among them. Raises UserError for an unknown model, or an image that cannot be read.
+        They are ranked by the recommended model unless another is named, and the reference is not among them. Raises
+        UserError for an unknown model, or an image that cannot be read.
         """
+        model = model or self.recommended
         self.searcher.composer(model)
         return self.hits(self.searcher.search(model, self.reference(image), text, top))
 

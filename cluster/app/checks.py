@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import ray
 
+from cir.benchmarks.triplets import check_attributes
 from cluster.app.config import PROJECT, RunConfig
 from cluster.driver.demand import nodes, shortages
 from cluster.errors import UserError
-from cluster.stage import Stage
+from cluster.stage import Source, Stage
 from cluster.weights import Pretrained, Weights
 
 
@@ -20,7 +21,7 @@ def problems(config: RunConfig, stages: list[Stage]) -> dict[str, str]:
     """What these stages need and is missing or does not fit: the config's field -> what was found and what to do."""
     there = None if ray.is_initialized() else nodes(config.resources.ray)  # a session's cluster may grow
     own = {field: problem for stage in stages for field, problem in stage.check().items()}
-    return own | unloadable(stages) | (shortages(stages, there) if there else {})
+    return own | _reported(config) | unloadable(stages) | (shortages(stages, there) if there else {})
 
 
 def unloadable(stages: list[Stage]) -> dict[str, str]:
@@ -41,6 +42,21 @@ def unloadable(stages: list[Stage]) -> dict[str, str]:
 def check_sources(config: RunConfig, stages: list[Stage]) -> None:
     """As `check`, of outside files alone."""
     _refuse({field: problem for stage in stages for field, problem in stage.missing().items()}, config)
+
+
+def _reported(config: RunConfig) -> dict[str, str]:
+    """The file of attributes that the report alone reads."""
+    field, path = "report.attributes", config.report.attributes
+    if path is None:
+        return {}
+    source = Source(field, path)
+    if source.fingerprint() is None:
+        return {field: source.problem()}
+    try:
+        check_attributes(path, field)
+    except UserError as error:
+        return {field: str(error).removeprefix(f"{field}: ")}
+    return {}
 
 
 def _refuse(problems: Mapping[str, str], config: RunConfig) -> None:

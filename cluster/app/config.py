@@ -3,7 +3,7 @@
 import re
 from functools import reduce
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -56,6 +56,19 @@ class InstructSection(InstructConfig):
     """Stage 2 of the generator."""
 
     triplets: str = Field(description="name of a file of ingest.triplets")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0],
+        min_length=1,
+        json_schema_extra=NOT_CONTENT,
+        description="a generator is trained with each, and with each generator every variant that uses one",
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"found {seeds}: a generator that is counted twice tells nothing new; give each seed once")
+        return seeds
 
 
 class TrainSection(TrainConfig):
@@ -106,6 +119,9 @@ class ReportConfig(Section):
 
     examples: int = Field(8, gt=0, description="pseudo triplets and retrieval examples shown")
     seed: int = Field(0, description="of the examples drawn")
+    attributes: str | None = _path(
+        "JSON of key to attributes of mine.gallery's photos, by which the precision of the deltas is told; nothing else sees it"
+    )
 
 
 class TrackingConfig(Section):
@@ -138,7 +154,7 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^\w[\w.-]*$", max_length=64, description="names the folder of the report and the MLflow run")
     root: str = path_field("folder or URI that holds every output", "outputs")
-    seed: int = Field(0, ge=0, description="of mining, the generator and its deltas; retrieval has train.seeds")
+    seed: int = Field(0, ge=0, description="of mining; generators have instruct.seeds, retrieval models train.seeds")
     ingest: IngestConfig
     embed: EmbedConfig
     mine: MineConfig
@@ -223,6 +239,14 @@ class RunConfig(Section):
             raise ValueError(f"{field}: {name!r} is not one of train.variants, {sorted(self.train.variants)}")
         if self.train.variant(name).pseudo != pseudo:
             raise ValueError(f"{field}: '{name}' must {'' if pseudo else 'not '}be trained on pseudo triplets")
+
+    @property
+    def rivals(self) -> list[str]:
+        """The variants one of which is recommended: the baseline, and those that learn from the same labels; no controls."""
+        variants = {name: self.train.variant(name) for name in self.train.variants}
+        if (baseline := variants.get(self.evaluate.baseline)) is None:
+            return []
+        return [name for name, one in variants.items() if one.triplets == baseline.triplets and not one.is_control]
 
     def _galleries_named(self) -> list[tuple[str, str]]:
         """(name of a file of triplets or captions, gallery it names)."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from cir.export import export_model
+from cir.train import ModelName
 from cluster.app.outputs import run_configs
 from cluster.config import content_of
 from cluster.driver.lineage import Lineage, Made, problems
@@ -72,13 +73,14 @@ print(gallery @ query)  # a score for each image, higher is closer
 def _recalls(lineage: Lineage, made: Made) -> list[str]:
     """What every evaluation of this model that is finished says of it."""
     lines = []
-    variant = made.instance.partition(":")[2].partition(".s")[0]
+    variant = made.instance.partition(":")[2].partition(".")[0]
     for role, near in lineage.below(made):
-        if near.manifest is None or not near.instance.startswith("evaluate:") or not near.output.exists("metrics.json"):
+        if near.manifest is None or not role.startswith("models.") or not near.output.exists("metrics.json"):
             continue
-        seeds = [r for r in lineage.parents[near.name] if r.startswith(f"models.{variant}.s")]
+        models = [r.removeprefix("models.") for r in lineage.parents[near.name] if r.startswith(f"models.{variant}.")]
+        place = sorted(models, key=ModelName.parse).index(role.removeprefix("models."))
         row = near.output.read_json("metrics.json").get(variant, {})
-        lines += [f"{metric}: {value['seeds'][seeds.index(role)]:.1f} ({near.name})" for metric, value in row.items()]
+        lines += [f"{metric}: {value['seeds'][place]:.1f} ({near.name})" for metric, value in row.items()]
     return lines
 
 

@@ -2,18 +2,19 @@
 
 Each function or class below is a phase, in the order in which `FLOW` names the stages; a stage names its parents and its
 part of the config, and nothing else. The paper's method is round 1; in a further round the generator has also learned from
-confident deltas of the last. Instances of round 1 have plain names, those of round r end in `.r<r>`.
+confident deltas of the last. Instances of round 1 have plain names, those of round r end in `.r<r>`. Of several generators
+the first has plain names too, those of another with seed s have `.g<s>` before all of that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cached_property
 
-from cir.config import TextTower, VariantConfig
+from cir.config import TextTower, Validation, VariantConfig
 from cir.evaluate import Evaluate, EvaluateGiven
 from cir.index import Index
 from cir.score import Score
-from cir.select import Select, SelectOwn
+from cir.select import Select, SelectFold, SelectOwn
 from cir.tasks import TASKS
 from cir.train import Train
 from cluster.app.config import RunConfig
@@ -57,8 +58,9 @@ class Graph:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.root = config, config.root
         sources = Sources(config)
-        rounds = Rounds(config, sources, Generator(config, sources), mined(config, sources))
-        self.evaluation = evaluated(config, sources, rounds)
+        pairs = mined(config, sources)
+        rounds = [Rounds(config, sources, Generator(config, sources, seed), pairs) for seed in config.instruct.seeds]
+        self.evaluation = evaluated(config, sources, models(config, rounds), folds(config, sources, pairs))
         self.index = indexed(config, sources)
 
     def output(self, stage: Stage) -> Output:
@@ -75,6 +77,11 @@ class Graph:
             stage = min(ready, key=lambda stage: KINDS.index(stage.kind))
             ordered[stage.instance] = waiting.pop(stage.instance)
         return list(ordered.values())
+
+    @property
+    def models(self) -> Mapping[str, Stage]:
+        """The models that are evaluated, by their names (cir.train.ModelName)."""
+        return self.evaluation.models if isinstance(self.evaluation, Evaluate) else {}
 
     @property
     def known(self) -> list[Stage]:
@@ -176,10 +183,26 @@ def mined(config: RunConfig, sources: Sources) -> Mine:
 
 
 class Generator:
-    """The Visual Delta Generator: how it is trained on triplets, and what it writes of pairs."""
+    """The Visual Delta Generator of a seed: how it is trained on triplets, and what it writes of pairs.
 
-    def __init__(self, config: RunConfig, sources: Sources) -> None:
-        self.config, self.sources, self.tower = config, sources, config.vdg.tower
+    It has not seen the `fold` of its triplets.
+    """
+
+    def __init__(self, config: RunConfig, sources: Sources, seed: int, fold: Validation | None = None) -> None:
+        self.config, self.sources, self.tower, self.seed, self.fold = config, sources, config.vdg.tower, seed, fold
+        self.of_seed = "" if seed == config.instruct.seeds[0] else f".g{seed}"
+        self.of_fold = f".f{fold.fold}" if fold else ""
+
+    def suffix(self, round_: int = 1) -> str:
+        """What the names of its instances end in, in a round."""
+        return self.of_seed + self.of_fold + ("" if round_ == 1 else f".r{round_}")
+
+    @property
+    def labelled(self) -> Stage:
+        """The triplets that it learns from in the first round."""
+        name = self.config.instruct.triplets
+        triplets = self.sources.triplets(name)
+        return SelectFold(name=f"{name}{self.of_fold}", triplets=triplets, without=self.fold) if self.fold else triplets
 
     @property
     def _center(self) -> Center | None:
@@ -192,13 +215,13 @@ class Generator:
         if section is None or self._center is None:
             return None
         return Align(
-            name="vdg",
+            name=f"vdg{self.of_seed}",
             captions=self.sources.captions(section.captions),
             **self.sources.seen(self.tower, config.ingest.captions[section.captions].gallery),
             center=self._center,
             vdg=config.vdg,
             align=section,
-            seed=config.seed,
+            seed=self.seed,
             resources=config.resources.align,
         )
 
@@ -207,14 +230,14 @@ class Generator:
         config = self.config
         galleries = [config.ingest.triplets[config.instruct.triplets].gallery, *([config.mine.gallery] if round_ > 1 else [])]
         return Instruct(
-            name=f"vdg{_suffix(round_)}",
+            name=f"vdg{self.suffix(round_)}",
             triplets=triplets,
             **self.sources.seen(self.tower, *galleries),
             center=self._center,
             aligned=self.aligned,
             vdg=config.vdg,
             instruct=config.instruct,
-            seed=config.seed,
+            seed=self.seed,
             resources=config.resources.instruct,
         )
 
@@ -226,26 +249,25 @@ class Generator:
             vdg=generator,
             **self.sources.seen(self.tower, gallery),
             config=self.config.generate,
-            seed=self.config.seed,
+            seed=self.seed,
             resources=self.config.resources.generate,
         )
 
 
 class Rounds:
-    """Pseudo triplets, their scores and the retrieval models trained on them, round by round."""
+    """A generator's pseudo triplets, their scores and the retrieval models trained on them, round by round."""
 
     def __init__(self, config: RunConfig, sources: Sources, generator: Generator, pairs: Mine) -> None:
         self.config, self.sources, self.generator, self.pairs = config, sources, generator, pairs
 
     def vdg(self, round_: int) -> Instruct:
         """The generator of a round."""
-        labelled = self.config.instruct.triplets
-        return self.generator.trained(round_, self.sources.triplets(labelled) if round_ == 1 else self._confident(round_ - 1))
+        return self.generator.trained(round_, self.generator.labelled if round_ == 1 else self._confident(round_ - 1))
 
     def pseudo_triplets(self, round_: int) -> Generate:
         """`generate:<gallery>`."""
         gallery = self.config.mine.gallery
-        return self.generator.deltas(f"{gallery}{_suffix(round_)}", self.vdg(round_), self.pairs, gallery)
+        return self.generator.deltas(f"{gallery}{self.generator.suffix(round_)}", self.vdg(round_), self.pairs, gallery)
 
     def _confident(self, round_: int) -> Select:
         """`select:vdg.r<r>`: the labelled triplets and a round's confident ones, that the next generator learns from.
@@ -257,8 +279,8 @@ class Rounds:
         if selection.by_round_trip:
             scores = self._scores(round_, self.model(config.rounds.judge, config.train.seeds[0], round_))
         return Select(
-            name=f"vdg{_suffix(round_ + 1)}",
-            triplets=self.sources.triplets(config.instruct.triplets),
+            name=f"vdg{self.generator.suffix(round_ + 1)}",
+            triplets=self.generator.labelled,
             pseudo_triplets=self.pseudo_triplets(round_),
             scores=scores,
             selection=selection,
@@ -268,7 +290,7 @@ class Rounds:
         """`score:<gallery>.<judge>`: the round trip of every pseudo triplet of a round by one model."""
         config, gallery = self.config, self.config.mine.gallery
         return Score(
-            name=f"{gallery}{_suffix(round_)}.{judge.name}",
+            name=f"{gallery}{self.generator.suffix(round_)}.{judge.name}",
             pseudo_triplets=self.pseudo_triplets(round_),
             judge=judge,
             embeddings=self.sources.embeddings(config.train.tower, gallery),
@@ -279,13 +301,17 @@ class Rounds:
         )
 
     def model(self, name: str, seed: int, round_: int | None = None) -> Train:
-        """`train:<variant>.s<seed>`; of an earlier round than the variant's own, `train:<variant>.r<r>.s<seed>`."""
+        """`train:<variant>.s<seed>`; of an earlier round than the variant's own, `train:<variant>.r<r>.s<seed>`.
+
+        A model that has seen nothing of a generator is one for all of them.
+        """
         config, variant = self.config, self.config.train.variant(name)
         own = variant.round or config.rounds.count
         used = round_ if round_ and variant.pseudo else own
         galleries = [config.ingest.triplets[variant.triplets].gallery, *([config.mine.gallery] if variant.pseudo else [])]
+        generator = self.generator.suffix() if variant.uses_generator else self.generator.of_fold
         return Train(
-            name=f"{name}{'' if used == own else f'.r{used}'}.s{seed}",
+            name=f"{name}{generator}{'' if used == own else f'.r{used}'}.s{seed}",
             triplets=self._with_own_deltas(variant.triplets) if variant.own_deltas else self.sources.triplets(variant.triplets),
             **self.sources.seen(config.train.tower, *galleries, pixels=TASKS[variant.model].sees_pixels),
             center=self.sources.center(config.train.tower, config.train.triplets),
@@ -307,8 +333,9 @@ class Rounds:
     def _with_own_deltas(self, name: str) -> SelectOwn:
         """`select:<triplets>.vdg`: labelled triplets, each with the generator's delta of its pair too (PAPER 2.3)."""
         labelled, gallery = self.sources.triplets(name), self.config.ingest.triplets[name].gallery
-        written = self.generator.deltas(name, self.vdg(1), MineLabelled(name=name, triplets=labelled), gallery)
-        return SelectOwn(name=f"{name}.vdg", triplets=labelled, pseudo_triplets=written)
+        suffix, pairs = self.generator.suffix(), MineLabelled(name=name, triplets=labelled)
+        written = self.generator.deltas(f"{name}{suffix}", self.vdg(1), pairs, gallery)
+        return SelectOwn(name=f"{name}.vdg{suffix}", triplets=labelled, pseudo_triplets=written)
 
     def _judged(self, round_: int, variant: VariantConfig) -> Score | None:
         """Round-trip scores that a variant selects by: by the labelled judge, in later rounds by the semi-supervised one."""
@@ -317,18 +344,26 @@ class Rounds:
         judge = (self.config.score.judge, 1) if round_ == 1 else (self.config.rounds.judge, round_ - 1)
         return self._scores(round_, self.model(judge[0], self.config.train.seeds[0], judge[1]))
 
-    @property
-    def models(self) -> dict[str, Stage]:
-        """Every variant with every seed, as `<variant>.s<seed>`."""
-        train = self.config.train
-        return {f"{name}.s{seed}": self.model(name, seed) for name in train.variants for seed in train.seeds}
+
+def models(config: RunConfig, rounds: list[Rounds]) -> dict[str, Stage]:
+    """Every variant with every seed, of every generator that it uses, as `<variant>[.g<generator>].s<seed>`."""
+    train = config.train
+    every = [one.model(name, seed) for name in train.variants for one in rounds for seed in train.seeds]
+    return {model.name: model for model in every}
 
 
-def _suffix(round_: int) -> str:
-    return "" if round_ == 1 else f".r{round_}"
+def folds(config: RunConfig, sources: Sources, pairs: Mine) -> dict[str, Stage]:
+    """Variants that could be recommended with the first seeds, trained without each fold, as `<variant>.f<fold>`."""
+    train, found = config.train, dict[str, Stage]()
+    for fold in range(config.evaluate.folds):
+        held_out = Validation(folds=config.evaluate.folds, fold=fold)
+        without = config.model_copy(update={"train": train.model_copy(update={"validation": held_out})})
+        rounds = Rounds(without, sources, Generator(without, sources, config.instruct.seeds[0], held_out), pairs)
+        found |= {f"{name}.f{fold}": rounds.model(name, train.seeds[0]) for name in config.rivals}
+    return found
 
 
-def evaluated(config: RunConfig, sources: Sources, rounds: Rounds) -> Stage:
+def evaluated(config: RunConfig, sources: Sources, models: dict[str, Stage], folds: dict[str, Stage]) -> Stage:
     """`evaluate:all`: all models on the gallery and queries of the evaluate section; or given embeddings, without a model."""
     section, resources = config.evaluate, config.resources.evaluate
     queries, annotations = sources.triplets("queries"), sources.benchmark
@@ -343,7 +378,8 @@ def evaluated(config: RunConfig, sources: Sources, rounds: Rounds) -> Stage:
         queries=queries,
         gallery=sources.gallery("evaluate"),
         embeddings=sources.embeddings(config.train.tower, "evaluate"),
-        models=rounds.models,
+        models=models,
+        folds=folds,
         text=_shared_text(config),
         annotations=annotations,
         attributes=Source("evaluate.attributes", section.attributes) if section.attributes else None,

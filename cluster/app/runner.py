@@ -1,6 +1,7 @@
 """Doing the stages of a run in one driver, side by side where there is room: what is done is skipped, MLflow keeps record."""
 
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import yaml
 from rich.text import Text
 
+from cir.train import ModelName
 from cluster.app.checks import check
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
 from cluster.app.outputs import CONFIG, keep_models
+from cluster.app.recommend import recommend
 from cluster.artifacts import Output, below, filesystem, hidden, without_user
 from cluster.config import in_folder
 from cluster.driver import lease, session
@@ -180,11 +183,14 @@ def record_results(graph: Graph, tracker: Any) -> None:
     for name in ("metrics.json", "report.html"):
         if folder.exists(name):
             tracker.keep(name, folder.read_bytes(name).decode())
-    models = graph.config.evaluate.scores_models  # given embeddings are nobody's
-    for variant, row in metrics_of(graph).items() if models else ():
-        for place, seed in enumerate(graph.config.train.seeds):
-            values = {name: value["seeds"][place] for name, value in row.items() if "(" not in name}
-            tracker.scored(graph[f"train:{variant}.s{seed}"], graph.root, values)
+    table, places = metrics_of(graph), Counter[str]()
+    for name in sorted(graph.models, key=ModelName.parse) if graph.config.evaluate.scores_models else ():
+        variant = ModelName.parse(name).variant
+        values = {metric: value["seeds"][places[variant]] for metric, value in table[variant].items() if "(" not in metric}
+        places[variant] += 1
+        tracker.scored(graph.models[name], graph.root, values)
+    if recommended := recommend(graph):
+        tracker.recommend(graph.models[recommended.model], graph.root)
 
 
 def run_folder(config: RunConfig) -> Output:

@@ -67,28 +67,40 @@ def register(client: MlflowClient, experiment: str, stage: Stage, root: str, ali
     MLflow keeps aliases such as `latest` and `v2` for itself. The version's source is the logged model: a server refuses
     folders of its own machine. The URI is in a tag.
     """
-    name = _registered_name(client, experiment, stage)
+    name, version = _registered(client, experiment, stage, root, stage.name)
+    client.set_registered_model_alias(name, re.sub(r"[^\w-]", "-", f"run-{alias}"), version)
+
+
+def recommend(client: MlflowClient, experiment: str, stage: Stage, root: str, run: str) -> None:
+    """A run's recommended model as a version of the registered model `<experiment>.<run>`; the alias `recommended` is moved
+    to it."""
+    name, version = _registered(client, experiment, stage, root, run)
+    client.set_registered_model_alias(name, "recommended", version)
+
+
+def _registered(client: MlflowClient, experiment: str, stage: Stage, root: str, as_: str) -> tuple[str, str]:
+    """A registered model's name and its version with this digest, made where there is none."""
+    name = _registered_name(client, experiment, as_)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    known = [version.version for version in _versions(client, experiment, stage)]
+    known = [version.version for version in _versions(client, name, stage)]
     if not known:
         model = _logged_model(client, experiment, stage, root)
         tags = _identity(stage, root)
         known = [client.create_model_version(name, f"models:/{model}", tags=tags, model_id=model).version]
-    client.set_registered_model_alias(name, re.sub(r"[^\w-]", "-", f"run-{alias}"), known[0])
+    return name, known[0]
 
 
-def _registered_name(client: MlflowClient, experiment: str, stage: Stage) -> str:
-    return re.sub(r"[^\w .-]", "-", f"{client.get_experiment(experiment).name}.{stage.name}")  # a quote would end the filter
+def _registered_name(client: MlflowClient, experiment: str, name: str) -> str:
+    return re.sub(r"[^\w .-]", "-", f"{client.get_experiment(experiment).name}.{name}")  # a quote would end the filter
 
 
-def _versions(client: MlflowClient, experiment: str, stage: Stage) -> list[ModelVersion]:
-    """The registered versions of a model with this digest: one, or none."""
-    versions = client.search_model_versions(f"name='{_registered_name(client, experiment, stage)}'")
-    return [version for version in versions if version.tags.get("digest") == stage.digest]
+def _versions(client: MlflowClient, name: str, stage: Stage) -> list[ModelVersion]:
+    """A registered model's versions with this digest: one, or none."""
+    return [version for version in client.search_model_versions(f"name='{name}'") if version.tags.get("digest") == stage.digest]
 
 
 def log_missing_metrics(client: MlflowClient, run_id: str, reports: list[dict[str, float]]) -> None:

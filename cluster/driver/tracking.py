@@ -149,6 +149,11 @@ class Tracker:
             records.log_scores(self.client, self.experiment, run, stage, root, values)
 
     @_tolerant
+    def recommend(self, stage: Stage, root: str) -> None:
+        """The model of the whole run that is to be used."""
+        records.recommend(self.client, self.experiment, stage, root, self.name)
+
+    @_tolerant
     def keep(self, name: str, text: str) -> None:
         """A file of the whole run, such as its report."""
         self.client.log_text(self.parent, text, name)

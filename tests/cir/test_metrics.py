@@ -158,3 +158,26 @@ def test_the_gap_closed_is_a_share_with_an_interval() -> None:
     assert gap.low < 0.5 < gap.high
     assert gap.mean == pytest.approx((half - baseline).mean() / (best - baseline).mean())
     assert metrics.gap_closed(half, baseline, baseline) is None
+
+
+def test_generators_are_resampled_too() -> None:
+    rng = np.random.default_rng(0)
+    baseline, offsets = np.zeros(5000), rng.normal(0.1, 0.05, size=(8, 1))
+    hits = (rng.random((8, 5000)) < offsets.clip(0)).astype(float)
+    gain = metrics.paired_bootstrap(hits, baseline, resamples=2000)
+    alone = metrics.paired_bootstrap(hits.mean(axis=0), baseline, resamples=2000)
+    assert gain.mean == pytest.approx(alone.mean)
+    by_generator = 100 * hits.mean(axis=1).std(ddof=1) / np.sqrt(8)
+    assert gain.high - gain.low == pytest.approx(2 * 1.96 * by_generator, rel=0.1)  # there are so many queries
+    assert gain.high - gain.low > 5 * (alone.high - alone.low)
+
+
+def test_one_generator_is_resampled_as_none() -> None:
+    rng = np.random.default_rng(0)
+    hits, baseline, best = (rng.random(200) < share for share in (0.4, 0.3, 0.8))
+    hits, baseline, best = hits.astype(float), baseline.astype(float), best.astype(float)
+    assert metrics.paired_bootstrap(hits[None], baseline[None]) == metrics.paired_bootstrap(hits, baseline)
+    assert metrics.gap_closed(hits[None], baseline, best[None]) == metrics.gap_closed(hits, baseline, best)
+    three = metrics.gap_closed(np.stack([hits] * 3), baseline, best)
+    assert three is not None
+    assert three.mean == pytest.approx((hits - baseline).mean() / (best - baseline).mean())

@@ -47,6 +47,16 @@ def test_groups_are_kept_whole() -> None:
     assert not found.equals(selected(pseudo(90), groups=4, seed=1))
 
 
+def test_deltas_that_repeat_themselves_are_left_out_before_anything_is_ranked(tmp_path: Path) -> None:
+    rows = world.triplet_rows(10, 1, None)
+    for row in rows[:4]:
+        row["deltas"] = ["I want it in red and I want it in red and I want it"]
+    pseudo = scored(tmp_path, rows, log_probability=[0.0] * 4 + [-float(i) for i in range(1, 7)])
+    found, _ = chosen_by(pseudo, top_fraction=0.5)
+    assert found["triplet_id"].to_pylist() == [row["triplet_id"] for row in rows[4:7]]
+    assert len(chosen_by(pseudo, top_fraction=0.5, drop_repeated=False)[0]) == 5
+
+
 @pytest.mark.parametrize("grouped", [9, None])
 def test_ratio_takes_units_until_the_images_are_reached(grouped: int | None) -> None:
     table = pseudo(180, grouped)

@@ -13,7 +13,6 @@ from vdg.prompts import (
     clean,
     conversation,
     encode,
-    is_garbled,
     pair_prompt,
     says_no_change,
 )
@@ -134,22 +133,3 @@ def test_a_users_text_never_yields_special_tokens(text):
     assert words.decode(ids) == text
     answer = answer_ids(words, text, 50)
     assert set(answer[:-1]).isdisjoint(words.all_special_ids)
-
-
-@pytest.mark.parametrize(
-    ("text", "garbled"),
-    [
-        ("a red \ufffd bag", True),
-        ("red red red red red red", True),
-        ("the bag the bag the bag the bag", True),
-        ("aaaaaaaaaaaaaaaaaaaa", True),
-        ("!!!!!!!!!!!!!!!!", True),
-        ("is red", False),
-        ("red and red", False),
-        ("the same bag on the same table, but the bag is red", False),
-        ("show three bottles of soft drink", False),
-        ("有三瓶红色的汽水", False),
-    ],
-)
-def test_garbled_deltas(text, garbled):
-    assert is_garbled(text) == garbled

@@ -93,7 +93,9 @@ def track(config: Config, assignments: Set = []) -> None:  # noqa: B006
 @app.command()
 def export(
     place: Place,
-    model: Annotated[str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg) or a digest")],
+    model: Annotated[
+        str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg), a digest, or of a config recommended")
+    ],
     folder: Annotated[Path, typer.Argument(help="a new folder")],
     assignments: Set = [],  # noqa: B006
 ) -> None:
@@ -101,7 +103,7 @@ def export(
     from cluster.app.export import export as write
 
     found = Lineage(_root(place, assignments)[0])
-    for note in write(found, _one(found, model), folder):
+    for note in write(found, _one(found, _named(place, assignments, model)), folder):
         console.print(note)
     console.print(f"exported to {folder}")
 
@@ -109,7 +111,9 @@ def export(
 @app.command()
 def push(
     place: Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")],
-    model: Annotated[str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg) or a digest")],
+    model: Annotated[
+        str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg), a digest, or of a config recommended")
+    ],
     repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub, made private where it is new")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the files; send nothing")] = False,
     assignments: Set = [],  # noqa: B006
@@ -126,7 +130,7 @@ def push(
     except HFValidationError as error:
         raise UserError(f"{repository}: {error}; give owner/name") from error
     found = Lineage(_root(place, assignments)[0])
-    made = _one(found, model)
+    made = _one(found, _named(place, assignments, model))
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / repository.rpartition("/")[2]
         write(found, made, exported)
@@ -140,6 +144,19 @@ def push(
         except OSError as error:
             raise UserError(f"{repository}: the hub does not take it ({error}); `hf auth login` first") from error
     console.print(f"{made.name} is in {repository}")
+
+
+def _named(place: str, assignments: list[str], model: str) -> str:
+    """The digest of a config's recommended model where it is asked for. Raises UserError where there is none."""
+    if model != "recommended":
+        return model
+    if "://" in place or Path(place).is_dir():
+        raise UserError("recommended: a root may hold several runs; give the config of one, or the model's name")
+    from cluster.app.api import Run
+    from cluster.app.graph import Graph
+
+    graph = Graph(configs.load(place, assignments))
+    return graph.models[Run(graph).recommended].digest
 
 
 def _one(lineage: Lineage, model: str) -> Made:

@@ -11,6 +11,7 @@ from rich.table import Table
 from cluster.app.checks import check
 from cluster.app.commands.options import Config, Set, graph_of
 from cluster.app.graph import KINDS, Graph
+from cluster.app.recommend import recommend
 from cluster.artifacts import Output
 from cluster.driver.progress import answers, console
 from cluster.errors import UserError
@@ -92,6 +93,8 @@ def report(config: Config, assignments: Set = []) -> None:  # noqa: B006
 
 def _show_results(graph: Graph, folder: Output) -> None:
     _show_metrics(graph)
+    if recommended := recommend(graph):
+        answers.print(f"recommended: {recommended.model}: {recommended.reason}")
     console.print(f"metrics: {folder.path('metrics.json')}")
     if graph.config.evaluate.scores_models:
         console.print(f"report:  {folder.path('report.html')}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
+from cir.train import ModelName
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
 from cluster.driver.progress import answers, console
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-Models = Annotated[str | None, typer.Option("--models", help="such as supervised.s0,semi.s0; None: the first seed of each")]
+Models = Annotated[
+    str | None,
+    typer.Option(
+        "--models",
+        help="such as supervised.s0,semi.s0; None: the recommended one; serve shows the first of each other variant too",
+    ),
+]
 
 
 @app.command()
@@ -40,7 +47,7 @@ def search(
         raise UserError(f"--html {html}: its folder does not exist; make it")
     run = open_run(config, assignments)
     reference = run.reference(image)
-    found = {name: run.hits(run.searcher.search(name, reference, text, top)) for name in chosen(list(run.models), models)}
+    found = {name: run.hits(run.searcher.search(name, reference, text, top)) for name in chosen(run, models)}
     if as_json:
         print(json.dumps({name: [asdict(hit) for hit in hits] for name, hits in found.items()}, indent=1))
     else:
@@ -59,16 +66,20 @@ def open_run(config: str, assignments: list[str]) -> "Run":
     return Run(Graph(loaded))
 
 
-def chosen(known: list[str], models: str | None) -> list[str]:
-    """The models asked for, or the first seed of each variant. Raises UserError when one is unknown."""
-    if models is None:
-        first: dict[str, str] = {}
-        for name in known:
-            first.setdefault(name.rpartition(".s")[0], name)
-        return list(first.values())
-    if unknown := set(models.split(",")) - set(known):
-        raise UserError(f"--models {min(unknown)}: there is none of this name; give some of {', '.join(known)}")
-    return list(dict.fromkeys(models.split(",")))
+def chosen(run: "Run", models: str | None) -> list[str]:
+    """The models asked for, or the recommended one. Raises UserError when one is unknown."""
+    asked = [run.recommended] if models is None else models.split(",")
+    if unknown := set(asked) - set(run.models):
+        raise UserError(f"--models {min(unknown)}: there is none of this name; give some of {', '.join(run.models)}")
+    return list(dict.fromkeys(asked))
+
+
+def side_by_side(run: "Run") -> list[str]:
+    """The recommended model, then the first of every variant."""
+    first: dict[str, str] = {}
+    for name in (run.recommended, *run.models):
+        first.setdefault(ModelName.parse(name).variant, name)
+    return list(first.values())
 
 
 def _show(found: Mapping[str, "list[Hit]"]) -> None:
@@ -118,7 +129,8 @@ def serve(
 
     token = read_token(host, token_file)
     run = open_run(config, assignments)
-    app = local_app(run, chosen(list(run.models), models), [host, *names], token, author or getpass.getuser())
+    shown = chosen(run, models or ",".join(side_by_side(run)))
+    app = local_app(run, shown, [host, *names], token, author or getpass.getuser())
     serve_forever(app, host, port, token)
 
 

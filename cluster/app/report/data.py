@@ -1,6 +1,7 @@
 """What the report shows, collected from a run's outputs: tables column-wise and in samples, images by id."""
 
 import base64
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,11 +12,13 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from cir.train import MODEL
+from cir.train import MODEL, ModelName
 from cluster.app.config import PRESETS, RunConfig, load
 from cluster.app.graph import Graph
+from cluster.app.recommend import Recommendation, recommend
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
-from cluster.app.report.results import Results, collect_results, headline
+from cluster.app.report.precision import Precision, collect_precision
+from cluster.app.report.results import Results, advice, collect_results, headline
 from cluster.artifacts import MANIFEST, Output, below, filesystem, hidden, without_user
 from cluster.stage import Stage
 from cluster.training.loop import METRICS, reports_of
@@ -72,6 +75,8 @@ class Report:
     command: str
     config: str
     images: dict[int, str]
+    recommendation: Recommendation | None
+    precision: list[Precision]
 
     @property
     def headline(self) -> str:
@@ -82,6 +87,11 @@ class Report:
     def warnings(self) -> list[tuple[str, str]]:
         """(instance, what its stage found odd)."""
         return [(record.instance, said) for record in self.records for said in record.warnings]
+
+    @property
+    def advice(self) -> str:
+        """What to use and to try where pseudo triplets do not help; empty where they do."""
+        return advice(self.results, self.recommendation)
 
     @property
     def seconds(self) -> float:
@@ -138,6 +148,8 @@ def collect(graph: Graph) -> Report:
         command=_command(run.config),
         config=yaml.safe_dump(hidden(run.config.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
         images=_thumbnails(run, shown),
+        recommendation=recommend(graph),
+        precision=collect_precision(graph),
     )
 
 
@@ -167,12 +179,13 @@ def _mined(run: _Run) -> Mined | None:
 def _generated(run: _Run, results: Results) -> Generated | None:
     if (stage := run.find("generate")) is None:
         return None
-    top_fraction = run.config.train.variant(results.best.name).selection.top_fraction if results.best else None
+    train = run.config.train
+    selection = train.variant(results.best.name).selection if results.best else train.selection
     return collect_generated(
         run.graph.output(stage),
         run.output(f"ingest:{run.config.instruct.triplets}"),
         run.manifests[stage.instance],
-        top_fraction,
+        selection,
         run.config.report.examples,
         _rng(run, 1),
     )
@@ -205,7 +218,9 @@ def _thumbnail(content: bytes) -> str:
 
 def _curves(run: _Run) -> Curves:
     logs = {i: _log(run.output(i)) for i in run.stages if run.output(i).exists(METRICS)}
-    variants = {v: [logs[f"train:{v}.s{seed}"] for seed in run.config.train.seeds] for v in run.config.train.variants}
+    variants: dict[str, list[dict[int, dict[str, float]]]] = defaultdict(list)
+    for name, model in run.graph.models.items():
+        variants[ModelName.parse(name).variant].append(logs[model.instance])
     names = dict.fromkeys(n for log in logs.values() for point in log.values() for n in point if n.startswith("val_"))
     alone = {kind: _curve(kind, [logs[s.instance]], "loss") for kind in ("align", "instruct") if (s := run.find(kind))}
     validation = {name: [_curve(v, found, name) for v, found in variants.items()] for name in names}

@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cir.config import PseudoSelection
 from cir.evaluate import RANKINGS
+from cir.select import repeated
 from cluster.artifacts import Output
 from mining import tables
 from mining.pairs.similarities import SIMILARITIES
@@ -128,10 +130,14 @@ class Texts:
 
 @dataclass(frozen=True)
 class Generated:
-    """Pseudo triplets: a random draw, and draws from the most and the least confident tenth."""
+    """Pseudo triplets: a random draw, and draws from the most and the least confident tenth.
+
+    Those that repeat themselves are counted as `dropped`, and not shown, where the selection leaves them out.
+    """
 
     total: int
     rejected: int
+    dropped: int
     random: list[Pseudo]
     confident: list[Pseudo]
     unsure: list[Pseudo]
@@ -147,16 +153,19 @@ class Generated:
 
 
 def collect_generated(
-    pseudo: Output, human: Output, manifest: Mapping[str, Any], top_fraction: float | None, count: int, rng: np.random.Generator
+    pseudo: Output, human: Output, manifest: Mapping[str, Any], selection: PseudoSelection, count: int, rng: np.random.Generator
 ) -> Generated:
     """Examples and statistics of a generate output, beside the human deltas that the generator learned from."""
-    table = sample(pseudo, lambda part: _with_scores(pseudo, part), rng)
+    drawn = sample(pseudo, lambda part: _with_scores(pseudo, part), rng)
+    table = drawn.filter(pa.array(~repeated(drawn))) if selection.drop_repeated else drawn
+    top_fraction = selection.top_fraction
     labelled = sample(human, lambda part: human.read_table(part, tables.TRIPLETS, ["deltas"]), rng)
     scores = table["score"].to_numpy()
     order, tenth = np.argsort(scores, kind="stable"), max(len(scores) // 10, min(count, len(scores)))
     return Generated(
         total=manifest["rows"],
         rejected=sum(manifest["rejects"].values()),
+        dropped=len(drawn) - len(table),
         random=_examples(table, draw(rng, np.arange(len(table)), count)),
         confident=_examples(table, draw(rng, order[len(order) - tenth :], (count + 1) // 2)),
         unsure=_examples(table, draw(rng, order[:tenth], (count + 1) // 2)),

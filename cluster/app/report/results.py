@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 from cir.config import VariantConfig
 from cluster.app.config import RunConfig
+from cluster.app.recommend import Recommendation
 from cluster.app.report import words
 
 Role = Literal["baseline", "semi", "labelled", "shuffled", "control", "reference"]
 HEADLINES = ("mAP@", "R@", "Rs@", "Avg")
+ENOUGH = 3  # generators: their own spread is as wide as the interval over queries
 BANDS: list[tuple[str, tuple[Role, ...]]] = [
     ("", ("baseline", "labelled", "semi")),
     ("Controls", ("shuffled", "control")),
@@ -27,7 +29,7 @@ class Value:
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over the seeds; None with a single one."""
+        """Standard deviation over the models; None with a single one."""
         return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
 
 
@@ -38,6 +40,8 @@ class Gain:
     mean: float
     low: float
     high: float
+    generators: int = 1  # over which it is the mean
+    gap: tuple[float, float, float] | None = None  # share that it closes of the oracle's gain, with its interval
 
     @property
     def verdict(self) -> Literal["up", "down", "unclear"]:
@@ -85,9 +89,24 @@ class Results:
         return [name for name in self.metrics if name.startswith(HEADLINES) and " " not in name]
 
     @property
-    def seeds(self) -> int:
-        """Models trained of each variant."""
-        return len(self.rows[0].values[self.metric].seeds)
+    def models(self) -> int:
+        """Models trained of the variant that has most."""
+        return max(len(row.values[self.metric].seeds) for row in self.rows)
+
+    @property
+    def generators(self) -> int:
+        """Generators that were trained."""
+        return max((row.gain.generators for row in self.rows if row.gain), default=1)
+
+    @property
+    def enough(self) -> int:
+        """Generators that it takes to claim a gain."""
+        return ENOUGH
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are generators enough to claim a gain."""
+        return self.generators >= ENOUGH
 
     @property
     def baseline(self) -> Row | None:
@@ -150,8 +169,13 @@ def _row(
         note=words.recipe(variant, rows[f"ingest:{variant.triplets}"], variant.triplets != labels),
         pseudo=pseudo,
         values={metric: Value(value["mean"], value["seeds"]) for metric, value in table.items()},
-        gain=Gain(gain["mean"], gain["low"], gain["high"]) if gain else None,
+        gain=_gain(gain) if gain else None,
     )
+
+
+def _gain(gain: dict[str, Any]) -> Gain:
+    gap = gain["gap"] and (gain["gap"]["mean"], gain["gap"]["low"], gain["gap"]["high"])
+    return Gain(gain["mean"], gain["low"], gain["high"], gain["generators"], gap)
 
 
 def _role(name: str, variant: VariantConfig, baseline: str, labels: str) -> Role:
@@ -184,3 +208,19 @@ def headline(results: Results) -> str:
         return f"No clear gain: pseudo triplets move {change} ({span}, which covers 0) with {generated}"
     verb = "raise" if gain.verdict == "up" else "lower"
     return f"Pseudo triplets {verb} {change} ({span}) with {generated}"
+
+
+TRY = (
+    "To try: more labelled triplets; a generator trained longer (instruct.training); fewer, surer deltas "
+    "(train.selection.top_fraction, or the scorer round_trip); pairs more like the labelled ones (mine.method: matched)"
+)
+
+
+def advice(results: Results, recommended: Recommendation | None) -> str:
+    """What to use and to try where pseudo triplets do not help, or not clearly; empty where they do."""
+    gain = results.best.gain if results.best else None
+    if gain is None or recommended is None:
+        return ""
+    if not recommended.generated:
+        return f"Pseudo triplets do not help here: use {recommended.model}. {TRY}."
+    return f"{TRY}." if gain.verdict != "up" else ""

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cir.index import thumbnail
 from cir.search import Reference
+from cir.train import ModelName
 from cluster.app.api import Run
 from cluster.app.labels import Judged, Labelling, precision
 from cluster.app.serve.guard import Guard
@@ -168,7 +169,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """What can be asked, and what the evaluation says of it."""
         table = service.run.metrics()
         rows = [
-            {"model": name, "digest": digest, "metrics": table.get(name.rpartition(".s")[0], {})}
+            {"model": name, "digest": digest, "metrics": table.get(ModelName.parse(name).variant, {})}
             for name, digest in service.digests.items()
         ]
         return {"run": service.run.graph.config.name, "images": len(service.thumbnails), "models": rows}

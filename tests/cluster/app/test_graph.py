@@ -70,6 +70,35 @@ def test_galleries_that_are_read_together_have_the_views_of_the_first() -> None:
     assert features("{online: true}", "{count: 1}")
 
 
+def test_each_generator_has_its_own_alignment_deltas_and_models() -> None:
+    graph = Graph(grocery("instruct.seeds=[3, 5]", "train.seeds=[0]", "rounds.count=2"))
+    assert (graph["instruct:vdg"].seed, graph["instruct:vdg.g5"].seed) == (3, 5)  # type: ignore[attr-defined]
+    assert parents(graph["instruct:vdg.g5"]) >= {"ingest:labelled", "align:vdg.g5"}
+    assert parents(graph["generate:photos.g5.r2"]) >= {"mine:photos", "instruct:vdg.g5.r2"}
+    assert parents(graph["train:semi.g5.s0"]) >= {"generate:photos.g5.r2"}
+    of_one = {"supervised.s0", "oracle.s0", "text_only.s0", "image_only.s0"}
+    assert set(graph.models) == of_one | {"semi.s0", "semi.g5.s0", "shuffled.s0", "shuffled.g5.s0"}
+
+
+def test_more_generators_leave_the_outputs_of_the_first_as_they_are() -> None:
+    one, two = Graph(grocery()), Graph(grocery("instruct.seeds=[0, 1]"))
+    assert one["train:semi.s0"].digest == two["train:semi.s0"].digest
+    with pytest.raises(UserError, match="give each seed once"):
+        grocery("instruct.seeds=[1, 1]")
+
+
+def test_a_fold_is_held_out_of_the_generator_and_of_the_models() -> None:
+    graph = Graph(grocery("evaluate.folds=2", "train.variants.semi.selection={scorers: [round_trip], top_fraction: 0.5}"))
+    assert parents(graph["instruct:vdg.f1"]) >= {"select:labelled.f1", "align:vdg"}
+    assert parents(graph["train:semi.f1.s0"]) >= {"generate:photos.f1", "score:photos.f1.supervised.f1.s0"}
+    assert {name for name in graph.evaluation.parents if name.startswith("folds.")} == {
+        f"folds.{variant}.f{fold}" for variant in ("supervised", "semi") for fold in (0, 1)
+    }
+    assert graph["instruct:vdg"].digest == Graph(grocery())["instruct:vdg"].digest
+    for fold in (0, 1):
+        assert graph[f"train:supervised.f{fold}.s0"].config.validation.fold == fold  # type: ignore[attr-defined]
+
+
 ROUND_TRIP = "train.variants.semi.selection={scorers: [round_trip], top_fraction: 0.5}"
 
 

@@ -11,8 +11,10 @@ from tests.cluster.app.test_cli import fail, invoke
 
 OFFLINE = {
     "clothing",
+    "clothing-3",
     "demo",
     "grocery",
+    "grocery-3",
     *(name for name in configs.presets() if name.startswith("ablation")),
 }  # on the bundled photos
 PAPER = sorted(set(configs.presets()) - OFFLINE)
