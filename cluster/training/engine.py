@@ -20,7 +20,9 @@ def process_group() -> Iterator[None]:
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        # gloo would carry a GPU's gradients through the processor's memory
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             yield
         finally:
