@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 from vdg.config import GenerateConfig
 
+FEWEST_ROWS = 16  # of a step on a GPU: one of fewer takes as long
+
 
 class Decoder:
     """Continues prompts by a causal language model of transformers, whose weights stay what and where they are."""
@@ -53,7 +55,7 @@ class Decoder:
             left = int((~ended).sum())
             if not left or place + 1 == config.max_new_tokens:
                 break
-            if (size := _doubling(left)) < len(rows):
+            if (size := _doubling(max(left, self._fewest))) < len(rows):
                 kept = ended[rows].int().argsort(stable=True)[:size]
                 self._cache.reorder_cache(kept)
                 rows, chosen = rows[kept], chosen[kept]
@@ -65,9 +67,13 @@ class Decoder:
         on_gpu, whole = self.model.device.type == "cuda", getattr(self.model, "_can_compile_fullgraph", False)
         return on_gpu and whole and all(isinstance(layer, _Room) for layer in self._cache.layers)
 
+    @property
+    def _fewest(self) -> int:
+        return FEWEST_ROWS if self.model.device.type == "cuda" else 1
+
     def _places(self, rows: int) -> int:
         """Rows of the cache for a batch: a captured step serves all batches of about its size."""
-        return _doubling(rows) if self.model.device.type == "cuda" else rows
+        return _doubling(max(rows, self._fewest)) if self.model.device.type == "cuda" else rows
 
     def _prepare(self, rows: int, tokens: int) -> None:
         """Make an empty cache; one that has room is used again, as captured steps know where it is."""
