@@ -23,6 +23,7 @@ from cluster.files import files_below
 
 HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
 MANIFEST = "manifest.json"
+AUTHORS = "authors.json"  # of labelled triplets: how many rows are whose, where their source says it
 ENVIRONMENT = "environment"  # folder of an output: what the models that made it ran on
 REUSED = "reused.json"  # rows that an output took over from earlier ones, by their names
 T = TypeVar("T")

@@ -128,16 +128,21 @@ def labels(
     config: Config,
     assignments: Set = [],  # noqa: B006
 ) -> None:
-    """What people said of the generator's deltas on the page of `vdg serve`."""
-    from cluster.app.labels import Labelling
+    """What people said on the page of `vdg serve`: of the generator's deltas, and of search results."""
+    from cluster.app.labels import Labelling, Store, freeze
 
-    labelling = Labelling(open_run(config, assignments))
+    run = open_run(config, assignments)
     if action == "list":
-        for label in labelling.store.last(labelling.digest).values():
+        for label in Store(run).last().values():
             print(json.dumps(label, ensure_ascii=False))
+        measured = Labelling(run).precision() if run.pseudo_triplets is not None else None
+        console.print(measured or "no uniformly drawn pair is judged yet: nothing is known of the generator's precision")
         return
-    path = labelling.freeze()
-    console.print(
-        f"{path}: labelled triplets; add it to ingest.triplets.NAME.file, which takes a list, of a gallery with these images"
-    )
-    print(path)
+    for made in freeze(run):
+        whose = ", ".join(f"{count} by {author}" for author, count in made.authors.items())
+        console.print(f"{made.file}: {made.rows} labelled triplets ({whose}) of the gallery '{made.gallery}'")
+        if made.gallery == "evaluate":
+            console.print(
+                "  no gallery of ingest.galleries has these photos: add one that does, with its own triplets, to train on"
+            )
+        print(made.file)
