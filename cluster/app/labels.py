@@ -62,8 +62,9 @@ class Store:
         name = f"{label['label_id']}.json"
         with self._lock:
             if name not in self._read():
-                self._known[name] = label | {"author": author, "time": time.time(), "digest": digest}
-                self.folder.write_json(name, self._known[name])
+                made = label | {"author": author, "time": time.time(), "digest": digest}
+                self.folder.write_json(name, made)
+                self._known[name] = made
             return self._known[name]
 
     def __iter__(self) -> Iterator[Label]:
@@ -130,7 +131,7 @@ class Labelling:
         ranks: dict[str, dict[int, float]] = {}
         for scorer in sorted({row["scorer"] for row in scores}):
             rows = [row for row in scores if row["scorer"] == scorer and row["triplet_id"] in self.rows]
-            places = np.argsort(np.argsort([row["value"] for row in rows])) / max(len(rows) - 1, 1)
+            places = _percentiles(np.array([row["value"] for row in rows]))
             ranks[scorer] = dict(zip((row["triplet_id"] for row in rows), places.tolist(), strict=True))
         return {t: float(np.ptp([rank[t] for rank in ranks.values() if t in rank] or [0.0])) for t in self.rows}
 
@@ -181,6 +182,12 @@ class Labelling:
             raise UserError("text: is none of the deltas that were shown; send it as edited")
         images = {role: row[role] for role in ("reference_id", "target_id")}
         return self.store.add(judged.model_dump() | images, author, self.digest)
+
+
+def _percentiles(values: np.ndarray) -> np.ndarray:
+    """Each value's place among all, 0 to 1; equal ones share theirs."""
+    ordered = np.sort(values)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(values))
 
 
 class Teaching:
