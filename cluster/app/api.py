@@ -167,24 +167,24 @@ class Run:
         Raises KeyError when the gallery has no such image, UserError when the run has no generator, when its language model is
         not on this machine, or when it does not see what is known of the images.
         """
-        explainer, config, searcher = self._explainer, self.graph.config, self.searcher
-        uploaded = reference.image_id is None
+        explainer, config, known = self._explainer, self.graph.config, reference.image_id
         if config.vdg.tower is None:  # it sees pixels
-            if uploaded:
+            if known is None:
                 raise UserError(
                     "the generator sees pixels, and those of an upload are not kept: start from a photo of the gallery"
                 )
-            return explainer.explain(searcher.image(reference.image_id), searcher.image(image_id))
+            return explainer.explain(self.searcher.image(known), self.searcher.image(image_id))
         if config.vdg.tower != config.train.tower:
             raise UserError(
                 f"the generator sees through the tower '{config.vdg.tower}', the gallery is embedded by '{config.train.tower}'"
             )
-        candidate = searcher.tokens(image_id)
-        if uploaded and len(candidate) > 1:
+        first = reference.vector[None] if known is None else self.searcher.tokens(known)
+        candidate = self.searcher.tokens(image_id)
+        if len(first) < len(candidate):
             raise UserError(
                 f"the generator sees {len(candidate)} vectors of a photo, an upload keeps one: start from the gallery"
             )
-        return explainer.explain(reference.vector[None] if uploaded else searcher.tokens(reference.image_id), candidate)
+        return explainer.explain(first, candidate)
 
     def triplets(self) -> "pd.DataFrame":
         """The pseudo triplets: reference and target as keys, their first delta, and its log-probability."""

@@ -14,7 +14,6 @@ import uvicorn
 from cluster.app.api import Run
 from cluster.app.graph import Graph
 from cluster.app.serve.app import make_app
-from cluster.monitor import Silent
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
@@ -25,9 +24,7 @@ HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 
 @pytest.fixture(scope="module")
 def address(finished: Graph) -> Iterator[str]:
-    assert finished.index is not None
-    finished.index.run(finished.root, Silent())
-    (Path(finished.root) / "labels" / "tiny.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(Path(finished.root) / "labels", ignore_errors=True)
     bound = socket.create_server(("127.0.0.1", 0))
     app = make_app(Run(finished), ["supervised.s0", "semi.s0"], {"127.0.0.1"})
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
