@@ -1,6 +1,6 @@
 """What labels are worth: those of the queue beside as many at random, given by a labeller that knows what the photos show.
 
-python tests/benchmarks/bench_labels.py --root outputs --run grocery --attributes tests/data/grocery/attributes.train.json
+python tests/benchmarks/bench_labels.py --root outputs --run grocery    a finished run with pseudo triplets
 """
 
 import argparse
@@ -79,9 +79,8 @@ def trained(config: RunConfig, files: dict[str, str], seeds: list[int]) -> Graph
 def main() -> None:
     """Label, train, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True)
-    parser.add_argument("--run", required=True, help="a finished run with pseudo triplets")
-    parser.add_argument("--attributes", type=Path, required=True, help="of the photos that the pairs were mined from")
+    parser.add_argument("--root", default="outputs")
+    parser.add_argument("--run", help="beside its labelled triplets lies attributes.train.json")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
