@@ -84,12 +84,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
+    if arguments.run is None:
+        print("--run NAME: needs a finished run, such as that of `vdg run grocery`")
+        return
     run = Run.open(arguments.root, arguments.run)
     config = run.graph.config
-    captions = [
-        row for file in config.ingest.triplets[config.train.triplets].files for row in json.loads(Path(file).read_text())
-    ]
-    labeller = Labeller(json.loads(arguments.attributes.read_text()), captions)
+    (file,) = map(Path, config.ingest.triplets[config.train.triplets].files)
+    labeller = Labeller(json.loads(file.with_name("attributes.train.json").read_text()), json.loads(file.read_text()))
     files: dict[str, str] = {}
     for way in WAYS:
         for seed in arguments.seeds:
