@@ -91,11 +91,12 @@ class Run:
         return Thumbnails(self._made(self.graph.index))
 
     def _made(self, stage: Stage) -> Output:
-        """The output of a stage beside the run; where it is missing, all of them are made, so that Ray starts once."""
+        """The output of a stage beside the run. All of them are made where one is missing, so that Ray starts once."""
         from cluster.app.runner import run
 
-        if self.graph.output(stage).manifest() is None:
-            run(self.graph, [beside for beside in self.graph.beside if self._finished(*beside.parents.values())])
+        ready = [beside for beside in self.graph.beside if self._finished(*beside.parents.values())]
+        if not self._finished(*ready):
+            run(self.graph, ready)
         return self.graph.output(stage)
 
     def _finished(self, *stages: Stage) -> bool:

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -127,10 +127,10 @@ class Service:
             said = self.run.explain(reference, pair.candidate)
         return asdict(said) | {"took_ms": took}
 
-    def shown(self, galleries: Iterable[Output], image_id: int, side: int) -> Response:
+    def shown(self, gallery: Output, image_id: int, side: int) -> Response:
         """A JPEG of at most `side` pixels a side, whatever the file is."""
         with self.decoding.take():
-            content = thumbnail(read_images(tuple(galleries), [image_id])[image_id], side)
+            content = thumbnail(read_images((gallery,), [image_id])[image_id], side)
         return Response(content, media_type="image/jpeg", headers=IMMUTABLE)
 
     def reference(self, asked: From) -> Reference:
@@ -280,7 +280,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
         """A JPEG of at most `SHOWN_SIDE` pixels a side, whatever the file is."""
         if image_id not in service.thumbnails:
             raise HTTPException(404, "no such image")
-        return service.shown([service.searcher.gallery], image_id, SHOWN_SIDE)
+        return service.shown(service.searcher.gallery, image_id, SHOWN_SIDE)
 
 
 def _add_results(app: FastAPI, teaching: Teaching, author: str) -> None:
@@ -337,7 +337,7 @@ def _add_labels(app: FastAPI, service: Service, labelling: Labelling, author: st
         """A JPEG of an image of a mined pair."""
         if image_id not in labelling.images:
             raise HTTPException(404, "no such image")
-        return service.shown([labelling.gallery], image_id, SHOWN_SIDE // 2)
+        return service.shown(labelling.gallery, image_id, SHOWN_SIDE // 2)
 
 
 def _add_page(app: FastAPI) -> None:
