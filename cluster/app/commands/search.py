@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
+from cluster.artifacts import without_user
 from cluster.driver.progress import answers, console
 from cluster.errors import UserError
 
@@ -140,9 +141,9 @@ def labels(
         return
     for made in freeze(run):
         whose = ", ".join(f"{count} by {author}" for author, count in made.authors.items())
-        console.print(f"{made.file}: {made.rows} labelled triplets ({whose}) of the gallery '{made.gallery}'")
+        console.print(f"{without_user(made.file)}: {made.rows} labelled triplets ({whose}) of the gallery '{made.gallery}'")
         if made.gallery == "evaluate":
             console.print(
                 "  no gallery of ingest.galleries has these photos: add one that does, with its own triplets, to train on"
             )
-        print(made.file)
+        print(without_user(made.file))
