@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from threading import Lock
 from typing import Any, Literal
 
@@ -121,7 +120,7 @@ class Labelling:
         self.rows = {row["triplet_id"]: row for row in made.read_parts(tables.TRIPLETS).to_pylist()}
         self.images = {row[role] for row in self.rows.values() for role in ("reference_id", "target_id")}
         self.store = Store(run)
-        # all pairs in an order that nothing but the seed decides: its first pairs are a uniform sample of them
+        # all pairs in an order that the seed alone decides: the first ones are a uniform sample
         self.order: list[int] = np.random.default_rng(seed).permutation(sorted(self.rows)).tolist()
 
     @cached_property
@@ -144,34 +143,36 @@ class Labelling:
     def queue(self, count: int) -> list[tuple[int, str]]:
         """(triplet, why it was drawn) of the next pairs to judge: the same until one of them is judged.
 
-        One in `UNIFORM_EVERY` is the next of a random order of all pairs; the others are drawn at random from the disputed.
+        One in `UNIFORM_EVERY` is of the sample that measures the generator; the others are drawn at random from the disputed.
         """
         labelled = self.labels()
         rng = np.random.default_rng([self.seed, len(labelled)])
         waiting = [triplet for triplet in self.order if triplet not in labelled]
         chosen: dict[int, str] = {}
-        for place in range(len(labelled), len(labelled) + min(count, len(waiting))):
-            uniform = place % UNIFORM_EVERY == UNIFORM_EVERY - 1
+        for place in range(len(labelled) + 1, len(labelled) + 1 + min(count, len(waiting))):
             free = [triplet for triplet in waiting if triplet not in chosen]
             disputed = [triplet for triplet in free if triplet in self.disputed]
-            if uniform or not disputed:
+            if place % UNIFORM_EVERY == 0 and free[0] in self._sample(place):
                 chosen[free[0]] = "uniform"
             else:
-                chosen[disputed[int(rng.integers(len(disputed)))]] = "disagreement"
+                chosen[int(rng.choice(disputed or free))] = "disagreement"
         return list(chosen.items())
+
+    def _sample(self, judged: int) -> list[int]:
+        """The uniform sample when so many pairs are judged: its size says nothing of what is in it.
+
+        One that was judged before, for its disagreement, counts: to leave it out would leave out the disputed.
+        """
+        return self.order[: judged // UNIFORM_EVERY]
 
     def labels(self) -> dict[int, Label]:
         """Those of this run's pseudo triplets that count."""
         return self.store.last(self.digest)
 
     def precision(self) -> Precision | None:
-        """The generator's: of the first pairs of the random order, as far as all of them are judged, for whatever reason.
-
-        What was drawn for its disagreement and judged earlier is in its place there: leaving it out would leave out the
-        disputed pairs.
-        """
+        """The generator's, of the uniform sample."""
         labelled = self.labels()
-        return precision(labelled[triplet] for triplet in takewhile(labelled.__contains__, self.order))
+        return precision(labelled[triplet] for triplet in self._sample(len(labelled)) if triplet in labelled)
 
     def judge(self, judged: Judged, author: str) -> Label:
         """Keep a label. Raises KeyError for an unknown triplet, UserError for an edit without a text."""

@@ -19,7 +19,7 @@ from cluster.app import runner
 from cluster.app.api import Run
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
-from cluster.app.labels import Judged, Labelling, freeze
+from cluster.app.labels import Judged, Labelling, freeze, precision
 from mining.gallery import keys
 
 WAYS = ("queue", "random")
@@ -103,7 +103,8 @@ def main() -> None:
 def _report(way: str, seed: int, labelling: Labelling) -> None:
     labels = labelling.labels()
     counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(one["verdict"] for one in labels.values()).most_common())
-    print(f"{way}, seed {seed}: {counts}; {labelling.precision()}")
+    measured = labelling.precision() if way == "queue" else precision(labels.values())
+    print(f"{way}, seed {seed}: {counts}; {measured}")
 
 
 def _table(metrics: dict[str, Any], seeds: list[int]) -> None:
