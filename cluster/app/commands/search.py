@@ -137,7 +137,7 @@ def labels(
         for label in Store(run).last().values():
             print(json.dumps(label, ensure_ascii=False))
         measured = Labelling(run).precision() if run.pseudo_triplets is not None else None
-        console.print(measured or "no uniformly drawn pair is judged yet: nothing is known of the generator's precision")
+        console.print(str(measured or "no uniformly drawn pair is judged yet: nothing is known of the generator's precision"))
         return
     for made in freeze(run):
         whose = ", ".join(f"{count} by {author}" for author, count in made.authors.items())
