@@ -73,9 +73,9 @@ class Store:
         return iter(sorted(labels, key=lambda label: (label["time"], label["label_id"])))
 
     def _read(self) -> dict[str, Label]:
-        new = [name for name in self.folder.names() if name not in self._known]
-        with ThreadPoolExecutor(16) as pool:
-            self._known |= zip(new, pool.map(self.folder.read_json, new), strict=True)
+        if new := [name for name in self.folder.names() if name not in self._known]:
+            with ThreadPoolExecutor(16) as pool:
+                self._known |= zip(new, pool.map(self.folder.read_json, new), strict=True)
         return self._known
 
     def last(self, digest: str | None = None) -> dict[int, Label]:
@@ -135,27 +135,26 @@ class Labelling:
         return {t: float(np.ptp([rank[t] for rank in ranks.values() if t in rank] or [0.0])) for t in self.rows}
 
     @cached_property
-    def disputed(self) -> set[int]:
-        """The triplets whose scores disagree most; those with equal scores at random."""
+    def disputed(self) -> list[int]:
+        """The triplets whose scores disagree most; of those that disagree alike some at random."""
         count = max(1, round(DISAGREEING * len(self.rows)))
-        return set(sorted(self.order, key=lambda triplet: -self.apart[triplet])[:count])
+        return sorted(self.order, key=lambda triplet: -self.apart[triplet])[:count]
 
     def queue(self, count: int) -> list[tuple[int, str]]:
         """(triplet, why it was drawn) of the next pairs to judge: the same until one of them is judged.
 
         One in `UNIFORM_EVERY` is of the sample that measures the generator; the others are drawn at random from the disputed.
         """
-        labelled = self.labels()
+        labelled, chosen = self.labels(), dict[int, str]()
         rng = np.random.default_rng([self.seed, len(labelled)])
-        waiting = [triplet for triplet in self.order if triplet not in labelled]
-        chosen: dict[int, str] = {}
-        for place in range(len(labelled) + 1, len(labelled) + 1 + min(count, len(waiting))):
-            free = [triplet for triplet in waiting if triplet not in chosen]
-            disputed = [triplet for triplet in free if triplet in self.disputed]
-            if place % UNIFORM_EVERY == 0 and free[0] in self._sample(place):
-                chosen[free[0]] = "uniform"
-            else:
-                chosen[int(rng.choice(disputed or free))] = "disagreement"
+        disputed = iter(rng.permutation([triplet for triplet in self.disputed if triplet not in labelled]).tolist())
+        for place in range(len(labelled) + 1, len(labelled) + 1 + count):
+            first = next((triplet for triplet in self.order if triplet not in labelled and triplet not in chosen), None)
+            if first is None:
+                break
+            sampled = place % UNIFORM_EVERY == 0 and first in self._sample(place)
+            drawn = first if sampled else next((triplet for triplet in disputed if triplet not in chosen), first)
+            chosen[drawn] = "uniform" if drawn == first else "disagreement"
         return list(chosen.items())
 
     def _sample(self, judged: int) -> list[int]:
