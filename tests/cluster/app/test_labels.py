@@ -1,6 +1,7 @@
 """Which pairs people see, and what is kept of their answers."""
 
 import json
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -243,6 +244,8 @@ def test_lineage_shows_whose_labels_a_run_learned_from(run: Run) -> None:
     page = Path(graph.root) / "lineage.html"
     invoke("lineage", graph.root, "ingest:taught", "--html", str(page))
     assert "1 by ann, 2 by bob" in page.read_text()
+    page.unlink()
+    shutil.rmtree(graph.output(graph["ingest:taught"]).uri)  # other tests use this root
 
 
 def test_the_command_lists_and_freezes(run: Run, config: str) -> None:
