@@ -190,9 +190,16 @@ class Searcher:
 
     def known(self, image_id: int) -> Reference:
         """An image of the gallery, with the features that the models were evaluated on. Raises KeyError for any other id."""
-        vector = self._plain.take(np.array([image_id]), np.zeros(1, np.int64))[0, 0]
-        pixels = self.encoder.pixels(decode(read_images((self.gallery,), [image_id])[image_id])) if self._takes_pixels else None
-        return Reference(image_id, vector, pixels)
+        vector = self.tokens(image_id)[0]
+        return Reference(image_id, vector, self.encoder.pixels(self.image(image_id)) if self._takes_pixels else None)
+
+    def tokens(self, image_id: int) -> np.ndarray:
+        """float32 [tokens, dim] of an image of the gallery. Raises KeyError."""
+        return self._plain.take(np.array([image_id]), np.zeros(1, np.int64))[0]
+
+    def image(self, image_id: int) -> Image.Image:
+        """An image of the gallery, RGB. Raises KeyError."""
+        return decode(read_images((self.gallery,), [image_id])[image_id])
 
     def uploaded(self, content: bytes, image: Image.Image) -> Reference:
         """Any image, encoded and as it decodes to RGB; where the same file is in the gallery, that image."""

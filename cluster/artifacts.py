@@ -27,6 +27,7 @@ from cluster.stores import open_store
 
 HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{32}")
 MANIFEST = "manifest.json"
+AUTHORS = "authors.json"  # of labelled triplets: how many rows are whose, where their source says it
 ENVIRONMENT = "environment"  # folder of an output: what the models that made it ran on
 WARNINGS = "warnings.json"  # of an output: what its stage found odd, a sentence each
 REUSED = "reused.json"  # rows that an output took over from earlier ones, by their names

@@ -143,7 +143,9 @@ def _pool(resources: EmbedResources) -> "ray.data.ActorPoolStrategy":
     """On a GPU one part goes through the tower while another is unpacked, moved and written."""
     import ray.data
 
-    together = {"enable_true_multi_threading": True, "max_concurrent_calls_per_actor": 2} if resources.gpus else {}
+    together: dict[str, Any] = (
+        {"enable_true_multi_threading": True, "max_concurrent_calls_per_actor": 2} if resources.gpus else {}
+    )
     return ray.data.ActorPoolStrategy(size=resources.actors, **together)
 
 

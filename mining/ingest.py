@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.artifacts import Output
+from cluster.artifacts import AUTHORS, Output
 from cluster.config import DecodeResources
 from cluster.errors import UserError
 from cluster.parts import run_parts
@@ -126,6 +127,8 @@ class IngestTriplets(Ingest):
         tables.check_unique((row["group_id"] for row in groups), f"groups of {', '.join(files)}")
         if groups:
             output.write_table(GROUPS, pa.Table.from_pylist(groups, tables.GROUPS), tables.GROUPS)
+        if authors := Counter(row["author"] for row in triplets if row["author"]):
+            output.write_json(AUTHORS, authors)
         _write_rows(output, triplets, rejects, tables.TRIPLETS, run)
 
 

@@ -326,6 +326,7 @@ class _Triplet(BaseModel):
     reference: str = Field(validation_alias=AliasChoices("reference", "candidate"))
     target: str = Field(validation_alias=AliasChoices("target", "target_hard"))
     captions: list[Text | None] = Field([], validation_alias=AliasChoices("captions", "caption", "text"))
+    author: str | None = None
     group: str | None = Field(None, validation_alias=AliasChoices("group", AliasPath("img_set", "id")))
     members: list[str] = Field([], validation_alias=AliasPath("img_set", "members"))
 
@@ -362,6 +363,7 @@ class _TripletMaker:
             "target_id": _known(triplet.target, "target", self.known),
             "deltas": triplet.deltas(),
             "source": "human",
+            "author": triplet.author,  # counted, and no column of the table
         }
         if row["reference_id"] == row["target_id"]:
             raise BadImage("same_image", "the reference is the target")

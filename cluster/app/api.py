@@ -20,10 +20,13 @@ from cluster.app.runner import metrics_of
 from cluster.artifacts import Output, below
 from cluster.config import validate
 from cluster.errors import UserError
+from cluster.stage import Stage
 from cluster.verify import verify
 from mining import tables
 from mining.config import TowerConfig
 from mining.images import BadImage, decode
+from vdg.explain import Explainer, Explanation
+from vdg.generate import Generate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,13 +85,21 @@ class Run:
     @cached_property
     def thumbnails(self) -> Thumbnails:
         """Of the gallery's images. They are made on Ray, once."""
+        assert self.graph.index is not None
+        return Thumbnails(self._made(self.graph.index))
+
+    def _made(self, stage: Stage) -> Output:
+        """The output of a stage beside the run. All of them are made where one is missing, so that Ray starts once."""
         from cluster.app.runner import run
 
-        assert self.graph.index is not None
-        if self.graph.output(self.graph.index).manifest() is None:
-            run(self.graph, [self.graph.index])
-        verify([self.graph.output(self.graph.index)])
-        return Thumbnails(self.graph.output(self.graph.index))
+        ready = [beside for beside in self.graph.beside if self._finished(*beside.parents.values())]
+        if not self._finished(*ready):
+            run(self.graph, ready)
+        verify([self.graph.output(stage)])
+        return self.graph.output(stage)
+
+    def _finished(self, *stages: Stage) -> bool:
+        return all(self.graph.output(stage).manifest() is not None for stage in stages)
 
     def reference(self, image: str | Path | bytes | int) -> Reference:
         """An image to start from: a file, encoded bytes, or an image of the gallery by its key or id.
@@ -133,6 +144,55 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """variant -> metric -> {"mean", "seeds"}, of the evaluation."""
         return metrics_of(self.graph)
+
+    @cached_property
+    def pseudo_triplets(self) -> Generate | None:
+        """`generate:<gallery>`; None where no model was trained on any."""
+        name = f"generate:{self.graph.config.mine.gallery}"
+        found = (s for s in self.graph.stages if isinstance(s, Generate) and s.instance == name and self._finished(s))
+        return next(found, None)
+
+    def scores(self) -> list[dict[str, Any]]:
+        """Every score of the pseudo triplets (tables.SCORES): the generator's own and the round trip, which Ray makes once."""
+        stage, round_trip = self.pseudo_triplets, self.graph.round_trip
+        if stage is None:
+            return []
+        made = self.graph.output(stage)
+        found = [made.read_table(f"scores/{name}", tables.SCORES) for name in made.names("scores")]
+        if round_trip is not None and self._finished(*round_trip.parents.values()):
+            found.append(self._made(round_trip).read_parts(tables.SCORES))
+        return _rows(found)
+
+    @cached_property
+    def _explainer(self) -> Explainer:
+        if self.pseudo_triplets is None:
+            raise UserError(f"{self.graph.config.name}: has no generator; no variant of train.variants has pseudo: true")
+        return Explainer(self.graph.output(self.pseudo_triplets.vdg), self.graph.config.generate)
+
+    def explain(self, reference: Reference, image_id: int) -> Explanation:
+        """What the generator says turns a reference into an image of the gallery. It is loaded when it is first asked.
+
+        Raises KeyError when the gallery has no such image, UserError when the run has no generator, when its language model is
+        not on this machine, or when it does not see what is known of the images.
+        """
+        explainer, config, known = self._explainer, self.graph.config, reference.image_id
+        if config.vdg.tower is None:  # it sees pixels
+            if known is None:
+                raise UserError(
+                    "the generator sees pixels, and those of an upload are not kept: start from a photo of the gallery"
+                )
+            return explainer.explain(self.searcher.image(known), self.searcher.image(image_id))
+        if config.vdg.tower != config.train.tower:
+            raise UserError(
+                f"the generator sees through the tower '{config.vdg.tower}', the gallery is embedded by '{config.train.tower}'"
+            )
+        first = reference.vector[None] if known is None else self.searcher.tokens(known)
+        candidate = self.searcher.tokens(image_id)
+        if len(first) < len(candidate):
+            raise UserError(
+                f"the generator sees {len(candidate)} vectors of a photo, an upload keeps one: start from the gallery"
+            )
+        return explainer.explain(first, candidate)
 
     def triplets(self) -> "pd.DataFrame":
         """The pseudo triplets: reference and target as keys, their first delta, and its log-probability."""

@@ -62,6 +62,7 @@ class Graph:
         rounds = [Rounds(config, sources, Generator(config, sources, seed), pairs) for seed in config.instruct.seeds]
         self.evaluation = evaluated(config, sources, models(config, rounds), folds(config, sources, pairs))
         self.index = indexed(config, sources)
+        self.round_trip = rounds[0].round_trip
 
     def output(self, stage: Stage) -> Output:
         """Where a stage's output lives."""
@@ -86,7 +87,13 @@ class Graph:
     @property
     def known(self) -> list[Stage]:
         """All instances, and those that a command beside `vdg run` makes."""
-        return self.stages + ([self.index] if self.index else [])
+        return self.stages + self.beside
+
+    @property
+    def beside(self) -> list[Stage]:
+        """What `vdg serve` and its like make of a finished run, where it is not a part of the run."""
+        names = {stage.instance for stage in self.stages}
+        return [stage for stage in (self.index, self.round_trip) if stage and stage.instance not in names]
 
     def __getitem__(self, instance: str) -> Stage:
         """The stage of this name. Raises KeyError."""
@@ -322,6 +329,14 @@ class Rounds:
             seed=seed,
             resources=config.resources.train,
         )
+
+    @property
+    def round_trip(self) -> Score | None:
+        """`score:<gallery>.<judge>` of round 1: which deltas to show people follows from it. None without deltas or a judge."""
+        config, variants = self.config, [self.config.train.variant(name) for name in self.config.train.variants]
+        if config.score.judge not in config.train.variants or not any(variant.pseudo for variant in variants):
+            return None
+        return self._scores(1, self.model(config.score.judge, config.train.seeds[0], 1))
 
     def _negatives(self, variant: VariantConfig) -> dict[str, Stage | None]:
         """Where a variant's unlabelled negatives are drawn from."""

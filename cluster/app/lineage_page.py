@@ -41,9 +41,7 @@ class Box:
     @property
     def rows(self) -> str:
         """How many rows it has, where it is a table."""
-        if self.made.manifest is None:
-            return "removed"
-        return f"{self.made.manifest['rows']:,} rows" if self.made.manifest["rows"] else ""
+        return self.made.rows
 
 
 def page(lineage: Lineage, shown: dict[str, Made], asked: set[str], root: str) -> str:
@@ -103,7 +101,8 @@ def _row(lineage: Lineage, made: Made) -> dict[str, Any]:
         "name": made.name,
         "instance": made.instance,
         "digest": made.digest,
-        "rows": f"{manifest['rows']:,}" if manifest.get("rows") else "" if manifest else "removed",
+        "rows": made.rows.removesuffix(" rows"),
+        "whose": made.whose,
         "seconds": f"{manifest['seconds']:,.1f}" if "seconds" in manifest else "",
         "commit": manifest.get("code", {}).get("commit", "")[:9],
         "parents": lineage.above(made),

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from pyarrow import fs as pafs
 
-from cluster.artifacts import MANIFEST, Output, filesystem, output_of, outputs_of
+from cluster.artifacts import AUTHORS, MANIFEST, Output, filesystem, output_of, outputs_of
 from cluster.manifest import Manifest
 from cluster.verify import differences
 
@@ -24,6 +25,24 @@ class Made:
     def name(self) -> str:
         """`instance-digest`, one of its kind below a root."""
         return f"{self.instance}-{self.digest}"
+
+    @cached_property
+    def authors(self) -> dict[str, int]:
+        """Whose labels it took in, and how many of each, where its sources say it."""
+        told = self.manifest is not None and AUTHORS in self.manifest.get("files", {})
+        return dict(self.output.read_json(AUTHORS)) if told else {}
+
+    @property
+    def rows(self) -> str:
+        """How many rows it has, where it is a table."""
+        if self.manifest is None:
+            return "removed"
+        return f"{self.manifest['rows']:,} rows" if self.manifest["rows"] else ""
+
+    @property
+    def whose(self) -> str:
+        """Whose labels are among its rows."""
+        return ", ".join(f"{count:,} by {author}" for author, count in self.authors.items())
 
 
 class Lineage:

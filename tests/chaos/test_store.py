@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pyarrow import fs as pafs
 
 from cluster.app import config as configs
 from cluster.app.graph import Graph
@@ -18,6 +17,7 @@ from cluster.errors import UserError
 from cluster.training.checkpoints import latest
 from tests.chaos.conftest import LIMIT, assert_same, start
 from tests.chaos.killing import kill_when
+from tests.s3 import bucket
 
 pytestmark = pytest.mark.slow
 
@@ -25,20 +25,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def store() -> Iterator[str]:
     """The root of an S3-compatible store on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ACCESS_KEY_ID", "none")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "none")
-        address = f"{host}:{port}"
-        pafs.S3FileSystem(endpoint_override=address, scheme="http", region="us-east-1", allow_bucket_creation=True).create_dir(
-            "bucket"
-        )
-        yield f"s3://bucket/root?endpoint_override={address}&scheme=http&region=us-east-1"
-    server.stop()
+    with bucket() as root:
+        yield root
 
 
 def test_a_run_killed_in_training_goes_on_from_its_checkpoint(

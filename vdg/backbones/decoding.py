@@ -4,7 +4,7 @@ On a GPU a step is a CUDA graph, captured when a (number of rows, length) first 
 takes longer than they do.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Decoder:
                 break
             if (size := _doubling(max(left, self._fewest))) < len(rows):
                 kept = ended[rows].int().argsort(stable=True)[:size]
-                self._cache.reorder_cache(kept)
+                self._cache.reorder_cache(cast(torch.LongTensor, kept))
                 rows, chosen = rows[kept], chosen[kept]
             logits = self._step(chosen, length + place)
         return ids[: len(rest), : place + 1], scores[: len(rest), : place + 1]
@@ -78,8 +78,7 @@ class Decoder:
     def _prepare(self, rows: int, tokens: int) -> None:
         """Make an empty cache; one that has room is used again, as captured steps know where it is."""
         if rows <= self._room[0] and tokens == self._room[1] and self._captured:
-            for layer in self._cache.layers:
-                layer.length = 0
+            self._set_length(0)
             return
         self._steps.clear()
         self._room, self._cache = (rows, tokens), DynamicCache(config=self.model.config)
@@ -89,11 +88,15 @@ class Decoder:
             self._logits = torch.empty(rows, self.model.config.get_text_config().vocab_size, device=self.model.device)
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
+    def _set_length(self, length: int) -> None:
+        for layer in self._cache.layers:
+            cast(_Room, layer).length = length
+
     def _begin(self, common: Tensor, rest: Tensor, rows: Tensor) -> Tensor:
         """Logits float32 [rows, vocabulary] after the prompts."""
         if common.shape[1]:
             self._forward(input_ids=common)
-            self._cache.reorder_cache(torch.zeros_like(rows))
+            self._cache.reorder_cache(cast(torch.LongTensor, torch.zeros_like(rows)))
         return functional.pad(self._forward(inputs_embeds=rest), (0, 0, 0, len(rows) - len(rest)))
 
     def _step(self, chosen: Tensor, length: int) -> Tensor:
@@ -105,8 +108,7 @@ class Decoder:
         if (rows, length) not in self._steps:
             self._steps[rows, length] = self._capture(rows)
         self._steps[rows, length].replay()
-        for layer in self._cache.layers:
-            layer.length = length + 1
+        self._set_length(length + 1)
         return self._logits[:rows]
 
     def _capture(self, rows: int) -> torch.cuda.CUDAGraph:

@@ -215,10 +215,8 @@ def _grow(tree: Tree, step: Any, made: Made, seen: set[str]) -> None:
 
 
 def _label(made: Made) -> str:
-    if made.manifest is None:
-        return f"{made.name} (removed)"
-    rows = made.manifest["rows"]
-    return f"{made.name}{f' ({rows:,} rows)' if rows else ''}"
+    said = ", ".join(filter(None, (made.rows, made.whose)))
+    return f"{made.name} ({said})" if said else made.name
 
 
 def _as_json(lineage: Lineage, made: Made) -> dict[str, Any]:
@@ -230,6 +228,7 @@ def _as_json(lineage: Lineage, made: Made) -> dict[str, Any]:
             "output": without_user(near.output.uri),
             "finished": near.manifest is not None,
             "rows": near.manifest["rows"] if near.manifest else None,
+            "authors": near.authors,
             "sources": near.manifest["sources"] if near.manifest else {},
             "parents": {role: parent.name for role, parent in lineage.above(near)},
             "children": sorted({child.name for _, child in lineage.below(near)}),

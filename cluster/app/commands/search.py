@@ -14,6 +14,7 @@ from rich.table import Table
 from cir.train import ModelName
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
+from cluster.artifacts import without_user
 from cluster.driver.progress import answers, console
 from cluster.errors import UserError
 
@@ -140,16 +141,21 @@ def labels(
     config: Config,
     assignments: Set = [],  # noqa: B006
 ) -> None:
-    """What people said of the generator's deltas on the page of `vdg serve`."""
-    from cluster.app.labels import Labelling
+    """What people said on the page of `vdg serve`: of the generator's deltas, and of search results."""
+    from cluster.app.labels import Labelling, Store, freeze
 
-    labelling = Labelling(open_run(config, assignments))
+    run = open_run(config, assignments)
     if action == "list":
-        for label in labelling.store.last(labelling.digest).values():
-            print(json.dumps(label))
+        for label in Store(run).last().values():
+            print(json.dumps(label, ensure_ascii=False))
+        measured = Labelling(run).precision() if run.pseudo_triplets is not None else None
+        console.print(str(measured or "no uniformly drawn pair is judged yet: nothing is known of the generator's precision"))
         return
-    path = labelling.freeze()
-    console.print(
-        f"{path}: labelled triplets; add it to ingest.triplets.NAME.file, which takes a list, of a gallery with these images"
-    )
-    answers.print(str(path))
+    for made in freeze(run):
+        whose = ", ".join(f"{count} by {author}" for author, count in made.authors.items())
+        console.print(f"{without_user(made.file)}: {made.rows} labelled triplets ({whose}) of the gallery '{made.gallery}'")
+        if made.gallery == "evaluate":
+            console.print(
+                "  no gallery of ingest.galleries has these photos: add one that does, with its own triplets, to train on"
+            )
+        answers.print(without_user(made.file))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
@@ -23,8 +24,10 @@ from cir.index import thumbnail
 from cir.search import Reference
 from cir.train import ModelName
 from cluster.app.api import Run
-from cluster.app.labels import Judged, Labelling, precision
+from cluster.app.labels import Found, Judged, Label, Labelling, Teaching
 from cluster.app.serve.guard import Guard
+from cluster.app.serve.turns import Turns
+from cluster.artifacts import Output
 from cluster.errors import UserError
 from mining.gallery import read_images
 from mining.images import BadImage, decode
@@ -34,6 +37,8 @@ UPLOAD_PIXELS = 50_000_000
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP")  # what browsers send: the fewer parsers a stranger reaches the better
 UPLOADS = 256  # whose vectors are kept
 SHOWN_SIDE = 1024  # pixels of the longer side of an image that is shown large
+DECODED = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # images at a time
+DECODING, EXPLAINING = 24, 4  # requests that may wait for their turn
 SAMPLE = 24
 PAGE = Path(__file__).parent / "page"
 FILES = {"index.html": "text/html; charset=utf-8", "page.js": "text/javascript", "page.css": "text/css"}
@@ -64,6 +69,13 @@ class Asked(Body):
     exclude_reference: bool = True
 
 
+class Pair(Body):
+    """A pair to explain: where a search starts, and what it found."""
+
+    reference: From
+    candidate: int = Field(ge=0, lt=2**63)
+
+
 class Service:
     """A run, the uploads whose vectors are kept, and the histogram of each step."""
 
@@ -73,6 +85,7 @@ class Service:
         self.digests = {name: run.graph.evaluation.parents[f"models.{name}"].digest for name in models}
         self.registry = CollectorRegistry()
         self._steps = Histogram("vdg_step_seconds", "Time of a step", ["step"], registry=self.registry)
+        self.decoding, self.explaining = Turns(DECODED, DECODING), Turns(1, EXPLAINING)
         self._uploads: OrderedDict[str, Reference] = OrderedDict()
         self._lock = Lock()
         self.thumbnails = run.thumbnails
@@ -93,17 +106,33 @@ class Service:
     def upload(self, content: bytes) -> dict[str, Any]:
         """Keep an image's vector. Raises BadImage."""
         took: dict[str, float] = {}
-        with self.step("decode", took):
-            image = decode(content, UPLOAD_PIXELS, UPLOAD_FORMATS)
-        with self.step("encode", took):
-            reference = self.searcher.uploaded(content, image)
+        with self.decoding.take():
+            with self.step("decode", took):
+                image = decode(content, UPLOAD_PIXELS, UPLOAD_FORMATS)
+            with self.step("encode", took):
+                reference = self.searcher.uploaded(content, image)
         name = hashlib.sha256(content).hexdigest()
         with self._lock:
             self._uploads[name] = reference
             self._uploads.move_to_end(name)
             if len(self._uploads) > UPLOADS:
                 self._uploads.popitem(last=False)
-        return {"upload": name, "width": image.width, "height": image.height, "took_ms": took}
+        known = None if reference.image_id is None else str(reference.image_id)
+        return {"upload": name, "image_id": known, "width": image.width, "height": image.height, "took_ms": took}
+
+    def explain(self, pair: Pair) -> dict[str, Any]:
+        """What the generator says of it. Raises KeyError, UserError."""
+        took: dict[str, float] = {}
+        reference = self.reference(pair.reference)
+        with self.explaining.take(), self.step("explain", took):
+            said = self.run.explain(reference, pair.candidate)
+        return asdict(said) | {"took_ms": took}
+
+    def shown(self, gallery: Output, image_id: int, side: int) -> Response:
+        """A JPEG of at most `side` pixels a side, whatever the file is."""
+        with self.decoding.take():
+            content = thumbnail(read_images((gallery,), [image_id])[image_id], side)
+        return Response(content, media_type="image/jpeg", headers=IMMUTABLE)
 
     def reference(self, asked: From) -> Reference:
         """Raises KeyError where it is not known."""
@@ -138,9 +167,11 @@ def make_app(run: Run, models: list[str], hosts: Collection[str], token: str | N
     app.add_exception_handler(RequestValidationError, _invalid)
     _add_state(app, service)
     _add_search(app, service)
+    _add_explain(app, service)
     _add_images(app, service)
-    if any(stage.kind == "generate" for stage in run.graph.stages):
-        _add_labels(app, Labelling(run), author)
+    _add_results(app, Teaching(run), author)
+    if run.pseudo_triplets is not None:
+        _add_labels(app, service, Labelling(run), author)
     _add_page(app)
     return app
 
@@ -172,7 +203,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
             {"model": name, "digest": digest, "metrics": table.get(ModelName.parse(name).variant, {})}
             for name, digest in service.digests.items()
         ]
-        return {"run": service.run.graph.config.name, "images": len(service.thumbnails), "models": rows}
+        name, explains = service.run.graph.config.name, service.run.pseudo_triplets is not None
+        return {"run": name, "images": len(service.thumbnails), "models": rows, "explains": explains}
 
 
 def _add_search(app: FastAPI, service: Service) -> None:
@@ -190,14 +222,33 @@ def _add_search(app: FastAPI, service: Service) -> None:
         """Images of the gallery for a reference and what should differ."""
         if unknown := set(asked.models) - set(service.models):
             raise HTTPException(404, f"{min(unknown)}: no such model; there are {', '.join(service.models)}")
-        if (asked.reference.image_id is None) == (asked.reference.upload is None):
-            raise HTTPException(422, "reference: give image_id or upload")
+        _check(asked.reference)
         try:
             return service.search(asked)
         except KeyError as error:
             raise HTTPException(404, "the reference is not in the gallery, nor among the last uploads") from error
         except UserError as error:
             raise HTTPException(422, str(error)) from error
+
+
+def _add_explain(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/explain")
+    def explain(pair: Pair) -> dict[str, Any]:
+        """What the generator writes of a reference and a result, and the mean log-probability of its words."""
+        _check(pair.reference)
+        if service.run.pseudo_triplets is None:
+            raise HTTPException(404, "this run has no generator: none of its models was trained on pseudo triplets")
+        try:
+            return service.explain(pair)
+        except KeyError as error:
+            raise HTTPException(404, "one of the two is not in the gallery, nor among the last uploads") from error
+        except UserError as error:
+            raise HTTPException(409, str(error)) from error
+
+
+def _check(reference: From) -> None:
+    if (reference.image_id is None) == (reference.upload is None):
+        raise HTTPException(422, "reference: give image_id or upload")
 
 
 async def _body(request: Request) -> bytes:
@@ -230,11 +281,31 @@ def _add_images(app: FastAPI, service: Service) -> None:
         """A JPEG of at most `SHOWN_SIDE` pixels a side, whatever the file is."""
         if image_id not in service.thumbnails:
             raise HTTPException(404, "no such image")
-        content = read_images((service.searcher.gallery,), [image_id])[image_id]
-        return Response(thumbnail(content, SHOWN_SIDE), media_type="image/jpeg", headers=IMMUTABLE)
+        return service.shown(service.searcher.gallery, image_id, SHOWN_SIDE)
 
 
-def _add_labels(app: FastAPI, labelling: Labelling, author: str) -> None:
+def _add_results(app: FastAPI, teaching: Teaching, author: str) -> None:
+    @app.get("/v1/labels/results")
+    def taught() -> dict[str, Any]:
+        """The results that were called right."""
+        labels = teaching.store.last(teaching.digest).values()
+        fields = [{"reference_id": str(x["reference_id"]), "target_id": str(x["target_id"]), "text": x["text"]} for x in labels]
+        return {"results": fields}
+
+    @app.post("/v1/labels/results", status_code=201)
+    def teach(found: Found) -> Label:
+        """Call a result right, or take it back: a triplet to train on. The same one again gives the same answer."""
+        try:
+            return teaching.judge(found, author)
+        except KeyError as error:
+            raise HTTPException(404, "one of the two is not in the gallery") from error
+        except UserError as error:
+            raise HTTPException(422, str(error)) from error
+
+
+def _add_labels(app: FastAPI, service: Service, labelling: Labelling, author: str) -> None:
+    labelling.queue(1)  # what it needs is made before the first request
+
     @app.get("/v1/queue")
     def queue(n: Annotated[int, Query(ge=1, le=50)] = 10) -> dict[str, Any]:
         """Pairs to judge, with their deltas, and why each was drawn."""
@@ -246,7 +317,7 @@ def _add_labels(app: FastAPI, labelling: Labelling, author: str) -> None:
         return {"pairs": pairs}
 
     @app.post("/v1/labels", status_code=201)
-    def judge(judged: Judged) -> dict[str, Any]:
+    def judge(judged: Judged) -> Label:
         """Keep a label. The same one again gives the same answer."""
         try:
             return labelling.judge(judged, author)
@@ -258,9 +329,8 @@ def _add_labels(app: FastAPI, labelling: Labelling, author: str) -> None:
     @app.get("/v1/labels/summary")
     def summary() -> dict[str, Any]:
         """Counts by verdict, and the generator's precision."""
-        labels = list(labelling.store.last(labelling.digest).values())
-        measured = precision(labels)
-        counts = Counter(label["verdict"] for label in labels)
+        measured = labelling.precision()
+        counts = Counter(label["verdict"] for label in labelling.labels().values())
         return {"of": len(labelling.rows), "counts": counts, "precision": measured and asdict(measured)}
 
     @app.get("/v1/pairs/images/{image_id}")
@@ -268,8 +338,7 @@ def _add_labels(app: FastAPI, labelling: Labelling, author: str) -> None:
         """A JPEG of an image of a mined pair."""
         if image_id not in labelling.images:
             raise HTTPException(404, "no such image")
-        content = read_images((labelling.gallery,), [image_id])[image_id]
-        return Response(thumbnail(content, SHOWN_SIDE // 2), media_type="image/jpeg", headers=IMMUTABLE)
+        return service.shown(labelling.gallery, image_id, SHOWN_SIDE // 2)
 
 
 def _add_page(app: FastAPI) -> None:

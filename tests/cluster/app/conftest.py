@@ -10,6 +10,7 @@ import yaml
 from cluster.app import config as configs
 from cluster.app import runner
 from cluster.app.graph import Graph
+from cluster.monitor import Silent
 from tests.cluster.app.test_cli import invoke
 
 STEPS = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3}
@@ -84,9 +85,11 @@ def config(world: Path, tower: Any, tiny_bert: dict[str, Any], language_model: A
 
 @pytest.fixture(scope="session")
 def finished(ray_session: None, config: str) -> Graph:
-    """The graph after `vdg run`."""
+    """The graph after `vdg run`, and what is made beside a run."""
     shown = invoke("run", config)
     graph = Graph(configs.load(config, []))
     for name in ("metrics.json", "report.html", "log.txt"):
         assert runner.run_folder(graph.config).path(name) in shown
+    for stage in graph.beside:
+        stage.run(graph.root, Silent())
     return graph

@@ -12,9 +12,9 @@ from cluster.app import config as configs
 from cluster.app import runner
 from cluster.app.api import Run
 from cluster.app.graph import Graph
-from cluster.app.labels import Judged, Store
+from cluster.app.labels import Store
 from cluster.app.outputs import CONFIG, MODELS, run_configs, users
-from cluster.artifacts import MANIFEST, Output
+from cluster.artifacts import MANIFEST, Output, filesystem
 from cluster.driver.lease import LEASE, hold, read
 from cluster.errors import UserError
 from cluster.verify import verify
@@ -139,17 +139,16 @@ def test_a_lease_with_fields_of_another_version_holds(tmp_path: Path) -> None:
         assert lease.live
 
 
-def test_labels_that_are_none(tmp_path: Path) -> None:
-    store = Store(tmp_path / "labels.jsonl")
-    judged = Judged(label_id="0" * 32, triplet_id=1, verdict="right", reason="uniform")
-    store.add(judged, "me", "0" * 12)
-    line = store.path.read_bytes()
-    store.path.write_bytes(line[:40] + b"}\n" + line)  # half a label, then a whole one
-    assert [label["triplet_id"] for label in store] == [1]
-    for content in (b"[]\n", b"null\n", b'{"foreign": 1}\n', line.replace(b'"right"', b'"fine"'), line.replace(b"1,", b'"x",')):
-        store.path.write_bytes(line + content)
-        with pytest.raises(UserError, match=r"labels\.jsonl: line 2"):
-            list(store)
+def test_labels_that_are_none(finished: Graph) -> None:
+    store = Store(Run(finished))
+    judged = {"triplet_id": 1, "reference_id": 2, "target_id": 3, "text": "in green", "verdict": "right", "reason": "uniform"}
+    store.add({"label_id": "0" * 32, **judged}, "me", "0" * 12)
+    whole = store.folder.read_bytes(f"{'0' * 32}.json")
+    for content in (*GARBAGE.values(), whole.replace(b'"right"', b'"fine"'), whole.replace(b": 1,", b': "x",')):
+        store.folder.write_bytes(f"{'1' * 32}.json", content)
+        with pytest.raises(UserError, match=r"1\.json: is no label .*; mend it, or remove this file"):
+            list(Store(Run(finished)))
+    filesystem(store.folder.uri)[0].delete_dir(filesystem(store.folder.uri)[1])
 
 
 def test_metrics_of_a_run_are_written_again(finished: Graph, config: str) -> None:

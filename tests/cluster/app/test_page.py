@@ -14,7 +14,6 @@ import uvicorn
 from cluster.app.api import Run
 from cluster.app.graph import Graph
 from cluster.app.serve.app import make_app
-from cluster.monitor import Silent
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
@@ -25,9 +24,7 @@ HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 
 @pytest.fixture(scope="module")
 def address(finished: Graph) -> Iterator[str]:
-    assert finished.index is not None
-    finished.index.run(finished.root, Silent())
-    (Path(finished.root) / "labels" / "tiny.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(Path(finished.root) / "labels", ignore_errors=True)
     bound = socket.create_server(("127.0.0.1", 0))
     app = make_app(Run(finished), ["supervised.s0", "semi.s0"], {"127.0.0.1"})
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
@@ -76,7 +73,7 @@ def test_a_chain_by_keyboard_survives_reload_and_goes_back(page: Any) -> None:
     page.keyboard.press("Enter")
     search(page, "make it <b>red</b>/~ größer")
     assert page.locator("#answers article").count() == 2
-    page.locator("#answers article:last-child button").nth(1).click()
+    page.locator("#answers article:last-child .hit").nth(1).click()
     search(page, "smaller")
     assert page.locator("#chain li").all_text_contents() == ["make it <b>red</b>/~ größer", "smaller"]
     hits = page.locator("#answers figcaption").all_text_contents()
@@ -86,6 +83,30 @@ def test_a_chain_by_keyboard_survives_reload_and_goes_back(page: Any) -> None:
     page.go_back()
     page.locator("#chain li").nth(1).wait_for(state="detached")
     assert page.input_value("#text") == "make it <b>red</b>/~ größer"
+
+
+def test_a_result_is_called_right_and_taken_back(page: Any) -> None:
+    page.locator("#gallery .hit").first.click()
+    search(page, "make it <i>red</i>~")
+    page.locator("#answers article:last-child .hit").first.focus()
+    page.keyboard.press("r")
+    right = page.locator("#answers article:last-child .right[aria-pressed=true]")
+    right.wait_for()
+    assert "Kept: “make it <i>red</i>~” leads to" in page.text_content("#status")
+    page.reload()
+    right.click()
+    right.wait_for(state="detached")
+    page.reload()
+    page.locator("#answers .hit").first.wait_for()
+    assert right.count() == 0
+
+
+def test_the_generator_is_asked(page: Any) -> None:
+    page.locator("#gallery .hit").nth(1).click()
+    search(page, "smaller")
+    page.locator("#answers .hit").first.focus()
+    page.keyboard.press("w")
+    page.locator("#answers .why", has_text="likelihood 0.").first.wait_for()
 
 
 def test_a_photo_of_ones_own_with_a_hostile_name(page: Any, world: Path) -> None:

@@ -1,6 +1,10 @@
 """The service in process: what it answers, and every limit."""
 
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,10 @@ from cluster.app.serve import app as serving
 from cluster.app.serve import guard, local
 from cluster.app.serve.app import make_app
 from cluster.errors import UserError
-from cluster.monitor import Silent
+from cluster.weights import Weights
+from mining.images import decode
+from vdg import explain
+from vdg.description import read_description
 
 MODELS = ["supervised.s0", "semi.s0"]
 TOKEN = "0123456789abcdef"
@@ -22,8 +29,6 @@ TOKEN = "0123456789abcdef"
 
 @pytest.fixture(scope="module")
 def run(finished: Graph) -> Run:
-    assert finished.index is not None
-    finished.index.run(finished.root, Silent())
     return Run(finished)
 
 
@@ -177,6 +182,70 @@ def test_overload_is_sent_away(client: TestClient, monkeypatch: pytest.MonkeyPat
     answer = client.get("/v1/models")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert client.get("/readyz").status_code == 200
+
+
+def test_no_more_images_are_decoded_at_a_time_than_there_are_cores(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait; behind too many that wait they are sent away."""
+    inside, most, go = [0], [0], threading.Event()
+    lock = threading.Lock()
+
+    def slow(*arguments: Any) -> Any:
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        go.wait()
+        with lock:
+            inside[0] -= 1
+        return decode(*arguments)
+
+    monkeypatch.setattr(serving, "decode", slow)
+    content, room = encoded(), 2 + serving.DECODING
+    with ThreadPoolExecutor(guard.AT_A_TIME) as pool:
+        waiting = [pool.submit(client.put, "/v1/images", content=content) for _ in range(guard.AT_A_TIME)]
+        refused = [answer.result() for answer in islice(as_completed(waiting), guard.AT_A_TIME - room)]
+        go.set()
+        statuses = Counter(answer.result().status_code for answer in waiting)
+    assert {(answer.status_code, answer.headers["retry-after"]) for answer in refused} == {(503, "1")}
+    assert statuses == {200: room, 503: guard.AT_A_TIME - room}
+    assert most[0] == 2
+
+
+def test_a_result_is_explained_by_the_generator(client: TestClient, run: Run, world: Path) -> None:
+    image_id = first(client)
+    hit = asked(client).json()["answers"][0]["hits"][0]["image_id"]
+
+    def explained(reference: dict[str, str], candidate: str = hit) -> Any:
+        return client.post("/v1/explain", json={"reference": reference, "candidate": candidate})
+
+    said = explained({"image_id": image_id}).json()
+    assert said["log_probability"] < 0
+    assert said == explained({"image_id": image_id}).json() | {"took_ms": said["took_ms"]}
+    known = run.explain(run.searcher.known(int(image_id)), int(hit))
+    assert (known.delta, known.log_probability) == (said["delta"], pytest.approx(said["log_probability"]))
+    uploaded = client.put("/v1/images", content=encoded()).json()
+    assert uploaded["image_id"] is None
+    assert explained({"upload": uploaded["upload"]}).status_code == 200
+    assert explained({"image_id": image_id}, "5").status_code == 404
+    assert explained({"upload": "0" * 64}).status_code == 404
+    assert explained({}).status_code == 422
+
+
+def test_a_generator_that_is_not_here_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    description = read_description(run.graph.output(run.graph["instruct:vdg"]))
+    missing = Weights(folder="/nowhere")
+    elsewhere = description.model_copy(update={"vdg": description.vdg.model_copy(update={"language_model": missing})})
+    fresh = Run(run.graph)
+    client = TestClient(make_app(fresh, MODELS[:1], {"testserver"}))
+    pair = {"reference": {"image_id": first(client)}, "candidate": first(client)}
+    with monkeypatch.context() as here:
+        here.setattr(explain, "read_description", lambda _: elsewhere)
+        answer = client.post("/v1/explain", json=pair)
+    assert answer.status_code == 409
+    assert "/nowhere" in answer.json()["detail"]
+    assert client.get("/v1/models").json()["explains"] is True
+    fresh.__dict__["pseudo_triplets"] = None  # as where no variant has pseudo: true
+    answer = client.post("/v1/explain", json=pair)
+    assert (answer.status_code, answer.json()["detail"][:25]) == (404, "this run has no generator")
 
 
 def test_others_connect_with_a_token_alone(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 // The page: a reference, a text, and what each model finds. The chain of searches is the URL's fragment.
 const at = (id) => document.getElementById(id);
-const state = { steps: [], reference: null, models: [] }; // a step: {image_id or upload, text}
+// A step: {image_id or upload, text}. `asked` is the one that is answered; `taught` are the results that were called right.
+const state = { steps: [], reference: null, models: [], asked: null, taught: new Set(), explains: false };
 
 function element(name, fields = {}, ...children) {
   const made = Object.assign(document.createElement(name), fields);
@@ -20,6 +21,8 @@ async function ask(path, options) {
   const detail = typeof content.detail === "string" ? content.detail : "the server refused this";
   throw new Error(answer.status === 503 ? "The server is busy; try again in a second." : detail);
 }
+
+const post = (path, content) => ask(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(content) });
 
 function say(text, wrong = false) {
   at("status").textContent = text;
@@ -50,11 +53,11 @@ async function upload(file) {
   if (!file) return;
   say("Reading the photo …");
   try {
-    const { upload: name } = await ask("v1/images", { method: "PUT", body: file });
+    const { upload: name, image_id } = await ask("v1/images", { method: "PUT", body: file });
     await remember(name, file);
     state.steps = [];
     show([]);
-    setReference({ upload: name });
+    setReference(image_id ? { image_id } : { upload: name });
     say("");
     at("text").focus();
   } catch (error) {
@@ -62,12 +65,58 @@ async function upload(file) {
   }
 }
 
-function card(hit, onclick, extra = "") {
+function card(hit, onclick, extra = "", ...tools) {
   const score = hit.score === undefined ? "" : hit.score.toFixed(3);
   const caption = element("figcaption", {}, element("b", { textContent: hit.rank ?? "" }), element("i", { textContent: hit.key }), score);
   const image = element("img", { src: `v1/images/${hit.image_id}/thumbnail`, alt: hit.key, loading: "lazy" });
-  const button = element("button", { type: "button", onclick, title: hit.key }, element("figure", {}, image, caption));
-  return element("li", { className: extra }, button);
+  const button = element("button", { type: "button", className: "hit", onclick, title: hit.key }, element("figure", {}, image, caption));
+  return element("li", { className: extra }, button, ...tools);
+}
+
+const taught = (hit) => [state.asked.image_id, hit.image_id, state.asked.text].join("~");
+
+// "This one is right" and "why?": a triplet to train on, and what the generator says of reference and result.
+function tools(hit) {
+  const said = element("p", { className: "why" });
+  said.role = "status";
+  const made = [];
+  if (state.asked.image_id) {
+    const right = element("button", { type: "button", className: "right", textContent: "✓", title: "This one is right (R)", ariaLabel: "This one is right", onclick: () => teach(hit) });
+    right.dataset.taught = taught(hit);
+    right.ariaPressed = state.taught.has(taught(hit));
+    made.push(right);
+  }
+  if (state.explains) {
+    made.push(element("button", { type: "button", className: "explain", textContent: "?", title: "What does the generator say? (W)", ariaLabel: "What does the generator say?", onclick: () => explain(hit, said) }));
+  }
+  return [element("div", { className: "tools" }, ...made), said];
+}
+
+async function teach(hit) {
+  const key = taught(hit);
+  const verdict = state.taught.has(key) ? "undone" : "right";
+  const { image_id: reference_id, text } = state.asked;
+  try {
+    await post("v1/labels/results", { label_id: labelId(), reference_id, target_id: hit.image_id, text, verdict });
+    if (verdict === "right") state.taught.add(key);
+    else state.taught.delete(key);
+    document.querySelectorAll(".right").forEach((button) => (button.ariaPressed = state.taught.has(button.dataset.taught)));
+    say(verdict === "right" ? `Kept: “${text}” leads to ${hit.key}. ✓ again takes it back.` : "Taken back.");
+  } catch (error) {
+    say(error.message, true);
+  }
+}
+
+async function explain(hit, said) {
+  said.textContent = "The generator looks …";
+  const { text, ...reference } = state.asked;
+  try {
+    const { delta, log_probability } = await post("v1/explain", { reference, candidate: hit.image_id });
+    const sure = element("span", { textContent: ` likelihood ${Math.exp(log_probability).toFixed(2)}`, title: `mean log-probability of its tokens ${log_probability.toFixed(2)}` });
+    said.replaceChildren(delta ? element("q", { textContent: delta }) : "It says nothing.", sure);
+  } catch (error) {
+    said.textContent = error.message;
+  }
 }
 
 function show(answers) {
@@ -75,7 +124,7 @@ function show(answers) {
   at("answers").replaceChildren(
     ...answers.map(({ model, hits }, column) => {
       const change = (hit) => (!column ? "" : !first.has(hit.image_id) ? "new" : first.get(hit.image_id) > hit.rank ? "up" : "");
-      const list = hits.map((hit) => card(hit, () => goOn({ image_id: hit.image_id }), change(hit)));
+      const list = hits.map((hit) => card(hit, () => goOn({ image_id: hit.image_id }), change(hit), ...tools(hit)));
       const row = state.models.find((one) => one.model === model);
       const recall = Object.entries(row?.metrics ?? {})[0];
       const note = recall ? `${recall[0]} ${recall[1].mean.toFixed(1)}` : "";
@@ -135,8 +184,8 @@ async function followHash() {
   at("go").disabled = true;
   say("Searching …");
   try {
-    const body = JSON.stringify({ reference, text, models: state.models.slice(0, 4).map((one) => one.model), top: 20 });
-    const found = await ask("v1/search", { method: "POST", headers: { "content-type": "application/json" }, body });
+    const found = await post("v1/search", { reference, text, models: state.models.slice(0, 4).map((one) => one.model), top: 20 });
+    state.asked = last;
     show(found.answers);
     const steps = Object.entries(found.took_ms).map(([name, ms]) => `${name} ${ms.toFixed(1)} ms`);
     const marks = found.answers.length > 1 ? `. In ${found.answers.at(-1).model}, framed: not in ${found.answers[0].model}'s list; green rank: higher there.` : "";
@@ -172,9 +221,12 @@ function move(event) {
     at("text").focus();
   }
   const list = here?.closest?.(".hits");
-  if (!list || !event.key.startsWith("Arrow")) return;
+  if (!list) return;
+  const tool = { r: ".right", w: ".explain" }[event.ctrlKey || event.metaKey || event.altKey ? "" : event.key];
+  if (tool) here.closest("li").querySelector(tool)?.click();
+  if (!event.key.startsWith("Arrow")) return;
   event.preventDefault();
-  const all = [...document.querySelectorAll(".hits button")].filter((button) => button.offsetParent);
+  const all = [...document.querySelectorAll(".hits .hit")].filter((button) => button.offsetParent);
   const [vertical, sign] = { ArrowDown: [true, 1], ArrowUp: [true, -1], ArrowRight: [false, 1], ArrowLeft: [false, -1] }[event.key];
   const from = here.getBoundingClientRect();
   const distance = (button) => {
@@ -195,8 +247,7 @@ const VERDICTS = { n: ["no_change", "No change"], w: ["wrong", "Wrong pair"], x:
 const labelId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 async function judge(pair, verdict, text = "") {
-  const body = JSON.stringify({ label_id: labelId(), triplet_id: pair.triplet_id, verdict, text, reason: pair.reason });
-  await ask("v1/labels", { method: "POST", headers: { "content-type": "application/json" }, body });
+  await post("v1/labels", { label_id: labelId(), triplet_id: pair.triplet_id, verdict, text, reason: pair.reason });
 }
 
 // One at a time: a key pressed while an answer is on its way would judge a pair that is not on the screen yet.
@@ -290,8 +341,9 @@ addEventListener("drop", (event) => {
 addEventListener("hashchange", followHash);
 
 try {
-  const { run, images, models } = await ask("v1/models");
-  state.models = models;
+  const { run, images, models, explains } = await ask("v1/models");
+  const { results } = await ask("v1/labels/results");
+  Object.assign(state, { models, explains, taught: new Set(results.map((one) => [one.reference_id, one.target_id, one.text].join("~"))) });
   at("run").textContent = `· ${run} · ${images.toLocaleString("en")} photos · ${models.map((one) => one.model).join(", ")}`;
   await gallery();
   await followHash();
