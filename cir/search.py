@@ -95,10 +95,13 @@ class Encoder:
 
     def vector(self, image: Image.Image) -> np.ndarray:
         """float32 [dim] of an RGB image, rounded as cached embeddings are."""
+        return self.vectors(self.pixels(image)[None])[0]
+
+    def vectors(self, pixels: np.ndarray) -> np.ndarray:
+        """float32 [n, dim] of images uint8 [n, size, size, 3]."""
         import torch
 
-        pixels = torch.from_numpy(self.pixels(image)[None].copy())
-        return self.load()(pixels).half().float().cpu().numpy()[0, 0]
+        return self.load()(torch.from_numpy(pixels.copy())).half().float().cpu().numpy()[:, 0]
 
     def load(self) -> Any:
         """The tower."""

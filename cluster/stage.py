@@ -92,6 +92,7 @@ class Stage(ABC):
     version: ClassVar[int] = 1  # counts changes of the class's code that change its output
     table: ClassVar[str | None] = None  # what MLflow calls the table that it writes
     model: ClassVar[str | None] = None  # what MLflow calls the model that it trains
+    loader: ClassVar[str | None] = None  # the module through which `mlflow.pyfunc` loads that model
 
     name: str
 
@@ -186,6 +187,15 @@ class Stage(ABC):
         """
         found = {field: weights.problem() for field, weights in self.weights.items()}
         return self.missing() | {field: problem for field, problem in found.items() if problem is not None}
+
+    def recall(self, root: str, digest: str) -> None:
+        """Stand for an output that other code or other files made: it has this digest, its ancestors those of the manifests."""
+        self.__dict__["digest"] = digest
+        manifest = self.output(root).manifest() or {"parents": {}}
+        for role, parent in self.parents.items():
+            made = manifest["parents"].get(role, {"digest": parent.digest})["digest"]
+            if parent.digest != made:
+                parent.recall(root, made)
 
     def earlier(self, root: str) -> tuple[Output, dict[str, Any]] | None:
         """The newest finished output of the same instance, code and settings but of other parents, and its manifest."""

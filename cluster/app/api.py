@@ -18,8 +18,9 @@ from cir.search import Hits, Model, Reference, Searcher
 from cluster.app.config import RunConfig
 from cluster.app.export import TOWER
 from cluster.app.graph import Graph
+from cluster.app.outputs import MODELS
 from cluster.app.runner import metrics_of
-from cluster.artifacts import Output, below
+from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
 from cluster.errors import UserError
 from mining import tables
@@ -44,26 +45,31 @@ class Run:
     """A finished run: its models search the gallery of the config's evaluate section."""
 
     def __init__(self, graph: Graph) -> None:
-        """Raises UserError when the run has no models, or is not finished."""
+        """Raises UserError when the run has no models, or is not evaluated."""
         config = graph.config
         if config.evaluate.embeddings is not None:
             raise UserError(f"{config.name}: scores given embeddings; there is no model to search with")
-        unfinished = [stage.instance for stage in graph.stages if graph.output(stage).manifest() is None]
-        if unfinished:
+        if graph.output(graph.evaluation).manifest() is None:
             raise UserError(
-                f"{config.name}: {len(unfinished)} stage(s) are not finished below {Output(graph.root).uri}, such as "
-                f"{unfinished[0]}: `vdg run` does them. Another version of this package may have made other digests"
+                f"{config.name}: is not evaluated below {Output(graph.root).uri}: `vdg run` does what is missing. What another "
+                "version of this package has made has other digests: `Run.open` opens it"
             )
         self.graph = graph
 
     @classmethod
     def open(cls, root: str, name: str) -> "Run":
-        """A run by its name, below the root folder of its outputs. Raises UserError when it is not there or not finished."""
+        """A run by its name, below the root folder of its outputs, as its last evaluation ranked it.
+
+        Its manifest names the models, whatever today's code would make of the config. Raises UserError when there is none.
+        """
         folder = Output(below(root, f"runs/{name}"))
         if not folder.exists("config.yaml"):
             raise UserError(f"{folder.path('config.yaml')}: does not exist; give the root and the name of a run that was done")
         content = yaml.safe_load(folder.read_bytes("config.yaml")) | {"root": root}
-        return cls(Graph(validate(RunConfig, content, folder.path("config.yaml"))))
+        graph = Graph(validate(RunConfig, content, folder.path("config.yaml")))
+        if graph.output(graph.evaluation).manifest() is None and (digest := _last_evaluation(graph, folder)):
+            graph.evaluation.recall(root, digest)
+        return cls(graph)
 
     def _output(self, role: str) -> Output:
         return self.graph.output(self.graph.evaluation.parents[role])
@@ -157,6 +163,20 @@ class Run:
 
         galleries = [one for one in ancestors(stage) if isinstance(one, IngestGallery)]
         return {image_id: key for one in galleries for key, image_id in keys(self.graph.output(one)).items()}
+
+
+def _last_evaluation(graph: Graph, folder: Output) -> str | None:
+    """The digest of the newest evaluation of the models that the run has made, if they are those of its config."""
+    known = set(folder.read_json(MODELS)) if folder.exists(MODELS) else set()
+    wanted = {role for role in graph.evaluation.parents if role.startswith("models.")}
+    found = []
+    for output in outputs_of(graph.root, graph.evaluation.kind):
+        manifest = output.manifest() or {"parents": {}}
+        models = {r: f"{m['instance']}-{m['digest']}" for r, m in manifest["parents"].items() if r in wanted}
+        if models.keys() == wanted and known.issuperset(models.values()):
+            changed = filesystem(graph.root)[0].get_file_info(output.path(MANIFEST)).mtime_ns
+            found.append((changed, manifest["digest"]))
+    return max(found)[1] if found else None
 
 
 def _rows(parts: list[Any]) -> list[dict[str, Any]]:

@@ -112,8 +112,15 @@ def serve(
     token_file: Annotated[Path | None, typer.Option("--token-file", help="a file whose content clients have to give")] = None,
     names: Annotated[list[str], typer.Option("--name", help="a further host name that browsers call it by")] = [],  # noqa: B006
     author: Annotated[str | None, typer.Option("--author", help="whose labels are kept; None: this user")] = None,
+    on_ray: Annotated[bool, typer.Option("--ray", help="on Ray Serve, with the replicas of resources.serve")] = False,
 ) -> None:
-    """A page and an API that search the gallery with the run's models, in one process."""
+    """A page and an API that search the gallery with the run's models, in one process, or on Ray Serve."""
+    if on_ray:
+        from cluster.app.serve.ray import Options, serve_on_ray
+
+        options = Options(models=models, token_file=token_file, names=[host, *names], author=author or getpass.getuser())
+        serve_on_ray(configs.load(config, assignments), options, host, port)
+        return
     from cluster.app.serve.local import local_app, read_token, serve_forever
 
     token = read_token(host, token_file)
