@@ -33,9 +33,10 @@ class Registered:
         """
         return np.stack([self._vector(image, text) for image, text in zip(table["image"], table["text"], strict=True)])
 
-    def _vector(self, image: str | bytes, text: str | None) -> np.ndarray:
+    def _vector(self, image: str | bytes, text: Any) -> np.ndarray:
         decoded = decode(image if isinstance(image, bytes) else Path(image).read_bytes())
-        return self.model.query(decoded, text) if text else self.model.images([decoded])[0]
+        has_text = isinstance(text, str) and text  # pandas has several ways to say that there is none
+        return self.model.query(decoded, text) if has_text else self.model.images([decoded])[0]
 
 
 def _load_pyfunc(path: str) -> Registered:

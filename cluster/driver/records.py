@@ -4,6 +4,7 @@ Their content stays where it is; MLflow has the URI. Everything here may be done
 """
 
 import json
+import platform
 import re
 import tempfile
 import time
@@ -129,7 +130,9 @@ def _logged_model(client: MlflowClient, experiment: str, stage: Stage, root: str
 
 def _log_loader(client: MlflowClient, model: str, stage: Stage, root: str) -> None:
     """What `mlflow.pyfunc.load_model` needs: which of our modules loads the model, and from where. No weights, no pickle."""
-    loading = Model(model_id=model).add_flavor("python_function", loader_module=stage.loader, data=PLACE)
+    loading = Model(model_id=model).add_flavor(
+        "python_function", loader_module=stage.loader, data=PLACE, python_version=platform.python_version()
+    )
     with tempfile.TemporaryDirectory() as folder:
         loading.save(f"{folder}/MLmodel")
         Path(folder, PLACE).write_text(json.dumps({"uri": stage.output(root).uri, "digest": stage.digest}))
