@@ -16,12 +16,13 @@ import yaml
 from cir.index import Thumbnails
 from cir.search import Hits, Model, Reference, Searcher
 from cluster.app.config import RunConfig
-from cluster.app.export import TOWER
+from cluster.app.export import TOWER, export
 from cluster.app.graph import Graph
 from cluster.app.outputs import MODELS
 from cluster.app.runner import metrics_of
 from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
+from cluster.driver.lineage import Lineage
 from cluster.errors import UserError
 from mining import tables
 from mining.config import TowerConfig
@@ -154,6 +155,15 @@ class Run:
                 for row in made.read_parts(tables.TRIPLETS).to_pylist()
             ]
         return pa.Table.from_pylist(found).to_pandas()
+
+    def export(self, model: str, folder: str | Path) -> list[str]:
+        """Write a model into a new folder, as `vdg export` does. Returns notes on what loads how.
+
+        Raises UserError for an unknown model, one whose files have changed, and a folder that has files.
+        """
+        self.searcher.composer(model)
+        lineage, output = Lineage(self.graph.root), self.models[model]
+        return export(lineage, next(made for made in lineage.made.values() if made.output == output), Path(folder))
 
     def _names(self, stage: Any) -> Mapping[int, str]:
         """Keys of the images that a stage's ancestors ingested."""

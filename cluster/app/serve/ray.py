@@ -71,6 +71,8 @@ def application(config: RunConfig, options: Options) -> serve.Application:
         ray_actor_options={name: value for name, value in resources.ray_options().items() if value is not None},
         max_ongoing_requests=2 * AT_A_TIME,  # the app sends away what is too much by itself, and says when to come again
         max_queued_requests=QUEUED,
+        backpressure_config={"retry_after_s": 1},
+        max_surge_percent=1,  # one new replica at a time, before an old one goes
         graceful_shutdown_timeout_s=60,
     )
     return replica.bind(Kept.bind())  # type: ignore[no-any-return]
@@ -106,7 +108,7 @@ class Batched(Encoder):
         return list(await asyncio.to_thread(self.vectors, np.stack(pixels)))
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
+@serve.deployment(ray_actor_options={"num_cpus": 0}, max_surge_percent=1)
 class Kept(Uploads):
     """The uploads of all replicas: the one that searches may be another than the one that encoded."""
 
