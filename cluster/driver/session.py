@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 from pydantic import Field
 
 from cluster.config import Section
@@ -47,6 +46,8 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
 
     Raises UserError when no cluster answers at the config's address.
     """
+    import ray
+
     if log_file is not None:
         _log_to(log_file)
     os.environ.update(OPENMP)  # for what trains in this process: read when torch is loaded
@@ -74,6 +75,8 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
 
 def _leave() -> None:
     """End Ray, and wait for threads that waited for it: one that wakes up after Python has ended aborts the process."""
+    import ray
+
     ray.shutdown()
     for thread in threading.enumerate():
         if thread.name.startswith(THREAD):
