@@ -41,7 +41,7 @@ from mining.embeddings import INFO, plain_parts, read_part
 from mining.images import decode
 
 PORT, CLIENTS, REQUESTS, MODEL = 8765, 16, 320, "semi.s0"
-LATENCIES = 1000  # requests of an open loop
+LATENCIES = 600  # requests of an open loop
 LOAD = 0.3  # share of the capacity that the open loop asks for
 QUERIES, TOP, TURNS, NEAR = 1000, 10, 5, 20
 BATCH = 16  # of the bare loop
@@ -57,16 +57,18 @@ def report(what: str, value: float, goal: float, unit_name: str = "", least: boo
 
 
 def ask(method: str, path: str, body: bytes | None = None) -> bytes:
-    """An answer of the service, over a connection that each thread keeps."""
-    if not hasattr(connections, "own"):
-        connections.own = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
-    try:
-        connections.own.request(method, path, body, HEADERS)
-        answer = connections.own.getresponse()
-        content = answer.read()
-    except (OSError, http.client.HTTPException):
-        del connections.own
-        raise
+    """An answer of the service, over a connection that each thread keeps; one that the server has closed is opened again."""
+    for last in (False, True):
+        if last or not hasattr(connections, "own"):
+            connections.own = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
+        try:
+            connections.own.request(method, path, body, HEADERS)
+            answer = connections.own.getresponse()
+            content = answer.read()
+            break
+        except (OSError, http.client.HTTPException):
+            if last:
+                raise
     if answer.status != 200:
         raise RuntimeError(f"{path}: {answer.status} {content[:200]!r}")
     return content
