@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import ray
 from fastapi import FastAPI
 from PIL import Image
 from pydantic import Field
@@ -134,12 +135,15 @@ def serve_on_ray(config: RunConfig, options: Options, host: str, port: int) -> N
     token = read_token(host, options.token_file)
     check_proxy(host)
     session.start(config.resources.ray)
+    local = session.address_of(config.resources.ray) == "local"
+    if local:
+        check_room(config)
     try:
         deploy(config, options, host, port)
         if token is None:
             check_bound(host, port)
         console.print(f"ready at {address_url(host, port, token)}")
-        if session.address_of(config.resources.ray) == "local":
+        if local:
             console.print("Ctrl-C ends")
             threading.Event().wait()
     except (KeyboardInterrupt, SystemExit):
@@ -161,6 +165,14 @@ def check_proxy(host: str) -> None:
         raise UserError(
             f"{HA_PROXY}=1 binds every address of this machine, whatever --host {host} says: unset it, or give --token-file"
         )
+
+
+def check_room(config: RunConfig) -> None:
+    """Raises UserError when this machine has no room for the replicas, for which Ray Serve would wait."""
+    there = ray.cluster_resources()
+    for name, wanted in config.resources.serve.wanted().items():
+        if wanted > there.get(name, 0):
+            raise UserError(f"resources.serve: the replicas want {wanted:g} {name}s, this machine has {there.get(name, 0):g}")
 
 
 def check_bound(host: str, port: int) -> None:

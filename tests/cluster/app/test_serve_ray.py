@@ -22,6 +22,7 @@ from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
 from cluster.app.serve import local
 from cluster.app.serve import ray as serving
+from cluster.config import ActorResources
 from cluster.errors import UserError
 from tests.cluster.app.test_cli import invoke
 
@@ -45,6 +46,12 @@ def test_a_socket_open_to_others_is_found() -> None:
                     serving.check_bound("127.0.0.1", bound.getsockname()[1])
             else:
                 serving.check_bound("127.0.0.1", bound.getsockname()[1])
+
+
+def test_more_replicas_than_this_machine_takes_are_refused(replicated: RunConfig) -> None:
+    resources = replicated.resources.model_copy(update={"serve": ActorResources(actors=1000)})
+    with pytest.raises(UserError, match=r"resources\.serve: the replicas want 1000 CPUs, this machine has 4"):
+        serving.check_room(replicated.model_copy(update={"resources": resources}))
 
 
 @dataclass(frozen=True)
@@ -115,16 +122,16 @@ def until(done: Any, seconds: float = 120) -> None:
 
 
 @pytest.fixture(scope="module")
-def config(finished: Graph) -> RunConfig:
+def replicated(finished: Graph) -> RunConfig:
     path = Path(finished.root).parent / "tiny.yaml"
     return configs.load(str(path), RESOURCES)
 
 
 @pytest.fixture
-def service(config: RunConfig) -> Iterator[Service]:
+def service(replicated: RunConfig) -> Iterator[Service]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    serving.deploy(config, serving.Options(models=MODEL), "127.0.0.1", port)
+    serving.deploy(replicated, serving.Options(models=MODEL), "127.0.0.1", port)
     yield Service(port)
     serve.shutdown()
 
@@ -170,13 +177,13 @@ def test_a_killed_replica_loses_only_what_was_in_flight(service: Service) -> Non
 
 
 @pytest.mark.slow
-def test_another_model_takes_its_place_under_load(service: Service, config: RunConfig, world: Path) -> None:
+def test_another_model_takes_its_place_under_load(service: Service, replicated: RunConfig, world: Path) -> None:
     content = yaml.safe_load((world / "tiny.yaml").read_text())
     content["train"] |= {"training": content["train"]["training"] | {"steps": 5}, "variants": {"supervised": {}}}
     (world / "other.yaml").write_text(yaml.safe_dump(content | {"name": "other"}))
     invoke("run", str(world / "other.yaml"))
     other = configs.load(str(world / "other.yaml"), RESOURCES)
-    old, new = (Graph(one)[f"train:{MODEL}"].digest for one in (config, other))
+    old, new = (Graph(one)[f"train:{MODEL}"].digest for one in (replicated, other))
     with service.load() as answers:
         until(lambda: len(answers) > RATE)
         serving.deploy(other, serving.Options(models=MODEL), "127.0.0.1", service.port)
