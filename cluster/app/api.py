@@ -18,7 +18,6 @@ from cir.search import Hits, Model, Reference, Searcher
 from cluster.app.config import RunConfig
 from cluster.app.export import TOWER, export
 from cluster.app.graph import Graph
-from cluster.app.outputs import MODELS
 from cluster.app.runner import metrics_of
 from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
@@ -30,6 +29,8 @@ from mining.images import BadImage, decode
 
 if TYPE_CHECKING:
     import pandas as pd
+
+METRICS = "metrics.json"  # of an evaluation, and in the folder of the run that it is the last of
 
 
 @dataclass(frozen=True)
@@ -176,14 +177,13 @@ class Run:
 
 
 def _last_evaluation(graph: Graph, folder: Output) -> str | None:
-    """The digest of the newest evaluation of the models that the run has made, if they are those of its config."""
-    known = set(folder.read_json(MODELS)) if folder.exists(MODELS) else set()
-    wanted = {role for role in graph.evaluation.parents if role.startswith("models.")}
-    found = []
+    """The digest of the newest evaluation that found what the run's folder says of it."""
+    if not folder.exists(METRICS):
+        return None
+    metrics, found = folder.read_json(METRICS), []
     for output in outputs_of(graph.root, graph.evaluation.kind):
-        manifest = output.manifest() or {"parents": {}}
-        models = {r: f"{m['instance']}-{m['digest']}" for r, m in manifest["parents"].items() if r in wanted}
-        if models.keys() == wanted and known.issuperset(models.values()):
+        manifest = output.manifest()
+        if manifest is not None and output.read_json(METRICS) == metrics:
             changed = filesystem(graph.root)[0].get_file_info(output.path(MANIFEST)).mtime_ns
             found.append((changed, manifest["digest"]))
     return max(found)[1] if found else None
