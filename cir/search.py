@@ -25,6 +25,7 @@ from mining.features import Features, FeatureSource, read_mean, unit_vectors
 from mining.gallery import read_images
 from mining.images import decode, plain
 from mining.indexes import filled, trained
+from mining.scratch import shared
 from mining.search import best_first
 
 EXACT_ROWS = 20_000  # one query over larger galleries goes through inverted lists
@@ -51,12 +52,12 @@ class Hits:
 class Matrix:
     """Unit vectors of a gallery: searched exactly, or through FAISS's lists and scored again where there are many.
 
-    The filled lists lie on the node's disk (`mining.scratch`): they are made once.
+    The lists lie on the node's disk (`mining.scratch`): they are made once.
     """
 
     def __init__(self, image_ids: np.ndarray, vectors: np.ndarray) -> None:
         self.image_ids, self.vectors = image_ids, vectors
-        self._lists: Any = filled(trained(vectors, None), vectors, on_disk=True) if len(vectors) > EXACT_ROWS else None
+        self._lists: Any = _lists(vectors) if len(vectors) > EXACT_ROWS else None
         if self._lists is not None:
             self._lists.nprobe = -(-self._lists.nlist // LISTS_A_PROBE)
 
@@ -79,6 +80,16 @@ class Matrix:
         ids = self.image_ids[rows]
         kept = np.isfinite(scores) & (ids != without)
         return Hits(ids[kept][:top], scores[kept][:top])
+
+
+def _lists(vectors: np.ndarray) -> Any:
+    """Filled lists. Their centroids lie beside them: a service that starts again does not train them again."""
+    import faiss
+
+    content = hashlib.sha256(b"centroids")
+    content.update(np.ascontiguousarray(vectors).data)
+    path = shared(content.digest(), ".index", lambda made: faiss.write_index(trained(vectors, None), str(made)))
+    return filled(faiss.read_index(str(path)), vectors, on_disk=True)
 
 
 class Encoder:

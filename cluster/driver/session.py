@@ -35,10 +35,10 @@ class RayConfig(Section):
     )
     num_cpus: int | None = Field(None, description="logical CPUs of a local Ray; None: what the machine has")
 
-
-def address_of(config: RayConfig) -> str:
-    """Where Ray is, or `local` for one that starts here, beside any that happens to run on this machine."""
-    return config.address or os.environ.get("RAY_ADDRESS", "local")  # Ray sets the variable for a job's driver
+    @property
+    def where(self) -> str:
+        """The address, or "local". Ray sets the variable for a job's driver."""
+        return self.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def start(config: RayConfig, log_file: Path | None = None) -> None:
@@ -52,7 +52,7 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
         _log_to(log_file)
     os.environ.update(OPENMP)  # for what trains in this process: read when torch is loaded
     if not ray.is_initialized():
-        address = address_of(config)
+        address = config.where  # "local" starts one beside any that happens to run on this machine
         local: dict[str, Any] = {"num_cpus": config.num_cpus, "include_dashboard": False} if address == "local" else {}
         environment = {"env_vars": WORKER_ENVIRONMENT}
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge it into that of the job which runs this driver

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def serve_on_ray(config: RunConfig, options: Options, host: str, port: int) -> N
     token = read_token(host, options.token_file)
     check_proxy(host)
     session.start(config.resources.ray)
-    local = session.address_of(config.resources.ray) == "local"
+    local = config.resources.ray.where == "local"
     if local:
         check_room(config)
     try:
@@ -155,6 +156,7 @@ def serve_on_ray(config: RunConfig, options: Options, host: str, port: int) -> N
 
 def deploy(config: RunConfig, options: Options, host: str, port: int) -> None:
     """Start the application, or put it in the place of the one of its name: requests find the old one until then."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     serve.run(application(config, options), name=NAME, route_prefix="/")
 
