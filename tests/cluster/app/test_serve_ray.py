@@ -179,6 +179,7 @@ def test_a_killed_replica_loses_only_what_was_in_flight(service: Service) -> Non
 @pytest.mark.slow
 def test_another_model_takes_its_place_under_load(service: Service, replicated: RunConfig, world: Path) -> None:
     content = yaml.safe_load((world / "tiny.yaml").read_text())
+    del content["rounds"]
     content["train"] |= {"training": content["train"]["training"] | {"steps": 5}, "variants": {"supervised": {}}}
     (world / "other.yaml").write_text(yaml.safe_dump(content | {"name": "other"}))
     invoke("run", str(world / "other.yaml"))
