@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from cir import figures, metrics
 from cir.benchmarks import triplets
@@ -197,6 +196,8 @@ def _ranking(protocol: Protocol, name: str) -> str:
 
 def _ranked(inputs: _Inputs, entrants: dict[str, Entrant], resources: ActorResources) -> Iterator[None]:
     """Rank entrants in Ray tasks, `resources.actors` at a time; yields as each is finished."""
+    import ray
+
     task = ray.remote(_rank).options(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,

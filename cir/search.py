@@ -25,6 +25,7 @@ from mining.features import Features, FeatureSource, read_mean, unit_vectors
 from mining.gallery import read_images
 from mining.images import decode, plain
 from mining.indexes import filled, trained
+from mining.scratch import shared
 from mining.search import Exact, Lists, Search
 
 EXACT_ROWS = 20_000  # one query over larger galleries goes through inverted lists
@@ -51,7 +52,7 @@ class Hits:
 class Matrix:
     """Unit vectors of a gallery, which single queries are compared with: all of them, or those of FAISS's lists.
 
-    The filled lists lie on the node's disk (`mining.scratch`): they are made once.
+    The lists lie on the node's disk (`mining.scratch`): they are made once.
     """
 
     def __init__(self, image_ids: np.ndarray, vectors: np.ndarray) -> None:
@@ -67,7 +68,13 @@ class Matrix:
 
 
 def _lists(vectors: np.ndarray) -> Lists:
-    lists = filled(trained(vectors, None), vectors, on_disk=True)
+    """Filled lists. Their centroids lie beside them: a service that starts again does not train them again."""
+    import faiss
+
+    content = hashlib.sha256(b"centroids")
+    content.update(np.ascontiguousarray(vectors).data)
+    path = shared(content.digest(), ".index", lambda made: faiss.write_index(trained(vectors, None), str(made)))
+    lists = filled(faiss.read_index(str(path)), vectors, on_disk=True)
     lists.nprobe = -(-lists.nlist // LISTS_A_PROBE)
     return Lists(vectors, lists)
 
@@ -86,10 +93,13 @@ class Encoder:
 
     def vector(self, image: Image.Image) -> np.ndarray:
         """float32 [dim] of an RGB image, rounded as cached embeddings are."""
+        return self.vectors(self.pixels(image)[None])[0]
+
+    def vectors(self, pixels: np.ndarray) -> np.ndarray:
+        """float32 [n, dim] of images uint8 [n, size, size, 3]."""
         import torch
 
-        pixels = torch.from_numpy(self.pixels(image)[None].copy())
-        return self.load()(pixels).half().float().cpu().numpy()[0, 0]
+        return self.load()(torch.from_numpy(pixels.copy())).half().float().cpu().numpy()[:, 0]
 
     def load(self) -> Any:
         """The tower."""

@@ -44,6 +44,7 @@ class Train(Stage):
 
     version = 6
     model = "composed retrieval"
+    loader = "cluster.app.registered"
     triplets: Stage
     embeddings: tuple[Stage, ...] = field(metadata=LOOKED_UP)  # of the triplets' images
     galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where pixels are seen in training

@@ -111,6 +111,7 @@ class Stage(ABC):
     version: ClassVar[int] = 1  # counts changes of the class's code that change its output
     table: ClassVar[str | None] = None  # what MLflow calls the table that it writes
     model: ClassVar[str | None] = None  # what MLflow calls the model that it trains
+    loader: ClassVar[str | None] = None  # the module through which `mlflow.pyfunc` loads that model
 
     name: str
 
@@ -216,6 +217,15 @@ class Stage(ABC):
         """
         secrets = {source.field: source.secret() for source in self.sources.values()}
         return self.missing() | {field: problem for field, problem in secrets.items() if problem is not None}
+
+    def recall(self, root: str, digest: str) -> None:
+        """Stand for an output that other code or other files made: it has this digest, its ancestors those of the manifests."""
+        self.__dict__["digest"] = digest
+        manifest = self.output(root).manifest()
+        made = manifest["parents"] if manifest else {}
+        for role, parent in self.parents.items():
+            if role in made and parent.digest != made[role]["digest"]:
+                parent.recall(root, made[role]["digest"])
 
     def earlier(self, root: str) -> tuple[Output, Manifest] | None:
         """The newest whole output of the same instance, code and settings but of other parents, and its manifest."""

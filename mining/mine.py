@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 
 from cluster.artifacts import Output
 from cluster.config import TaskResources
@@ -49,6 +48,8 @@ class Mine(Stage):
 
     def work(self, output: Output, run: Run) -> None:
         """Raises UserError when the gallery has fewer images than a group, or no pair is found."""
+        import ray
+
         parents = (self.embeddings, self.mineable, self.neighbours, self.labelled)
         embeddings, mineable, neighbours, labelled = (run.output(stage) if stage else None for stage in parents)
         assert embeddings is not None

@@ -1,6 +1,8 @@
 """Imports point down only: app above vdg and cir, these above mining, mining above cluster."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,8 @@ def test_configs_do_not_import_heavy_libraries(package: str) -> None:
     for path in modules(package):
         if path.name == "config.py":
             assert not {name.split(".")[0] for name in imports(path)} & HEAVY, path
+
+
+def test_a_service_in_one_process_imports_no_ray() -> None:
+    code = "import sys; import cluster.app.cli, cluster.app.serve.local; assert 'ray' not in sys.modules, 'ray'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT)

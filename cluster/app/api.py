@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from cir.index import Thumbnails
 from cir.search import Hits, Model, Reference, Searcher
-from cluster.app.export import TOWER
+from cluster.app.export import TOWER, export
 from cluster.app.graph import Graph
 from cluster.app.outputs import CONFIG, kept_config
 from cluster.app.recommend import recommend
 from cluster.app.runner import metrics_of
-from cluster.artifacts import Output, below
+from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
+from cluster.driver.lineage import Lineage
 from cluster.errors import UserError
 from cluster.stage import Stage
 from cluster.verify import verify
@@ -30,6 +31,8 @@ from vdg.generate import Generate
 
 if TYPE_CHECKING:
     import pandas as pd
+
+METRICS = "metrics.json"  # of an evaluation, and in the folder of the run that it is the last of
 
 
 @dataclass(frozen=True)
@@ -46,26 +49,31 @@ class Run:
     """A finished run: its models search the gallery of the config's evaluate section."""
 
     def __init__(self, graph: Graph) -> None:
-        """Raises UserError when the run has no models, or is not finished."""
+        """Raises UserError when the run has no models, or is not evaluated."""
         config = graph.config
         if config.evaluate.embeddings is not None:
             raise UserError(f"{config.name}: scores given embeddings; there is no model to search with")
-        unfinished = [stage.instance for stage in graph.stages if graph.output(stage).manifest() is None]
-        if unfinished:
+        if graph.output(graph.evaluation).manifest() is None:
             raise UserError(
-                f"{config.name}: {len(unfinished)} stage(s) are not finished below {Output(graph.root).uri}, such as "
-                f"{unfinished[0]}: `vdg run` does them. Another version of this package may have made other digests"
+                f"{config.name}: is not evaluated below {Output(graph.root).uri}: `vdg run` does what is missing. What another "
+                "version of this package has made has other digests: `Run.open` opens it"
             )
         verify(graph.output(stage) for stage in graph.evaluation.parents.values())
         self.graph = graph
 
     @classmethod
     def open(cls, root: str, name: str) -> "Run":
-        """A run by its name, below the root folder of its outputs. Raises UserError when it is not there or not finished."""
+        """A run by its name, below the root folder of its outputs, as its last evaluation ranked it.
+
+        Its manifest names the models, whatever today's code would make of the config. Raises UserError when there is none.
+        """
         folder = Output(below(root, f"runs/{name}"))
         if not folder.exists(CONFIG):
             raise UserError(f"{folder.path(CONFIG)}: does not exist; give the root and the name of a run that was done")
-        return cls(Graph(kept_config(folder, root=root)))
+        graph = Graph(kept_config(folder, root=root))
+        if graph.output(graph.evaluation).manifest() is None and (digest := _last_evaluation(graph, folder)):
+            graph.evaluation.recall(root, digest)
+        return cls(graph)
 
     def _output(self, role: str) -> Output:
         return self.graph.output(self.graph.evaluation.parents[role])
@@ -216,6 +224,15 @@ class Run:
             ]
         return pa.Table.from_pylist(found).to_pandas()
 
+    def export(self, model: str, folder: str | Path) -> list[str]:
+        """Write a model into a new folder, as `vdg export` does. Returns notes on what loads how.
+
+        Raises UserError for an unknown model, one whose files have changed, and a folder that has files.
+        """
+        self.searcher.composer(model)
+        lineage, output = Lineage(self.graph.root), self.models[model]
+        return export(lineage, next(made for made in lineage.made.values() if made.output == output), Path(folder))
+
     def _names(self, stage: Any) -> Mapping[int, str]:
         """Keys of the images that a stage's ancestors ingested."""
         from cluster.app.graph import ancestors
@@ -224,6 +241,19 @@ class Run:
 
         galleries = [one for one in ancestors(stage) if isinstance(one, IngestGallery)]
         return {image_id: key for one in galleries for key, image_id in keys(self.graph.output(one)).items()}
+
+
+def _last_evaluation(graph: Graph, folder: Output) -> str | None:
+    """The digest of the newest evaluation that found what the run's folder says of it."""
+    if not folder.exists(METRICS):
+        return None
+    metrics, found = folder.read_json(METRICS), []
+    for output in outputs_of(graph.root, graph.evaluation.kind):
+        manifest = output.manifest()
+        if manifest is not None and output.read_json(METRICS) == metrics:
+            changed = filesystem(graph.root)[0].get_file_info(output.path(MANIFEST)).mtime_ns
+            found.append((changed, manifest["digest"]))
+    return max(found)[1] if found else None
 
 
 def _rows(parts: list[Any]) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import ray
-
 from cir.benchmarks.triplets import check_attributes
 from cluster.app.config import PROJECT, RunConfig
 from cluster.driver.demand import nodes, shortages
@@ -19,6 +17,8 @@ def check(config: RunConfig, stages: list[Stage]) -> None:
 
 def problems(config: RunConfig, stages: list[Stage]) -> dict[str, str]:
     """What these stages need and is missing or does not fit: the config's field -> what was found and what to do."""
+    import ray
+
     there = None if ray.is_initialized() else nodes(config.resources.ray)  # a session's cluster may grow
     own = {field: problem for stage in stages for field, problem in stage.check().items()}
     return own | _reported(config) | unloadable(stages) | (shortages(stages, there) if there else {})

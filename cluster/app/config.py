@@ -147,6 +147,7 @@ class RunResources(Section):
     score: ActorResources = ActorResources()
     train: WorkerResources = WorkerResources()
     evaluate: ActorResources = ActorResources()
+    serve: ActorResources = ActorResources()  # of `vdg serve --ray`: an actor is a replica
 
 
 class RunConfig(Section):

@@ -10,6 +10,7 @@ from cluster.config import content_of
 from cluster.driver.lineage import Lineage, Made, problems
 from cluster.errors import UserError
 from cluster.training.loop import TRAINING
+from mining.config import TowerConfig
 from vdg.export import export_generator
 
 EXPORTS = {"instruct": export_generator, "train": export_model}
@@ -43,19 +44,26 @@ def export(lineage: Lineage, made: Made, folder: Path) -> list[str]:
     return notes
 
 
-def _with_tower(lineage: Lineage, made: Made, folder: Path) -> list[str]:
-    """Write the config of the tower whose embeddings the model was trained on. A manifest says what its weights are, and the
-    config of a run below the same root where they are."""
+def tower_of(lineage: Lineage, made: Made) -> TowerConfig | None:
+    """The tower whose embeddings a retrieval model was trained on.
+
+    A manifest says what its weights are, and the config of a run below the same root where they are: None without such a run.
+    """
     embeddings = [near for role, near in lineage.above(made) if role.startswith("embeddings") and near.manifest]
     wanted = [
         near.manifest["settings"]["tower"] for near in embeddings if near.manifest and "tower" in near.manifest["settings"]
     ]
-    towers = [tower for config in run_configs(lineage.root) for tower in config.embed.towers.values()]
-    for tower in (tower for tower in towers if content_of(tower) in wanted):
-        (folder / TOWER).write_text(tower.model_dump_json(indent=1))
-        where = tower.weights.model_dump(mode="json", exclude_none=True) if tower.weights else "none"
-        return [f"{TOWER} names the image tower, {tower.library}'s {tower.model}, and its weights: {where}."]
-    return ["The config of the run is gone, which says where the image tower's weights are: `load_model` needs it."]
+    towers = (tower for config in run_configs(lineage.root) for tower in config.embed.towers.values())
+    return next((tower for tower in towers if content_of(tower) in wanted), None)
+
+
+def _with_tower(lineage: Lineage, made: Made, folder: Path) -> list[str]:
+    tower = tower_of(lineage, made)
+    if tower is None:
+        return ["The config of the run is gone, which says where the image tower's weights are: `load_model` needs it."]
+    (folder / TOWER).write_text(tower.model_dump_json(indent=1))
+    where = tower.weights.model_dump(mode="json", exclude_none=True) if tower.weights else "none"
+    return [f"{TOWER} names the image tower, {tower.library}'s {tower.model}, and its weights: {where}."]
 
 
 def _snippet(folder: Path) -> str:

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from cluster.app.api import Run
 from cluster.artifacts import Output, below

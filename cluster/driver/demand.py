@@ -5,8 +5,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
-import ray
-
 from cluster.config import Resources
 from cluster.driver.session import RayConfig
 from cluster.errors import UserError
@@ -24,6 +22,8 @@ def resources_of(stage: Stage) -> Resources | None:
 
 def nodes(config: RayConfig) -> list[Node] | None:
     """Those of the session, or this machine's CPUs and GPUs, where a session will start. None: of a cluster yet to join."""
+    import ray
+
     if ray.is_initialized():
         return [defaultdict(float, node["Resources"]) for node in ray.nodes() if node["Alive"]]
     if config.where != "local":
@@ -48,6 +48,8 @@ def shortages(stages: Iterable[Stage], there: Sequence[Node]) -> dict[str, str]:
 
 def require(stages: Iterable[Stage], there: Sequence[Node]) -> list[str]:
     """What a cluster that grows has yet to bring, a line a field. Raises UserError where the session's cluster cannot grow."""
+    import ray
+
     found = [f"{field}: {problem}" for field, problem in shortages(stages, there).items()]
     if found and not any(node["Labels"].get(MANAGED) for node in ray.nodes()):
         raise UserError("\n".join(found))

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from ray.exceptions import RayTaskError
-
 from cluster.errors import UserError
 
 Arguments = ParamSpec("Arguments")
@@ -46,6 +44,8 @@ def explained(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 
 def _said(error: Exception) -> UserError | None:
+    from ray.exceptions import RayTaskError
+
     cause = error.cause if isinstance(error, RayTaskError) else error  # of a task: both a RayTaskError and a UserError
     if isinstance(cause, UserError):
         return cause

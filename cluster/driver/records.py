@@ -4,19 +4,25 @@ Their content stays where it is; MLflow has the URI. Everything here may be done
 """
 
 import json
+import platform
 import posixpath
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, LoggedModelOutput, Metric, Param
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 from mlflow.tracking import MlflowClient
 
 from cluster.artifacts import without_user
 from cluster.stage import Stage
+
+PLACE = "place.json"  # of a registered model: the URI of its output, and its digest
 
 
 def log_inputs(client: MlflowClient, experiment: str, run_id: str, stage: Stage, root: str) -> None:
@@ -138,7 +144,20 @@ def _logged_model(client: MlflowClient, experiment: str, stage: Stage, root: str
         return model.model_id
     name = re.sub(r"[^\w-]", "-", stage.name)
     made = client.create_logged_model(experiment, name, run_id, _identity(stage, root), model_type=stage.model or "")
+    if stage.loader is not None:
+        _log_loader(client, made.model_id, stage, root)
     return client.finalize_logged_model(made.model_id, "READY").model_id
+
+
+def _log_loader(client: MlflowClient, model: str, stage: Stage, root: str) -> None:
+    """What `mlflow.pyfunc.load_model` needs: which of our modules loads the model, and from where. No weights, no pickle."""
+    loading = Model(model_id=model).add_flavor(
+        "python_function", loader_module=stage.loader, data=PLACE, python_version=platform.python_version()
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        loading.save(f"{folder}/MLmodel")
+        Path(folder, PLACE).write_text(json.dumps({"uri": stage.output(root).uri, "digest": stage.digest}))
+        client.log_model_artifacts(model, folder)
 
 
 def _identity(stage: Stage, root: str) -> dict[str, str]:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 from pydantic import Field
 
 from cluster.artifacts import without_user
@@ -55,6 +54,8 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
 
     Raises UserError when no cluster answers at the config's address, or Ray does not start here.
     """
+    import ray
+
     if log_file is not None:
         _log_to(log_file)
     os.environ.update(OPENMP)  # for what trains in this process: read when torch is loaded
@@ -73,6 +74,8 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
 
 def _connect(config: RayConfig) -> None:
     """Begin the session. "local" starts a cluster beside any that happens to run on this machine."""
+    import ray
+
     where = config.where
     if where != "local" and (why := silence(where)):
         raise UserError(_refused(where, why))
@@ -126,6 +129,8 @@ def _refused(where: str, said: str) -> str:
 
 def _leave() -> None:
     """End Ray, and wait for threads that waited for it: one that wakes up after Python has ended aborts the process."""
+    import ray
+
     ray.shutdown()
     for thread in threading.enumerate():
         if thread.name.startswith(THREAD):

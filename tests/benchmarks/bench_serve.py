@@ -1,61 +1,148 @@
-"""A run's models as a service: time to ready, latency in an open loop, throughput beside the bare models.
+"""A run's models as a service, each figure beside its goal.
 
 python tests/benchmarks/bench_serve.py ROOT NAME            a finished run, such as that of `make demo`
-python tests/benchmarks/bench_serve.py --rows 100000        the search alone beside raw FAISS, and its recall
+python tests/benchmarks/bench_serve.py ROOT NAME --equal    alone whether it ranks as evaluate does, for every query and model
+
+A gallery of `--rows` photos is grown from the run's own: each further photo lies between one of them and one of its
+nearest. Ratios are of turns in one run. For the other figures the machine has to be idle.
 """
 
 import argparse
 import http.client
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
+import faiss
 import numpy as np
-from bench_neighbours import write_vectors
+import psutil
+import pyarrow as pa
+from PIL import Image
 from timing import interleaved
 
 from cir.evaluate import RANKINGS
-from cir.search import Matrix
+from cir.metrics import unit
 from cluster.app.api import Run
+from cluster.app.serve.local import local_app, serve_forever
+from cluster.artifacts import Output
 from cluster.monitor import Silent
 from cluster.stage import Run as At
+from mining import tables
+from mining.embeddings import INFO, plain_parts, read_part
+from mining.images import decode
 from mining.search import Lists
 
-PORT, CLIENTS, REQUESTS, MODEL = 8765, 16, 400, "semi.s0"
+PORT, CLIENTS, REQUESTS, MODEL = 8765, 16, 320, "semi.s0"
+LATENCIES = 600  # requests of an open loop
 LOAD = 0.3  # share of the capacity that the open loop asks for
-QUERIES, TOP, TURNS = 1000, 10, 5
+QUERIES, TOP, TURNS, NEAR = 1000, 10, 5, 20
+BATCH = 16  # of the bare loop
 HEADERS = {"content-type": "application/json"}
+connections = threading.local()
+
+
+def report(what: str, value: float, goal: float, unit_name: str = "", least: bool = False) -> None:
+    """A figure, its goal, and whether it is met."""
+    met = value >= goal if least else value <= goal
+    sign = ">=" if least else "<="
+    print(f"{what}: {value:.4g}{unit_name} (goal {sign} {goal:g}{unit_name}: {'met' if met else 'NOT met'})", flush=True)
 
 
 def ask(method: str, path: str, body: bytes | None = None) -> bytes:
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
-    try:
-        connection.request(method, path, body, HEADERS)
-        answer = connection.getresponse()
-        content = answer.read()
-        if answer.status != 200:
-            raise RuntimeError(f"{path}: {answer.status} {content[:200]!r}")
-        return content
-    finally:
-        connection.close()
-
-
-def until_ready() -> None:
-    while True:
+    """An answer of the service, over a connection that each thread keeps; one that the server has closed is opened again."""
+    for last in (False, True):
+        if last or not hasattr(connections, "own"):
+            connections.own = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
         try:
-            ask("GET", "/readyz")
-            return
-        except OSError:
-            time.sleep(0.05)
+            connections.own.request(method, path, body, HEADERS)
+            answer = connections.own.getresponse()
+            content = answer.read()
+            break
+        except (OSError, http.client.HTTPException):
+            if last:
+                raise
+    if answer.status != 200:
+        raise RuntimeError(f"{path}: {answer.status} {content[:200]!r}")
+    return content
 
 
-def throughput(request: Callable[[int], object]) -> float:
+@contextmanager
+def serving(command: list[str], what: str) -> Iterator[None]:
+    """A server in a process of its own, ready."""
+    began = time.perf_counter()
+    server = psutil.Popen([sys.executable, *command])
+    try:
+        while True:
+            try:
+                ask("GET", "/readyz")
+                break
+            except (OSError, http.client.HTTPException):
+                if server.poll() is not None:
+                    raise RuntimeError(f"{what}: the server has ended") from None
+                time.sleep(0.05)
+        seconds, used = time.perf_counter() - began, server.cpu_times()
+        report(f"{what}: ready", seconds, 10, " s")
+        private = server.memory_full_info().uss / 2**20
+        print(f"{what}: {used.user + used.system:.1f} s of CPU until then, {private:.0f} MiB of its own")
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+class Requests:
+    """What clients ask of a run's gallery."""
+
+    def __init__(self, ids: list[int], photos: list[bytes]) -> None:
+        self.ids, self.photos = ids, photos
+
+    def _search(self, reference: dict[str, object], i: int) -> None:
+        asked = {"reference": reference, "text": f"in green, {i}", "models": [MODEL], "top": TOP}
+        ask("POST", "/v1/search", json.dumps(asked).encode())
+
+    def known(self, i: int) -> None:
+        """A search from a photo of the gallery."""
+        self._search({"image_id": self.ids[i % len(self.ids)]}, i)
+
+    def uploaded(self, i: int) -> None:
+        """An upload, and a search from it."""
+        name = json.loads(ask("PUT", "/v1/images", self.photos[i % len(self.photos)]))["upload"]
+        self._search({"upload": name}, i)
+
+
+class Bare:
+    """The same work without a service: encoder, model and FAISS on batches, with the threads that torch takes."""
+
+    def __init__(self, run: Run, requests: Requests) -> None:
+        self.searcher, self.requests = run.searcher, requests
+        self.composer, self.matrix = self.searcher.composer(MODEL), self.searcher.matrix(MODEL)
+
+    def _find(self, references: np.ndarray, numbers: range) -> None:
+        queries = unit(self.composer.compose(self.composer.prepare(references), [f"in green, {i}" for i in numbers]))
+        self.matrix.search(queries, TOP)
+
+    def known(self, numbers: range) -> None:
+        """Searches from photos of the gallery."""
+        ids = self.requests.ids
+        self._find(np.stack([self.searcher.known(ids[i % len(ids)]).vector for i in numbers]), numbers)
+
+    def uploaded(self, numbers: range) -> None:
+        """Searches from encoded photos."""
+        photos, encoder = self.requests.photos, self.searcher.encoder
+        pixels = np.stack([encoder.pixels(decode(photos[i % len(photos)])) for i in numbers])
+        self._find(encoder.vectors(pixels), numbers)
+
+
+def served(request: Callable[[int], object]) -> float:
     """Requests a second of CLIENTS that each wait for their answer."""
     began = time.perf_counter()
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -63,9 +150,27 @@ def throughput(request: Callable[[int], object]) -> float:
     return REQUESTS / (time.perf_counter() - began)
 
 
-def open_loop(request: Callable[[int], object], rate: float) -> str:
-    """Percentiles of the time from when a request was due: a queue counts."""
+def bare(work: Callable[[range], object]) -> float:
+    """As many a second in batches, one after another."""
     began = time.perf_counter()
+    for first in range(0, REQUESTS, BATCH):
+        work(range(first, first + BATCH))
+    return REQUESTS / (time.perf_counter() - began)
+
+
+def throughput(what: str, request: Callable[[int], object], work: Callable[[range], object]) -> float:
+    """Report the share of the bare loop's; returns requests a second."""
+    served(request), work(range(BATCH))
+    turns = [(served(request), bare(work)) for _ in range(3)]
+    ours, alone = (statistics.median(turn) for turn in zip(*turns, strict=True))
+    print(f"{what}: {ours:.0f} a second, the bare loop {alone:.0f}")
+    report(f"{what}: throughput", statistics.median(a / b for a, b in turns), 0.7, " of the bare loop", least=True)
+    return ours
+
+
+def latency(what: str, request: Callable[[int], object], rate: float, goals: dict[int, float]) -> None:
+    """Report percentiles of the time from when a request was due: a queue counts."""
+    began = time.perf_counter() + 0.1
 
     def timed(i: int) -> float:
         due = began + i / rate
@@ -74,8 +179,10 @@ def open_loop(request: Callable[[int], object], rate: float) -> str:
         return time.perf_counter() - due
 
     with ThreadPoolExecutor(CLIENTS) as pool:
-        seconds = list(pool.map(timed, range(REQUESTS)))
-    return ", ".join(f"p{p} {1000 * np.percentile(seconds, p):.0f} ms" for p in (50, 95, 99)) + f" at {rate:.0f} a second"
+        seconds = list(pool.map(timed, range(LATENCIES)))
+    print(f"{what}: {LATENCIES} requests at {rate:.0f} a second, p99 {1000 * np.percentile(seconds, 99):.0f} ms")
+    for percent, goal in goals.items():
+        report(f"{what}: p{percent}", 1000 * float(np.percentile(seconds, percent)), goal, " ms")
 
 
 def check_equal(run: Run) -> None:
@@ -87,91 +194,140 @@ def check_equal(run: Run) -> None:
         for query, expected in zip(queries, ranking["image_ids"].to_pylist(), strict=True):
             found = run.searcher.search(name, run.searcher.known(query.reference), query.text, len(expected))
             same += found.image_ids.tolist() == expected
-        print(f"{name}: {same} of {len(queries)} queries are ranked as evaluate ranks them")
+        report(f"{name}: of {len(queries)} queries are ranked as evaluate ranks them", same, len(queries), least=True)
 
 
-def service(root: str, name: str) -> None:
-    run = Run.open(root, name)
-    check_equal(run)
-    thumbnails, began = run.thumbnails, time.perf_counter()
-    ids = list(thumbnails)
-    command = [sys.executable, "-m", "cluster.app", "serve", str(Path(root) / "runs" / name / "config.yaml")]
-    server = subprocess.Popen([*command, "--set", f"root={root}", "--port", str(PORT), "--models", MODEL])
-    try:
-        until_ready()
-        print(f"ready in {time.perf_counter() - began:.1f} s, {len(ids):,} photos")
+class Grown(Run):
+    """A run whose gallery has more photos."""
 
-        def search(i: int) -> bytes:
-            asked = {"reference": {"image_id": ids[i % len(ids)]}, "text": f"in green, {i}", "models": [MODEL], "top": TOP}
-            return ask("POST", "/v1/search", json.dumps(asked).encode())
+    folder: Path
 
-        def upload(i: int) -> None:
-            name = json.loads(ask("PUT", "/v1/images", thumbnails[ids[i % len(ids)]]))["upload"]
-            asked = {"reference": {"upload": name}, "text": f"in green, {i}", "models": [MODEL], "top": TOP}
-            ask("POST", "/v1/search", json.dumps(asked).encode())
+    def _output(self, role: str) -> Output:
+        grown = self.folder / role
+        return Output(str(grown)) if grown.is_dir() else super()._output(role)
 
-        def bare(i: int) -> None:
-            run.searcher.search(MODEL, run.searcher.known(ids[i % len(ids)]), f"in green, {i}", TOP)
-
-        bare(0)
-        turns = [(throughput(search), throughput(bare)) for _ in range(3)]
-        served, alone = (statistics.median(turn) for turn in zip(*turns, strict=True))
-        print(f"throughput: {served:.0f} a second, {served / alone:.2f} of the bare model's {alone:.0f}")
-        print(f"a photo of the gallery: {open_loop(search, LOAD * served)}")
-        print(f"an upload: {open_loop(upload, LOAD * throughput(upload))}")
-    finally:
-        server.terminate()
-        server.wait()
+    @cached_property
+    def thumbnails(self) -> dict[int, bytes]:  # type: ignore[override]
+        """One for all."""
+        return dict.fromkeys(self.searcher._rows["image_id"].to_pylist(), b"")
 
 
-def index(rows: int) -> None:
-    import faiss
+def grow(run: Run, rows: int, folder: Path) -> None:
+    """Write embeddings and a gallery of `rows` images: the run's own, and others between each and those near it."""
+    embeddings = run._output("embeddings")
+    own = np.concatenate([read_part(embeddings, part)[1].mean(1, dtype=np.float32) for part in plain_parts(embeddings)])
+    vectors = unit(own - own.mean(0))
+    near = faiss.knn(vectors, vectors, NEAR + 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 1:]
+    rng = np.random.default_rng(0)
+    first = rng.integers(len(own), size=rows - len(own))
+    second, share = near[first, rng.integers(NEAR, size=len(first))], rng.uniform(0, 0.5, (len(first), 1)).astype(np.float32)
+    values = np.concatenate([own, own[first] + share * (own[second] - own[first])]).astype(np.float16)
+    made, gallery = (Output(str(folder / role)) for role in ("embeddings", "gallery"))
+    made.write_json(INFO, embeddings.read_json(INFO) | {"tokens": 1})
+    ids, ones = pa.array(np.arange(rows)), pa.array(np.ones(rows, np.int16))
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    columns = {"image_id": ids, "view": pa.array(np.zeros(rows, np.int16)), "tokens": ones, "values": column}
+    made.write_table("part-00000.v0.parquet", pa.table(columns), tables.embeddings(1, values.shape[1]))
+    keys = {"image_id": ids, "key": pa.array(map(str, range(rows)))}
+    nothing = {field.name: pa.nulls(rows, field.type) for field in tables.GALLERY if field.name not in keys}
+    gallery.write_table("part-00000.parquet", pa.table({**keys, **nothing}).select(tables.GALLERY.names), tables.GALLERY)
 
+
+def grown(root: str, name: str, folder: str) -> Grown:
+    """The run over the gallery that `grow` wrote."""
+    run = Grown.open(root, name)
+    assert isinstance(run, Grown)
+    run.folder = Path(folder)
+    return run
+
+
+def own_gallery(root: str, name: str, run: Run) -> None:
+    """The service over the run's gallery."""
+    ids = list(run.thumbnails)
+    requests = Requests(ids, [run.thumbnails[i] for i in ids])
+    config = str(Path(root) / "runs" / name / "config.yaml")
+    command = ["-m", "cluster.app", "serve", config, "--set", f"root={root}", "--port", str(PORT), "--models", MODEL]
+    with serving(command, f"{len(ids):,} photos"):
+        loop = Bare(run, requests)
+        rate = throughput("a photo of the gallery", requests.known, loop.known)
+        latency("a photo of the gallery", requests.known, LOAD * rate, {50: 30, 95: 80})
+        rate = throughput("an upload with its search", requests.uploaded, loop.uploaded)
+        latency("an upload with its search", requests.uploaded, LOAD * rate, {50: 120})
+        large = Requests(ids, [_large(photo) for photo in requests.photos[:50]])
+        latency("an upload of 2,000 pixels with its search", large.uploaded, LOAD * rate / 4, {50: 120})
+
+
+def _large(photo: bytes) -> bytes:
+    image = Image.open(BytesIO(photo))
+    stream = BytesIO()
+    image.resize((2000, 2000 * image.height // image.width)).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def large_gallery(root: str, name: str, run: Run, rows: int) -> None:
+    """The index and the service over a grown gallery."""
     with tempfile.TemporaryDirectory() as folder:
-        tempfile.tempdir = folder
-        vectors = write_vectors(Path(folder) / "vectors.npy", rows)
-        matrix = Matrix(np.arange(rows), vectors)
-        rng = np.random.default_rng(0)  # a query is about as far from its image as from that image's cluster
-        queries = vectors[rng.choice(rows, QUERIES)] + rng.standard_normal((QUERIES, vectors.shape[1])).astype(np.float32) / 16
-        queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-        exact = faiss.knn(queries, vectors, TOP, metric=faiss.METRIC_INNER_PRODUCT)[1]
+        grow(run, rows, Path(folder))
+        larger = grown(root, name, folder)
+        began = time.perf_counter()
+        matrix = larger.searcher.matrix(MODEL)
+        print(f"{rows:,} photos: their vectors and lists are made in {time.perf_counter() - began:.0f} s, once a node")
+        queries = composed(larger)
+        exact = faiss.knn(queries, matrix.vectors, TOP, metric=faiss.METRIC_INNER_PRODUCT)[1]
         found = matrix.search(queries, TOP)[0]
         recall = np.mean([len(np.intersect1d(*pair)) / TOP for pair in zip(exact, found, strict=True)])
-
-        def raw() -> None:
-            if not isinstance(matrix.search, Lists):
-                faiss.knn(queries, vectors, TOP, metric=faiss.METRIC_INNER_PRODUCT)
-                return
-            rows = matrix.search.lists.search(queries, TOP)[1]
-            scores = np.einsum("qd,qkd->qk", queries, vectors[rows])
-            np.take_along_axis(rows, np.argsort(-scores, axis=1), 1)
-
-        ours, other = interleaved(lambda: matrix.search(queries, TOP), raw, TURNS)
-        single = [_seconds(lambda query=query: matrix.nearest(query, TOP, None)) for query in queries[:200]]
-        tempfile.tempdir = None
-    print(
-        f"{rows:,} vectors: recall@{TOP} {recall:.4f}, {ours / other:.2f} of raw FAISS, one query p50 "
-        f"{1000 * np.percentile(single, 50):.1f} ms, p95 {1000 * np.percentile(single, 95):.1f} ms"
-    )
+        report(f"{rows:,} photos: recall@{TOP} of {len(queries):,} composed queries", float(recall), 0.99, least=True)
+        ours, other = interleaved(lambda: matrix.search(queries, TOP), lambda: raw(matrix, queries), TURNS)
+        report(f"{rows:,} photos: {len(queries):,} searches", ours / other, 1.2, " of raw FAISS")
+        requests = Requests(list(range(rows)), [])
+        with serving([__file__, root, name, "--grown", folder], f"{rows:,} photos"):
+            served(requests.known)
+            latency(f"{rows:,} photos, one of the gallery", requests.known, LOAD * served(requests.known), {50: 30, 95: 80})
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def composed(run: Run) -> np.ndarray:
+    """Queries of MODEL: the references and texts of the evaluation."""
+    asked = run.graph.evaluation.benchmark(At(run.graph.root, Silent())).queries[:QUERIES]
+    own = Run(run.graph).searcher
+    composer = own.composer(MODEL)
+    references = composer.prepare(np.stack([own.known(query.reference).vector for query in asked]))
+    return unit(composer.compose(references, [query.text for query in asked]))
+
+
+def raw(matrix: object, queries: np.ndarray) -> None:
+    """The same lists and rescoring, by FAISS and numpy alone."""
+    if not isinstance(matrix.search, Lists):
+        faiss.knn(queries, matrix.vectors, TOP, metric=faiss.METRIC_INNER_PRODUCT)
+        return
+    rows = matrix.search.lists.search(queries, TOP)[1]
+    scores = np.einsum("qd,qkd->qk", queries, matrix.vectors[rows])
+    np.take_along_axis(rows, np.argsort(-scores, axis=1), 1)
 
 
 def main() -> None:
     """Print the figures that the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", nargs="?")
+    parser.add_argument("root")
     parser.add_argument("name", nargs="?", default="demo")
-    parser.add_argument("--rows", type=int, default=30_000)
+    parser.add_argument("--rows", type=int, default=100_000, help="photos of the grown gallery; 0: none")
+    parser.add_argument("--equal", action="store_true", help="alone compare the rankings")
+    parser.add_argument("--grown", help="serve the gallery of this folder; the benchmark starts this itself")
     arguments = parser.parse_args()
-    if arguments.root:
-        service(arguments.root, arguments.name)
-    else:
-        index(arguments.rows)
+    if arguments.grown:
+        serve_forever(
+            local_app(grown(arguments.root, arguments.name, arguments.grown), [MODEL], [], None, "bench"),
+            "127.0.0.1",
+            PORT,
+            None,
+        )
+        return
+    run = Run.open(arguments.root, arguments.name)
+    if arguments.equal:
+        check_equal(run)
+        return
+    own_gallery(arguments.root, arguments.name, run)
+    if arguments.rows:
+        large_gallery(arguments.root, arguments.name, run, arguments.rows)
 
 
 if __name__ == "__main__":

@@ -108,3 +108,13 @@ def test_an_uploaded_copy_of_a_photo_of_the_gallery_is_that_photo(
     uploaded = searcher.uploaded(content, decode(content))
     assert np.allclose(uploaded.vector, searcher.known(image_id).vector, atol=2e-2)
     assert uploaded.image_id is None  # the builder's gallery holds no hashes
+
+
+def test_the_lists_are_trained_once_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(search, "EXACT_ROWS", 100)
+    vectors = unit(np.random.default_rng(0).standard_normal((500, 16)).astype(np.float32))
+    first = Matrix(np.arange(500), vectors).nearest(vectors[3], 5, None)
+    monkeypatch.delattr(search, "trained")
+    again = Matrix(np.arange(500), vectors).nearest(vectors[3], 5, None)
+    assert again.image_ids.tolist() == first.image_ids.tolist()

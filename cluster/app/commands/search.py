@@ -75,8 +75,10 @@ def chosen(run: "Run", models: str | None) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def side_by_side(run: "Run") -> list[str]:
-    """The recommended model, then the first of every variant."""
+def served(run: "Run", models: str | None) -> list[str]:
+    """The models asked for, or the recommended one, then the first of every other variant. Raises UserError."""
+    if models is not None:
+        return chosen(run, models)
     first: dict[str, str] = {}
     for name in (run.recommended, *run.models):
         first.setdefault(ModelName.parse(name).variant, name)
@@ -124,14 +126,20 @@ def serve(
     token_file: Annotated[Path | None, typer.Option("--token-file", help="a file whose content clients have to give")] = None,
     names: Annotated[list[str], typer.Option("--name", help="a further host name that browsers call it by")] = [],  # noqa: B006
     author: Annotated[str | None, typer.Option("--author", help="whose labels are kept; None: this user")] = None,
+    on_ray: Annotated[bool, typer.Option("--ray", help="on Ray Serve, with the replicas of resources.serve")] = False,
 ) -> None:
-    """A page and an API that search the gallery with the run's models, in one process."""
+    """A page and an API that search the gallery with the run's models, in one process, or on Ray Serve."""
+    if on_ray:
+        from cluster.app.serve.ray import Options, serve_on_ray
+
+        options = Options(models=models, token_file=token_file, names=[host, *names], author=author or getpass.getuser())
+        serve_on_ray(configs.load(config, assignments), options, host, port)
+        return
     from cluster.app.serve.local import local_app, read_token, serve_forever
 
     token = read_token(host, token_file)
     run = open_run(config, assignments)
-    shown = chosen(run, models or ",".join(side_by_side(run)))
-    app = local_app(run, shown, [host, *names], token, author or getpass.getuser())
+    app = local_app(run, served(run, models), [host, *names], token, author or getpass.getuser())
     serve_forever(app, host, port, token)
 
 

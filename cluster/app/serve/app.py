@@ -76,18 +76,37 @@ class Pair(Body):
     candidate: int = Field(ge=0, lt=2**63)
 
 
+class Uploads:
+    """The vectors of the last uploads, by the SHA-256 of their files."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, Reference] = OrderedDict()
+        self._lock = Lock()
+
+    def keep(self, name: str, reference: Reference) -> None:
+        """The oldest one goes where there are too many."""
+        with self._lock:
+            self._kept[name] = reference
+            self._kept.move_to_end(name)
+            if len(self._kept) > UPLOADS:
+                self._kept.popitem(last=False)
+
+    def get(self, name: str) -> Reference | None:
+        """None where it is not, or no longer, known."""
+        with self._lock:
+            return self._kept.get(name)
+
+
 class Service:
     """A run, the uploads whose vectors are kept, and the histogram of each step."""
 
-    def __init__(self, run: Run, models: list[str]) -> None:
+    def __init__(self, run: Run, models: list[str], uploads: Uploads) -> None:
         """Loads the models and what they search."""
-        self.run, self.models, self.searcher = run, models, run.searcher
+        self.run, self.models, self.searcher, self.uploads = run, models, run.searcher, uploads
         self.digests = {name: run.graph.evaluation.parents[f"models.{name}"].digest for name in models}
         self.registry = CollectorRegistry()
         self._steps = Histogram("vdg_step_seconds", "Time of a step", ["step"], registry=self.registry)
         self.decoding, self.explaining = Turns(DECODED, DECODING), Turns(1, EXPLAINING)
-        self._uploads: OrderedDict[str, Reference] = OrderedDict()
-        self._lock = Lock()
         self.thumbnails = run.thumbnails
         first = next(iter(self.thumbnails))
         for name in models:
@@ -112,11 +131,7 @@ class Service:
             with self.step("encode", took):
                 reference = self.searcher.uploaded(content, image)
         name = hashlib.sha256(content).hexdigest()
-        with self._lock:
-            self._uploads[name] = reference
-            self._uploads.move_to_end(name)
-            if len(self._uploads) > UPLOADS:
-                self._uploads.popitem(last=False)
+        self.uploads.keep(name, reference)
         known = None if reference.image_id is None else str(reference.image_id)
         return {"upload": name, "image_id": known, "width": image.width, "height": image.height, "took_ms": took}
 
@@ -137,8 +152,9 @@ class Service:
     def reference(self, asked: From) -> Reference:
         """Raises KeyError where it is not known."""
         if asked.upload is not None:
-            with self._lock:
-                return self._uploads[asked.upload]
+            if (kept := self.uploads.get(asked.upload)) is None:
+                raise KeyError(asked.upload)
+            return kept
         assert asked.image_id is not None
         return self.searcher.known(asked.image_id)
 
@@ -159,9 +175,16 @@ class Service:
         return {"answers": answers, "took_ms": took}
 
 
-def make_app(run: Run, models: list[str], hosts: Collection[str], token: str | None = None, author: str = "unknown") -> FastAPI:
-    """The app, its models loaded. `author` is whose labels are kept."""
-    service = Service(run, models)
+def make_app(
+    run: Run,
+    models: list[str],
+    hosts: Collection[str],
+    token: str | None = None,
+    author: str = "unknown",
+    uploads: Uploads | None = None,
+) -> FastAPI:
+    """The app, its models loaded. `author` is whose labels are kept; `uploads` may be shared with other processes."""
+    service = Service(run, models, uploads or Uploads())
     app = FastAPI(title="Visual Delta", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, hosts=hosts, token=token)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -8,7 +8,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from cluster.app.api import Run
-from cluster.app.serve.app import make_app
+from cluster.app.serve.app import Uploads, make_app
 from cluster.driver.progress import console
 from cluster.errors import UserError
 
@@ -31,17 +31,24 @@ def read_token(host: str, file: Path | None) -> str | None:
     return token
 
 
-def local_app(run: Run, models: list[str], names: list[str], token: str | None, author: str) -> FastAPI:
+def local_app(
+    run: Run, models: list[str], names: list[str], token: str | None, author: str, uploads: Uploads | None = None
+) -> FastAPI:
     """The app for requests to this machine, by its own names and these."""
     hosts = {*LOOPBACK, socket.gethostname().lower(), socket.getfqdn().lower(), *(name.lower() for name in names)}
-    return make_app(run, models, hosts, token, author)
+    return make_app(run, models, hosts, token, author, uploads)
+
+
+def address_url(host: str, port: int, token: str | None) -> str:
+    """Where a browser goes."""
+    place = f"[{host}]" if ":" in host else host
+    return f"http://{place}:{port}/{'?token=...' if token else ''}"
 
 
 def serve_forever(app: FastAPI, host: str, port: int, token: str | None) -> None:
     """Answer until Ctrl-C."""
     bound = bind(host, port, token)
-    place = f"[{host}]" if ":" in host else host
-    console.print(f"ready at http://{place}:{port}/{'?token=...' if token else ''}; Ctrl-C ends")
+    console.print(f"ready at {address_url(host, port, token)}; Ctrl-C ends")
     uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)).run(sockets=[bound])
 
 

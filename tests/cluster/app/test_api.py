@@ -4,20 +4,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 
 from cir.evaluate import RANKINGS
 from cir.index import Thumbnails
 from cir.search import Model
+from cir.train import Train
 from cluster.app.api import Run, load_model
 from cluster.app.graph import Graph
 from cluster.errors import UserError
 from cluster.monitor import Silent
 from cluster.stage import Run as At
 from mining import tables
+from mining.embed import Embed
 from mining.images import decode
 from tests.cluster.app.test_cli import RUNNER, app
+from vdg.generate import Generate
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +140,27 @@ def test_an_index_is_no_waste(run: Run, finished: Graph) -> None:
 
     assert finished.index is not None
     assert users(finished)[f"{finished.index.instance}-{finished.index.digest}"]
+
+
+def test_a_run_of_other_code_opens_as_it_was_evaluated(run: Run, finished: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run.search(next(iter(run.thumbnails)), "make it red", top=5)
+    for stage in (Embed, Train, Generate):
+        monkeypatch.setattr(stage, "version", stage.version + 1)
+    opened = Run.open(finished.root, "tiny")
+    assert opened.models == run.models
+    assert opened.search(next(iter(opened.thumbnails)), "make it red", top=5) == expected
+    assert opened.triplets().equals(run.triplets())
+    with pytest.raises(UserError, match=r"is not evaluated .*`Run\.open` opens it"):
+        Run(Graph(finished.config))
+
+
+def test_a_registered_model_loads_by_its_alias(run: Run, finished: Graph, world: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{finished.root}/mlflow.db")
+    model = mlflow.pyfunc.load_model("models:/vdg.semi.s0@run-tiny")
+    path = sorted((world / "photos").iterdir())[3]
+    table = pd.DataFrame({"image": [str(path), path.read_bytes()], "text": ["red", None]})
+    query, image = model.predict(table)
+    assert np.allclose(query, run.searcher.compose("semi.s0", run.reference(path), "red"))
+    assert run.searcher.matrix("semi.s0").nearest(image, 1, None).image_ids.tolist() == [run.reference(path).image_id]
+    stored = [path for path in Path(finished.root, "mlartifacts").rglob("*") if path.is_file() and "models" in path.parts]
+    assert {path.name for path in stored} == {"MLmodel", "place.json"}

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from cluster.monitor import Silent
 
 schemathesis = pytest.importorskip("schemathesis")
 hypothesis = pytest.importorskip("hypothesis")
+strategies = pytest.importorskip("hypothesis.strategies")
 pytestmark = pytest.mark.slow
+CASES = 10_000
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +30,18 @@ def service(finished: Graph) -> Any:
 def test_no_request_ends_in_a_servers_error(service: Any) -> None:
     operations = [found.ok() for found in service.get_all_operations()]
     assert len(operations) >= 10
-    for operation, mode in itertools.product(operations, schemathesis.GenerationMode):
+    asked = Counter[int]()
 
-        @hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), database=None)
-        @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-        def check(case: Any) -> None:
-            answer = case.call()
-            assert answer.status_code < 500, answer.text
+    @hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), database=None)
+    @hypothesis.given(data=strategies.data())
+    def check(data: Any, operation: Any, mode: Any) -> None:
+        answer = data.draw(operation.as_strategy(generation_mode=mode)).call()
+        asked[answer.status_code] += 1
+        assert answer.status_code < 500, answer.text
 
+    for operation, mode in itertools.cycle(itertools.product(operations, schemathesis.GenerationMode)):
         with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # what takes nothing cannot be asked wrongly
-            check()
+            check(operation=operation, mode=mode)
+        if asked.total() >= CASES:
+            break
+    print(f"{asked.total():,} requests of {len(operations)} operations: {dict(sorted(asked.items()))}")

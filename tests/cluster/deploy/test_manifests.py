@@ -11,6 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
 
 DEPLOY = Path(__file__).parents[3] / "cluster" / "deploy"
 
@@ -42,7 +44,14 @@ def unknown_fields(node: Any, schema: Any, path: str = "") -> Iterator[str]:
                 yield from unknown_fields(value, schema["properties"][name], f"{path}.{name}")
 
 
-@pytest.mark.parametrize(("name", "schema"), [("raycluster.yaml", "rayclusters.v1.json"), ("rayjob.yaml", "rayjobs.v1.json")])
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [
+        ("raycluster.yaml", "rayclusters.v1.json"),
+        ("rayjob.yaml", "rayjobs.v1.json"),
+        ("rayservice.yaml", "rayservices.v1.json"),
+    ],
+)
 def test_kuberay_takes_the_manifests(name: str, schema: str) -> None:
     manifest, rules = read(name), kuberay_schema(schema)
     jsonschema.Draft202012Validator(rules).validate(manifest)
@@ -59,8 +68,23 @@ def test_the_head_does_no_work_and_asks_for_the_token() -> None:
     assert [group["groupName"] for group in spec["workerGroupSpecs"]] == ["decode", "gpu"]
 
 
-def test_the_jobs_cluster_is_the_cluster() -> None:
-    assert read("rayjob.yaml")["spec"]["rayClusterSpec"] == read("raycluster.yaml")["spec"]
+def test_the_clusters_of_job_and_service_are_the_cluster() -> None:
+    cluster = read("raycluster.yaml")["spec"]
+    assert read("rayjob.yaml")["spec"]["rayClusterSpec"] == cluster
+    assert read("rayservice.yaml")["spec"]["rayClusterConfig"] == cluster
+
+
+def test_ray_serve_takes_the_application() -> None:
+    from cluster.app.serve import ray as serving
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load(read("rayservice.yaml")["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.import_path == f"{serving.__name__}:{serving.app.__name__}"
+    assert serving.Arguments.model_validate(application.args).token_file == Path("/shared/serve-token")
+    ports = read("raycluster.yaml")["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    assert {"name": "serve", "containerPort": config.http_options.port} in ports
+    with pytest.raises(ValidationError, match="token_file"):
+        serving.Arguments.model_validate({"config": "/shared/run.yaml"})
 
 
 def test_rays_launcher_takes_the_machines() -> None:
