@@ -43,7 +43,7 @@ class Weights(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if sum(source is not None for source in (self.hub, self.folder, self.package)) != 1:
+        if [bool(source) for source in (self.hub, self.folder, self.package) if source is not None] != [True]:
             raise ValueError("give exactly one of hub, folder and package")
         if self.sha256 and (self.hub or not self.file):
             raise ValueError("sha256 is that of a local 'file'; a hub's content is pinned by 'revision'")

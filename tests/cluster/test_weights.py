@@ -3,8 +3,10 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
+from safetensors.numpy import save_file
 
 from cluster.config import Section, content_of
 from cluster.errors import UserError
@@ -16,6 +18,8 @@ def test_exactly_one_source() -> None:
         Weights()
     with pytest.raises(ValidationError, match="exactly one"):
         Weights(hub="a/b", folder="c")
+    with pytest.raises(ValidationError, match="exactly one"):
+        Weights(package="")
 
 
 @pytest.mark.parametrize("where", [{"hub": "a/b"}, {"folder": "c"}, {"package": "d"}])
@@ -24,7 +28,7 @@ def test_a_hash_is_that_of_a_local_file(where: dict[str, str]) -> None:
         Weights(**where, sha256="00")
 
 
-@pytest.mark.parametrize("name", ["no_such_package.weights", "", ".", "a b", "..x"])
+@pytest.mark.parametrize("name", ["no_such_package.weights", ".", "a b", "..x"])
 def test_what_is_no_package_is_missing(name: str) -> None:
     with pytest.raises(UserError, match=f"Python package '{name}' is not installed"):
         Weights(package=name).location()
@@ -55,6 +59,9 @@ def test_hub_weights_are_in_the_cache_or_missing(tmp_path: Path, monkeypatch: py
     snapshot = tmp_path / "models--someone--something" / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not in the local cache"):
+        weights.check()
+    save_file({"weight": np.zeros(1, np.float32)}, snapshot / "model.safetensors")
     weights.check()
 
 
