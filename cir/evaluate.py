@@ -32,8 +32,8 @@ RANKINGS = pa.schema(
         ("triplet_id", pa.int64()),
         ("image_ids", pa.list_(pa.int64())),  # best first, at least ten; -1 past the gallery's end
         ("correct", pa.list_(pa.bool_())),  # of each of image_ids
-        ("target_rank", pa.int32()),  # 1 is best; null where the target is not known, or not in the gallery
-        ("subset_rank", pa.int32()),  # of the target inside the query's group; null where its members are not known
+        ("target_rank", pa.float32()),  # 1 is best, ties share their mean; null where the target is not known, or not ranked
+        ("subset_rank", pa.float32()),  # of the target inside the query's group; null where its members are not known
         ("reference_first", pa.bool_()),  # the reference ranks first, or would have, had it not been removed
     ]
 )
@@ -57,7 +57,7 @@ class Evaluate(Stage):
     each number is) and, for benchmarks with a server, submission files: these alone where labels are hidden.
     """
 
-    version = 5
+    version = 6
     queries: Stage
     gallery: Stage
     embeddings: Stage
@@ -108,7 +108,7 @@ class Evaluate(Stage):
 class EvaluateGiven(Stage, kind="evaluate"):
     """As `Evaluate`, of the query and gallery vectors of a file (vectors.Given), without images or a model."""
 
-    version = 4
+    version = 5
     queries: Stage
     annotations: Annotations
     embeddings: Source
@@ -212,25 +212,26 @@ def _rank(name: str, entrant: Entrant, inputs: _Inputs, cpus: float) -> None:
     groups = _groups(benchmark, queries, lambda ids: prepare(take(ids)))
     for protocol, found in reversed(list(zip(benchmark.protocols, ranked, strict=True))):
         if not name.startswith(f"{CONTROLS}/"):
-            _write_submissions(inputs, name, benchmark.submissions(protocol, found.image_ids, groups))
+            best = [group.image_ids if group else np.empty(0, np.int64) for group in groups]
+            _write_submissions(inputs, name, benchmark.submissions(protocol, found.image_ids, best))
         inputs.output.write_table(_ranking(protocol, name), _table(benchmark, found, groups), RANKINGS)
 
 
-def _groups(benchmark: Benchmark, queries: np.ndarray, features_of: Take) -> list[np.ndarray]:
-    """Ids of each query's group, best first, without the reference; empty where the members are not known."""
+def _groups(benchmark: Benchmark, queries: np.ndarray, features_of: Take) -> list[metrics.RankedGroup | None]:
+    """Each query's group; None where the members are not known."""
     grouped = [i for i, query in enumerate(benchmark.queries) if query.members]
     if not grouped:
-        return [np.empty(0, np.int64)] * len(queries)
+        return [None] * len(queries)
     members = [np.array(benchmark.queries[i].members, np.int64) for i in grouped]
     references = np.array([benchmark.queries[i].reference for i in grouped])
     ranked = metrics.rank_groups(queries[grouped], members, features_of(np.concatenate(members)), references)
     found = dict(zip(grouped, ranked, strict=True))
-    return [found.get(i, np.empty(0, np.int64)) for i in range(len(queries))]
+    return [found.get(i) for i in range(len(queries))]
 
 
-def _table(benchmark: Benchmark, ranked: metrics.Ranked, groups: list[np.ndarray]) -> pa.Table:
+def _table(benchmark: Benchmark, ranked: metrics.Ranked, groups: list[metrics.RankedGroup | None]) -> pa.Table:
     pairs = zip(benchmark.queries, groups, strict=True)
-    subset = [group.tolist().index(query.targets[0]) + 1 if query.targets and len(group) else None for query, group in pairs]
+    subset = [group.rank_of(query.targets[0]) if query.targets and group else None for query, group in pairs]
     columns = {
         "triplet_id": [query.query_id for query in benchmark.queries],
         "image_ids": list(ranked.image_ids),

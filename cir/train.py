@@ -22,7 +22,7 @@ RESULT = "result.json"
 class Train(Stage):
     """`train:<variant>.s<seed>`: a composed-retrieval model: its config, the centring mean, the best weights, their metrics."""
 
-    version = 5
+    version = 6
     model = "composed retrieval"
     triplets: Stage
     embeddings: tuple[Stage, ...] = field(metadata=LOOKED_UP)  # of the triplets' images

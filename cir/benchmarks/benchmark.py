@@ -149,6 +149,12 @@ def recalls(correct: np.ndarray, ks: Iterable[int]) -> Figures:
     return {f"R@{k}": np.asarray(correct[:, :k].any(axis=1), np.float64) for k in ks}
 
 
+def target_recalls(ranking: pa.Table, ks: Iterable[int]) -> Figures:
+    """R@K of a ranking where the target alone is right."""
+    ranks = ranking["target_rank"].to_numpy()  # NaN where there is none
+    return {f"R@{k}": (ranks <= k).astype(np.float64) for k in ks}
+
+
 def reference_first(ranking: pa.Table) -> Figures:
     """How often the reference ranks first, or would have, from a ranking."""
     return {"reference first": ranking["reference_first"].to_numpy().astype(np.float64)}

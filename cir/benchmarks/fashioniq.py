@@ -14,13 +14,12 @@ from cir.benchmarks.benchmark import (
     Protocol,
     Query,
     check_named,
-    correct_of,
     expect,
     ids_of,
     image_id,
     read_rows,
-    recalls,
     reference_first,
+    target_recalls,
 )
 from cir.config import Part
 from cluster.errors import UserError
@@ -56,7 +55,7 @@ class FashionIq(Benchmark):
 
     def figures(self, protocol: Protocol, ranking: pa.Table) -> dict[str, Figures]:
         """Of the original split also over the clean queries alone."""
-        found = recalls(correct_of(ranking), (10, 50))
+        found = target_recalls(ranking, (10, 50))
         everything = np.ones(len(self.queries), bool)
         if protocol.label:
             return {protocol.label: self._by_category(found, everything)}

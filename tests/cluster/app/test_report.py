@@ -128,8 +128,8 @@ def _evaluation(graph: Graph, output: Output) -> None:
             "triplet_id": np.arange(QUERIES),
             "image_ids": [np.append(np.roll(gallery, -i)[:4], -1) for i in range(QUERIES)],
             "correct": [[first, False, False, False, False] for first in right.tolist()],
-            "target_rank": np.ones(QUERIES, np.int32),
-            "subset_rank": pa.nulls(QUERIES, pa.int32()),
+            "target_rank": np.ones(QUERIES, np.float32),
+            "subset_rank": pa.nulls(QUERIES, pa.float32()),
             "reference_first": np.zeros(QUERIES, bool),
         }
         output.write_table(f"rankings/{name}.parquet", pa.table(columns, schema=RANKINGS), RANKINGS)
