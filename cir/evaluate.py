@@ -15,6 +15,7 @@ from cir.benchmarks.official import Annotations
 from cir.benchmarks.triplets import check_attributes
 from cir.config import EvaluateConfig, TextTower
 from cir.entrants import Entrant, GivenQueries, Trained, controls
+from cir.select import deltas_of_pairs
 from cir.train import MODEL
 from cir.vectors import Embedded, Given, Take, Vectors
 from cluster.artifacts import Output
@@ -63,6 +64,7 @@ class Evaluate(Stage):
     embeddings: Stage
     models: Mapping[str, Stage]  # "<variant>.s<seed>"
     text: TextTower | None  # the encoder of the control rows, where its vectors can be compared with the gallery's
+    deltas: Stage | None = None  # the generator's of the queries, in place of the people's
     annotations: Annotations | None = None  # of an official benchmark
     attributes: Source | None = None  # of one's own triplets
     config: EvaluateConfig
@@ -84,10 +86,13 @@ class Evaluate(Stage):
 
     def benchmark(self, run: Run) -> Benchmark:
         """From its own files, or from the ingested triplets."""
+        found: Benchmark
         if self.annotations is not None:
-            return self.annotations.load(self.config.remove_reference)
-        attributes = self.attributes.path if self.attributes else None
-        return triplets.load(run.output(self.queries), run.output(self.gallery), attributes, self.config)
+            found = self.annotations.load(self.config.remove_reference)
+        else:
+            attributes = self.attributes.path if self.attributes else None
+            found = triplets.load(run.output(self.queries), run.output(self.gallery), attributes, self.config)
+        return found.asked(deltas_of_pairs(run.output(self.deltas))) if self.deltas else found
 
     def work(self, output: Output, run: Run) -> None:
         """Raises UserError when an input does not fit."""

@@ -24,7 +24,7 @@ from cluster.config import DecodeResources
 from cluster.errors import UserError
 from cluster.stage import Limit, Source, Stage
 from mining.center import Center
-from mining.config import CaptionsConfig, ExcludeConfig, ViewsConfig
+from mining.config import CaptionsConfig, ExcludeConfig, TripletsConfig, ViewsConfig
 from mining.embed import Embed
 from mining.exclude import Exclude
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets
@@ -214,11 +214,20 @@ class Sources:
             return self._once(IngestQueries(name=name, annotations=self._annotations, max_reject_fraction=self.limit))
         if name == "queries":
             assert self.evaluate.triplets is not None
-            gallery, files = "evaluate", _each("evaluate.triplets", [self.evaluate.triplets])
+            source = TripletsConfig(gallery="evaluate", file=self.evaluate.triplets)
+            files = _each("evaluate.triplets", source.files)
         else:
             source = self.ingest.triplets[name]
-            gallery, files = source.gallery, _each(f"ingest.triplets.{name}.file", source.files)
-        return self._once(IngestTriplets(name=name, gallery=self.gallery(gallery), files=files, max_reject_fraction=self.limit))
+            files = _each(f"ingest.triplets.{name}.file", source.files)
+        return self._once(
+            IngestTriplets(
+                name=name,
+                gallery=self.gallery(source.gallery),
+                files=files,
+                join=source.join,
+                max_reject_fraction=self.limit,
+            )
+        )
 
     def captions(self, name: str) -> Stage:
         """`ingest:<captions>`."""
@@ -234,9 +243,12 @@ class Sources:
         )
 
     def excluded(self, benchmark: str, source: ExcludeConfig) -> Stage:
-        """`ingest:excluded-<benchmark>`: its val and test images, by name, and as a gallery where they are given."""
+        """`ingest:excluded-<benchmark>`: a benchmark's val and test images, and train's where the config says so.
+
+        By name, and as a gallery where they are given.
+        """
         name, field = f"excluded-{benchmark}", f"mine.exclude.{benchmark}"
-        annotations = Annotations(f"{field}.annotations", source.annotations, benchmark=benchmark)
+        annotations = Annotations(f"{field}.annotations", source.annotations, benchmark=benchmark, train=source.train)
         if source.images is None:
             return self._once(IngestExcludedNames(name=name, annotations=annotations, max_reject_fraction=self.limit))
         return self._once(
@@ -471,7 +483,7 @@ class Rounds:
         galleries = [config.ingest.triplets[variant.triplets].gallery, *([config.mine.gallery] if variant.pseudo else [])]
         return Train(
             name=f"{name}{'' if used == own else f'.r{used}'}.s{seed}",
-            triplets=self._with_own_deltas(variant.triplets) if variant.own_deltas else self.sources.triplets(variant.triplets),
+            triplets=self._with_own_deltas(variant) if variant.own_deltas else self.sources.triplets(variant.triplets),
             **self.sources.seen(config.train.tower, *galleries, pixels=TASKS[variant.model].sees_pixels),
             center=self.sources.center(config.train.tower, config.train.triplets),
             pseudo_triplets=self.pseudo_triplets(used) if variant.pseudo else None,
@@ -481,11 +493,21 @@ class Rounds:
             resources=config.resources.train,
         )
 
-    def _with_own_deltas(self, name: str) -> SelectOwn:
+    def own_deltas(self, name: str, gallery: str) -> Generate:
+        """`generate:<triplets>`: the generator's deltas of their pairs."""
+        pairs = MineLabelled(name=name, triplets=self.sources.triplets(name))
+        return self.generator.deltas(name, self.vdg(1), pairs, gallery)
+
+    def _with_own_deltas(self, variant: VariantConfig) -> SelectOwn:
         """`select:<triplets>.vdg`: labelled triplets, each with the generator's delta of its pair too (PAPER 2.3)."""
-        labelled, gallery = self.sources.triplets(name), self.config.ingest.triplets[name].gallery
-        written = self.generator.deltas(name, self.vdg(1), MineLabelled(name=name, triplets=labelled), gallery)
-        return SelectOwn(name=f"{name}.vdg", triplets=labelled, pseudo_triplets=written)
+        name, alone = variant.triplets, not variant.human_deltas
+        written = self.own_deltas(name, self.config.ingest.triplets[name].gallery)
+        return SelectOwn(
+            name=f"{name}.vdg{'-alone' if alone else ''}",
+            triplets=self.sources.triplets(name),
+            pseudo_triplets=written,
+            alone=alone,
+        )
 
     def _judged(self, round_: int, variant: VariantConfig) -> Score | None:
         """Round-trip scores that a variant selects by: by the labelled judge, in later rounds by the semi-supervised one."""
@@ -522,6 +544,7 @@ def evaluated(config: RunConfig, sources: Sources, rounds: Rounds) -> Stage:
         embeddings=sources.embeddings(config.train.tower, "evaluate"),
         models=rounds.models,
         text=_shared_text(config),
+        deltas=rounds.own_deltas("queries", "evaluate") if section.own_deltas else None,
         annotations=annotations,
         attributes=Source("evaluate.attributes", section.attributes) if section.attributes else None,
         config=section,
