@@ -223,7 +223,7 @@ class RoundsConfig(Section):
 
 BenchmarkName = Literal["triplets", "cirr", "fashioniq", "circo"]
 Part = Literal["val", "test"]
-Split = Literal["train"] | Part
+Split = Literal["train", "val", "test"]
 
 
 class EvaluateConfig(Section):

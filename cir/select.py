@@ -45,7 +45,7 @@ class SelectOwn(Stage, kind="select"):
     people's own deltas out (Table 1 (b)), and with them the pairs that the generator wrote nothing of.
     """
 
-    version = 3
+    version = 2
     triplets: Stage
     pseudo_triplets: Stage  # of the same pairs
     alone: bool = False

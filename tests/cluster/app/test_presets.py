@@ -16,11 +16,17 @@ OFFLINE = {
     *(name for name in configs.presets() if name.startswith("ablation")),
 }  # on the bundled photos
 PAPER = sorted(set(configs.presets()) - OFFLINE)
+MINING = [name for name in PAPER if not name.startswith("table1")]
 TRIPLETS = {"cirr": 28_225, "fashioniq": 18_000}
+MINED = {"cirr": 152_604, "fashioniq": 100_647}  # pairs of the paper's galleries NLVR2' and FashionIQ'
+EPOCHS = {"clip": 10, "blip": 6}
+TABLE_1 = {"supervised": "ingest:labelled", "human_vdg": "select:labelled.vdg", "vdg": "select:labelled.vdg-alone"}
 
 
 def test_the_presets_are_those_that_are_promised() -> None:
-    assert PAPER == ["cirr-blip", "cirr-clip", "fashioniq-blip", "fashioniq-clip", "vdg-13b", "vdg-7b", "vdg-qwen"]
+    retrieval = ["cirr-blip", "cirr-clip", "fashioniq-blip", "fashioniq-clip", "table1-blip", "table1-clip"]
+    generators = ["vdg-13b", "vdg-7b", "vdg-qwen"]
+    assert retrieval + generators == PAPER
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +38,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("preset", PAPER)
+@pytest.mark.parametrize("preset", MINING)
 def test_a_dry_run_marks_every_input_as_missing(preset: str, elsewhere: Path) -> None:
     shown = invoke("run", preset, "--dry-run")
     assert "  found " not in shown
@@ -80,9 +86,10 @@ def test_the_command_ends_with_an_error(monkeypatch: pytest.MonkeyPatch, capfd: 
 def test_steps_are_the_papers_epochs(preset: str) -> None:
     config = configs.load(preset, [])
     triplets = TRIPLETS[config.evaluate.benchmark]
-    epochs = {"clip": 10, "blip": 6}[config.train.tower]
-    for training, count in ((config.instruct.training, 10), (config.train.training, epochs)):
-        assert training.steps == pytest.approx(count * triplets / training.batch_size, abs=1)
+    sizes = {name: MINED[config.evaluate.benchmark] if name == "pseudo_only" else triplets for name in config.train.variants}
+    trainings = [(config.train.variant(name).training, EPOCHS[config.train.tower], size) for name, size in sizes.items()]
+    for training, epochs, size in ((config.instruct.training, 10, triplets), *trainings):
+        assert training.steps == pytest.approx(epochs * size / training.batch_size, abs=1)
     if config.align is not None:
         assert config.align.training.steps == pytest.approx(595_375 / config.align.training.batch_size, abs=1)
 
@@ -94,3 +101,31 @@ def test_a_retrieval_preset_takes_another_generator(part: str, elsewhere: Path) 
     config = configs.load(str(own), [])
     assert config.train.tower == "blip"
     assert config.vdg == configs.load(part, []).vdg
+
+
+@pytest.mark.parametrize("preset", MINING)
+def test_rows_of_the_paper_learn_from_the_generators_deltas_of_the_labelled_pairs(preset: str) -> None:
+    train = configs.load(preset, []).train
+    own = {name for name in train.variants if train.variant(name).own_deltas}
+    assert own == {"semi", "human_vdg", "vdg"} & set(train.variants)
+
+
+@pytest.mark.parametrize("tower", ["blip", "clip"])
+def test_table_1_is_trained_and_tested_on_the_generators_deltas(tower: str) -> None:
+    human, generated = (Graph(configs.load(f"{preset}-{tower}", [])) for preset in ("cirr", "table1"))
+    assert "deltas" not in human.evaluation.parents
+    assert generated.evaluation.parents["deltas"].instance == "generate:queries"
+    for variant, triplets in TABLE_1.items():
+        trained = human[f"train:{variant}.s0"]
+        assert trained.parents["triplets"].instance == triplets
+        assert trained.digest == generated[f"train:{variant}.s0"].digest  # (a) and (d), (b) and (e), (c) and (f) share a model
+    assert {stage.instance for stage in generated.stages if stage.kind == "train"} == {f"train:{name}.s0" for name in TABLE_1}
+
+
+@pytest.mark.parametrize(("preset", "joins", "train"), [("cirr-clip", False, True), ("fashioniq-clip", True, False)])
+def test_captions_and_galleries_are_those_of_the_paper(preset: str, joins: bool, train: bool) -> None:
+    graph = Graph(configs.load(preset, []))
+    assert graph["ingest:labelled"].settings["join"] is joins
+    (excluded,) = [stage for stage in graph.stages if stage.instance.startswith("ingest:excluded-")]
+    listed = {Path(file).name for file in excluded.annotations.files}  # type: ignore[attr-defined]
+    assert any(".train." in name for name in listed) is train
