@@ -131,6 +131,7 @@ class VariantConfig(Section):
     selection: PseudoSelection = PseudoSelection()
     round: int | None = Field(None, ge=1, description="use the pseudo triplets of this round; None: of the last one")
     own_deltas: bool = Field(False, description="the generator's delta of each labelled pair joins its captions (PAPER 2.3)")
+    human_deltas: bool = Field(True, description="false: of the labelled triplets `own_deltas` alone are trained on")
     shuffle_deltas: bool = Field(False, description="control: permute the deltas of the pseudo triplets")
     zero: Literal["image", "text"] | None = Field(None, description="control: this input is zero in training and evaluation")
     text: TextTower | None = Field(None, description="fusion: the encoder of deltas")
@@ -152,6 +153,8 @@ class VariantConfig(Section):
         for name in ("pseudo_only", "shuffle_deltas", "round"):
             if getattr(self, name) and not self.pseudo:
                 raise ValueError(f"'{name}' needs 'pseudo: true'")
+        if not self.human_deltas and not self.own_deltas:
+            raise ValueError("'human_deltas: false' leaves the labelled triplets no text: it needs 'own_deltas: true'")
         if self.pseudo_only and self.selection.weight_power is not None:
             raise ValueError("'pseudo_only' visits every pseudo triplet once an epoch: set selection.weight_power to null")
         return self
@@ -249,6 +252,7 @@ class RoundsConfig(Section):
 
 BenchmarkName = Literal["triplets", "cirr", "fashioniq", "circo"]
 Part = Literal["val", "test"]
+Split = Literal["train", "val", "test"]
 
 
 class EvaluateConfig(Section):
@@ -258,6 +262,9 @@ class EvaluateConfig(Section):
     part: Part = Field("val", description="test: its labels are hidden, and submission files are all that is written")
     remove_reference: bool | None = Field(
         None, description="fashioniq: take the query's reference out of its ranking; None: the usual protocol, which keeps it"
+    )
+    own_deltas: bool = Field(
+        False, description="the queries' texts are the generator's deltas of their pairs, which has seen the targets"
     )
     recalls: list[int] = Field([1, 5, 10], min_length=1, description="K of Recall@K of 'triplets'")
     subset_recalls: list[int] = Field(
@@ -284,6 +291,8 @@ class EvaluateConfig(Section):
     def _protocol_is_open(self) -> Self:
         if self.part == "test" and self.benchmark not in ("cirr", "circo"):
             raise ValueError(f"part 'test': {self.benchmark} has no server that scores hidden labels; set it to val")
+        if self.own_deltas and self.part == "test":
+            raise ValueError("'own_deltas' are written of (reference, target), and test's targets are hidden; set part to val")
         if self.remove_reference is not None and self.benchmark != "fashioniq":
             raise ValueError("'remove_reference' is for fashioniq alone: the other protocols say what happens to it")
         return self

@@ -15,6 +15,7 @@ from cir.benchmarks.official import Annotations
 from cir.benchmarks.triplets import check_attributes
 from cir.config import EvaluateConfig, TextTower
 from cir.entrants import Entrant, GivenQueries, Trained, controls
+from cir.select import deltas_of_pairs
 from cir.train import MODEL, RESULT
 from cir.vectors import Embedded, Given, Take, Vectors
 from cluster.artifacts import Output
@@ -33,8 +34,8 @@ RANKINGS = pa.schema(
         ("triplet_id", pa.int64()),
         ("image_ids", pa.list_(pa.int64())),  # best first, at least ten; -1 past the gallery's end
         ("correct", pa.list_(pa.bool_())),  # of each of image_ids
-        ("target_rank", pa.int32()),  # 1 is best; null where the target is not known, or not in the gallery
-        ("subset_rank", pa.int32()),  # of the target inside the query's group; null where its members are not known
+        ("target_rank", pa.float32()),  # 1 is best, ties share their mean; null where the target is not known, or not ranked
+        ("subset_rank", pa.float32()),  # of the target inside the query's group; null where its members are not known
         ("reference_first", pa.bool_()),  # the reference ranks first, or would have, had it not been removed
     ]
 )
@@ -66,6 +67,7 @@ class Evaluate(Stage):
     models: Mapping[str, Stage]  # by their names: cir.train.ModelName
     folds: Mapping[str, Stage] = field(default_factory=dict)  # "<variant>.f<fold>", cross-validated
     text: TextTower | None  # the encoder of the control rows, where its vectors can be compared with the gallery's
+    deltas: Stage | None = None  # the generator's of the queries, in place of the people's
     annotations: Annotations | None = None  # of an official benchmark
     attributes: Source | None = None  # of one's own triplets
     config: EvaluateConfig
@@ -87,10 +89,13 @@ class Evaluate(Stage):
 
     def benchmark(self, run: Run) -> Benchmark:
         """From its own files, or from the ingested triplets."""
+        found: Benchmark
         if self.annotations is not None:
-            return self.annotations.load(self.config.remove_reference)
-        attributes = self.attributes.path if self.attributes else None
-        return triplets.load(run.output(self.queries), run.output(self.gallery), attributes, self.config)
+            found = self.annotations.load(self.config.remove_reference)
+        else:
+            attributes = self.attributes.path if self.attributes else None
+            found = triplets.load(run.output(self.queries), run.output(self.gallery), attributes, self.config)
+        return found.asked(deltas_of_pairs(run.output(self.deltas))) if self.deltas else found
 
     def work(self, output: Output, run: Run) -> None:
         """Raises UserError when an input does not fit."""
@@ -121,7 +126,7 @@ def _validated(models: dict[str, Output]) -> dict[str, list[float]]:
 class EvaluateGiven(Stage, kind="evaluate"):
     """As `Evaluate`, of the query and gallery vectors of a file (vectors.Given), without images or a model."""
 
-    version = 4
+    version = 5
     queries: Stage
     annotations: Annotations
     embeddings: Source
@@ -233,25 +238,26 @@ def _rank(name: str, entrant: Entrant, inputs: _Inputs, cpus: float) -> None:
     groups = _groups(benchmark, queries, lambda ids: prepare(take(ids)))
     for protocol, found in reversed(list(zip(benchmark.protocols, ranked, strict=True))):
         if not name.startswith(f"{CONTROLS}/"):
-            _write_submissions(inputs, name, benchmark.submissions(protocol, found.image_ids, groups))
+            best = [group.image_ids if group else np.empty(0, np.int64) for group in groups]
+            _write_submissions(inputs, name, benchmark.submissions(protocol, found.image_ids, best))
         inputs.output.write_table(_ranking(protocol, name), _table(benchmark, found, groups), RANKINGS)
 
 
-def _groups(benchmark: Benchmark, queries: np.ndarray, features_of: Take) -> list[np.ndarray]:
-    """Ids of each query's group, best first, without the reference; empty where the members are not known."""
+def _groups(benchmark: Benchmark, queries: np.ndarray, features_of: Take) -> list[metrics.RankedGroup | None]:
+    """Each query's group; None where the members are not known."""
     grouped = [i for i, query in enumerate(benchmark.queries) if query.members]
     if not grouped:
-        return [np.empty(0, np.int64)] * len(queries)
+        return [None] * len(queries)
     members = [np.array(benchmark.queries[i].members, np.int64) for i in grouped]
     references = np.array([benchmark.queries[i].reference for i in grouped])
     ranked = metrics.rank_groups(queries[grouped], members, features_of(np.concatenate(members)), references)
     found = dict(zip(grouped, ranked, strict=True))
-    return [found.get(i, np.empty(0, np.int64)) for i in range(len(queries))]
+    return [found.get(i) for i in range(len(queries))]
 
 
-def _table(benchmark: Benchmark, ranked: metrics.Ranked, groups: list[np.ndarray]) -> pa.Table:
+def _table(benchmark: Benchmark, ranked: metrics.Ranked, groups: list[metrics.RankedGroup | None]) -> pa.Table:
     pairs = zip(benchmark.queries, groups, strict=True)
-    subset = [group.tolist().index(query.targets[0]) + 1 if query.targets and len(group) else None for query, group in pairs]
+    subset = [group.rank_of(query.targets[0]) if query.targets and group else None for query, group in pairs]
     columns = {
         "triplet_id": [query.query_id for query in benchmark.queries],
         "image_ids": list(ranked.image_ids),

@@ -24,10 +24,11 @@ def _named(metric: str, label: str) -> str:
 def protocols(benchmark: Benchmark, figures: list[dict[str, Figures]]) -> list[dict[str, Any]]:
     """Each label, what its numbers are, and its metrics' whole names with their short ones."""
     names = {label: list(found) for entrant in figures[:1] for label, found in entrant.items()}
+    texts = "; the texts are the generator's, which has seen the targets" if benchmark.by_generator else ""
     return [
         {
             "label": label,
-            "description": description,
+            "description": description + texts,
             "metrics": {_named(metric, label): metric for metric in names.get(label, [])},
         }
         for label, description in benchmark.descriptions().items()

@@ -8,7 +8,8 @@ import numpy as np
 from cluster.errors import UserError
 
 NO_IMAGE = -1  # in a ranking longer than its gallery; or a target that is not known
-UNRANKED = 2**31 - 1  # rank of a target that is not known, or not in the gallery
+UNRANKED = np.inf  # rank of a target that is not known, or not in the gallery
+ALIKE = 1e-6  # cosines float32 that differ by less are the same: two ways to sum one product round apart by as much
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Ranked:
     """A gallery ranked for each query."""
 
     image_ids: np.ndarray  # int64 [queries, top], best first
-    target_rank: np.ndarray  # int32 [queries], 1 is best: 1 + the images that score higher than the target; or UNRANKED
+    target_rank: np.ndarray  # float32 [queries], 1 is best: the expected rank of the target, or UNRANKED
     reference_first: np.ndarray  # bool [queries]: the reference ranks first, or would have, had it not been removed
 
 
@@ -58,7 +59,8 @@ def rank_all(
 ) -> list[Ranked]:
     """Rank a gallery given in blocks (ids [m], features [m, dim]) by cosine; no more than a block is held at a time.
 
-    Every search ranks the same scores. `queries` and `targets` (the targets' own features) are [queries, dim]. Raises
+    A target's rank is 1 + the images that score higher + half of those that score alike: what it has on average where ties
+    are broken by chance, so that a model which tells nothing apart finds nothing. Every search ranks the same scores. `queries` and `targets` (the targets' own features) are [queries, dim]. Raises
     UserError when a vector is not finite: nothing scores higher than NaN, so its target would rank first.
     """
     queries = unit(_finite("query", queries))
@@ -93,7 +95,7 @@ class _Ranker:
         self.rows, self.gallery, self.target_scores, self.top = rows, gallery, target_scores, top
         self.reference_ids, self.target_ids = search.reference_ids[rows, None], search.target_ids[rows, None]
         self.remove_reference = search.remove_reference
-        self.higher = np.zeros(len(rows), np.int32)
+        self.higher, self.alike = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
         self.references = np.full(len(rows), -np.inf, np.float32)
         self.others = np.full(len(rows), -np.inf, np.float32)
         self.best_ids = np.full((len(rows), top), NO_IMAGE, np.int64)
@@ -110,8 +112,9 @@ class _Ranker:
         self.others = np.maximum(self.others, np.where(is_reference, -np.inf, scores).max(1))
         if self.remove_reference:
             scores[is_reference] = -np.inf
-        is_higher = (scores > self.target_scores[:, None]) & (ids[None] != self.target_ids)
-        self.higher += is_higher.sum(1, dtype=np.int32)
+        above = np.where(ids[None] == self.target_ids, -np.inf, scores - self.target_scores[:, None])
+        self.higher += (above > ALIKE).sum(1, dtype=np.int32)
+        self.alike += (np.abs(above) <= ALIKE).sum(1, dtype=np.int32)
         scores = np.concatenate([self.best, scores], axis=1)
         candidates = np.concatenate([self.best_ids, np.broadcast_to(ids, is_reference.shape)], axis=1)
         order, own = _best(scores, self.top), np.arange(len(scores))[:, None]
@@ -124,7 +127,7 @@ class _Ranker:
         if self.gallery is not None:
             known &= _contains(self.gallery, targets)
         image_ids = np.where(np.isneginf(self.best), NO_IMAGE, self.best_ids)
-        ranks = np.where(known, self.higher + 1, UNRANKED).astype(np.int32)
+        ranks = np.where(known, 1 + self.higher + self.alike / 2, UNRANKED).astype(np.float32)
         return Ranked(image_ids, ranks, self.references > self.others)
 
 
@@ -189,19 +192,34 @@ def average_precision(correct: np.ndarray, right: np.ndarray, k: int) -> np.ndar
     return (precision * hits).sum(axis=1) / np.minimum(right, k)
 
 
+@dataclass(frozen=True)
+class RankedGroup:
+    """A query's group, best first, without the reference."""
+
+    image_ids: np.ndarray  # int64 [members]
+    scores: np.ndarray  # [members]
+
+    def rank_of(self, target: int) -> float:
+        """The expected rank of a member, as in `rank_all`."""
+        others = self.image_ids != target
+        above = self.scores[others] - self.scores[~others]
+        return float(1 + (above > ALIKE).sum() + (np.abs(above) <= ALIKE).sum() / 2)
+
+
 def rank_groups(
     queries: np.ndarray, members: Sequence[np.ndarray], features: np.ndarray, reference_ids: np.ndarray
-) -> list[np.ndarray]:
-    """Ids of each query's group by cosine, best first, the reference removed.
+) -> list[RankedGroup]:
+    """Each query's group by cosine.
 
     `members[i]` holds the ids of query i's group, and `features` the vectors [sum of members, dim] in the same order.
     """
     result = []
     ends = np.cumsum([len(ids) for ids in members])
     for i, ids in enumerate(members):
-        scores = unit(features[ends[i] - len(ids) : ends[i]]) @ queries[i]
-        ranked = ids[np.argsort(-scores, kind="stable")]
-        result.append(ranked[ranked != reference_ids[i]])
+        scores = unit(features[ends[i] - len(ids) : ends[i]]) @ unit(queries[i])
+        order = np.argsort(-scores, kind="stable")
+        order = order[ids[order] != reference_ids[i]]
+        result.append(RankedGroup(ids[order], scores[order]))
     return result
 
 

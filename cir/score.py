@@ -28,7 +28,7 @@ class Score(Stage):
     reference is removed.
     """
 
-    version = 2
+    version = 3
     pseudo_triplets: Stage
     judge: Stage
     embeddings: Stage  # of the gallery that the pairs were mined from
@@ -87,7 +87,7 @@ class PartScorer:
         return {"part": [name], "rows": [len(triplets)]}
 
     def _ranks(self, triplets: pa.Table) -> np.ndarray:
-        """Rank [n] of each target, 1 is best."""
+        """Rank [n] of each target, 1 is best; ties share their mean."""
         from cir.metrics import rank
 
         references, targets = (triplets[name].to_numpy() for name in ("reference_id", "target_id"))

@@ -42,22 +42,30 @@ class Select(Stage):
 class SelectOwn(Stage, kind="select"):
     """`select:<triplets>.vdg`: labelled triplets whose lists of deltas also hold what the generator wrote for their pairs.
 
-    One is drawn each time: the augmented training set that the paper marks with a dagger (PAPER 2.3).
+    One is drawn each time: the augmented training set that the paper marks with a dagger (PAPER 2.3). `alone` leaves the
+    people's own deltas out (Table 1 (b)), and with them the pairs that the generator wrote nothing of.
     """
 
     version = 2
     triplets: Stage
     pseudo_triplets: Stage  # of the same pairs
+    alone: bool = False
 
     def work(self, output: Output, run: Run) -> None:
         """One part."""
-        own = run.output(self.pseudo_triplets).read_parts(tables.TRIPLETS)
-        pairs = zip(own["reference_id"].to_pylist(), own["target_id"].to_pylist(), own["deltas"].to_pylist(), strict=True)
-        written = {(reference, target): deltas for reference, target, deltas in pairs}
+        written = deltas_of_pairs(run.output(self.pseudo_triplets))
         rows = run.output(self.triplets).read_parts(tables.TRIPLETS).to_pylist()
         for row in rows:
-            row["deltas"] += written.get((row["reference_id"], row["target_id"]), [])
-        _write(output, pa.Table.from_pylist(rows, tables.TRIPLETS), run.monitor)
+            own = written.get((row["reference_id"], row["target_id"]), [])
+            row["deltas"] = own if self.alone else row["deltas"] + own
+        _write(output, pa.Table.from_pylist([row for row in rows if row["deltas"]], tables.TRIPLETS), run.monitor)
+
+
+def deltas_of_pairs(generated: Output) -> dict[tuple[int, int], list[str]]:
+    """What a generator wrote of each (reference, target)."""
+    table = generated.read_parts(tables.TRIPLETS)
+    pairs = zip(table["reference_id"].to_pylist(), table["target_id"].to_pylist(), strict=True)
+    return dict(zip(pairs, table["deltas"].to_pylist(), strict=True))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -37,6 +37,9 @@ class TripletsConfig(Section):
         "JSON list, JSON lines, CSV or Parquet: reference, target, captions (or caption), optional group or "
         "CIRR's img_set; several files are joined"
     )
+    join: bool = Field(
+        False, description="of a row's two captions also both in one text, in either order, as FashionIQ's literature trains"
+    )
 
     @property
     def files(self) -> list[str]:
@@ -204,6 +207,7 @@ class ExcludeConfig(Section):
     images: str | None = path_field(
         "its images, as in ingest.galleries; None: their names alone are excluded, not what they show", None
     )
+    train: bool = Field(False, description="its training images too, where it has some")
 
 
 Benchmark = Literal["cirr", "fashioniq", "circo"]

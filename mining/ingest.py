@@ -105,6 +105,7 @@ class IngestTriplets(Ingest):
 
     gallery: Stage = field(metadata=LOOKED_UP)
     files: tuple[Source, ...]
+    join: bool = False
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
@@ -121,7 +122,8 @@ class IngestTriplets(Ingest):
         """Raises UserError when two files have the same name, or a group of the same name."""
         known, files = keys(run.output(self.gallery)), [source.path for source in self.files]
         triplets, groups, rejects = (
-            list(chain.from_iterable(rows)) for rows in zip(*(read_triplets(file, known) for file in files), strict=True)
+            list(chain.from_iterable(rows))
+            for rows in zip(*(read_triplets(file, known, self.join) for file in files), strict=True)
         )
         tables.check_unique((row["triplet_id"] for row in triplets), f"triplets of {', '.join(files)}")
         tables.check_unique((row["group_id"] for row in groups), f"groups of {', '.join(files)}")

@@ -7,7 +7,7 @@ import io
 import json
 import tarfile
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -27,18 +27,35 @@ from mining.tars import CAPTION_SUFFIXES, naming, read_members
 _Row = dict[str, Any]
 csv.field_size_limit(2**31 - 1)  # a long caption is a caption, not the end of its file
 _BROKEN = (OSError, ValueError, MemoryError, pa.ArrowException, tarfile.TarError)
+_ENDS = ".?, "  # of a caption, where it becomes part of a longer text
 Text = Annotated[str, Field(coerce_numbers_to_str=False, strict=True)]  # a number is no caption
 
 
-def read_triplets(file: str, known: Mapping[str, int]) -> tuple[list[_Row], list[_Row], list[_Row]]:
-    """Triplets, groups and rejects of a file over the images of `known` (key -> id).
+def joined(captions: Sequence[str]) -> str:
+    """Two captions in one text, as FashionIQ's evaluation and its literature join them."""
+    first, second = (caption.strip(_ENDS) for caption in captions)
+    return f"{first.capitalize()} and {second}"
+
+
+def joined_both_ways(captions: Sequence[str]) -> list[str]:
+    """What FashionIQ's literature draws from in training: both captions joined, in either order, and each alone.
+
+    Of any other number each stands alone; one that is punctuation alone is none.
+    """
+    texts = [text for caption in captions if (text := caption.strip(_ENDS))]
+    pair = [joined(texts), joined(texts[::-1])] if len(texts) == 2 else []
+    return pair + [text.capitalize() for text in texts]
+
+
+def read_triplets(file: str, known: Mapping[str, int], join: bool = False) -> tuple[list[_Row], list[_Row], list[_Row]]:
+    """Triplets, groups and rejects of a file over the images of `known` (key -> id); `join` as in the config.
 
     Rejects are malformed_row, not_utf8, unknown_image, same_image, empty_delta and duplicate_name (a second pairid). A
     group with an image that is not in the gallery is an incomplete_group: ranking its targets among fewer images would be
     easier than the benchmark. Its triplets stay and have no rank inside the group. Raises UserError when the file cannot
     be read.
     """
-    maker = _TripletMaker(file.rsplit("/", 1)[-1], known)
+    maker = _TripletMaker(file.rsplit("/", 1)[-1], known, join)
     triplets, rejects = _accepted(read_rows(file), maker.row)
     groups = []
     for group, members in maker.members.items():
@@ -348,8 +365,8 @@ class _Triplet(BaseModel):
 class _TripletMaker:
     """Makes rows of the triplets table, and keeps the members of the groups that they list."""
 
-    def __init__(self, file: str, known: Mapping[str, int]) -> None:
-        self.file, self.known = file, known
+    def __init__(self, file: str, known: Mapping[str, int], join: bool) -> None:
+        self.file, self.known, self.join = file, known, join
         self.members: dict[str, list[str]] = {}
         self._ids: set[int] = set()
 
@@ -361,7 +378,7 @@ class _TripletMaker:
             "group_id": None if triplet.group is None else _group_id(triplet.group),
             "reference_id": _known(triplet.reference, "reference", self.known),
             "target_id": _known(triplet.target, "target", self.known),
-            "deltas": triplet.deltas(),
+            "deltas": joined_both_ways(triplet.deltas()) if self.join else triplet.deltas(),
             "source": "human",
             "author": triplet.author,  # counted, and no column of the table
         }

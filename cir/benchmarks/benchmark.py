@@ -1,17 +1,17 @@
 """What a benchmark is to the evaluate stage: queries, the galleries they are ranked in, and how hits are counted."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cir import metrics
-from cir.config import Part
+from cir.config import Part, Split
 from cluster.errors import UserError
 from mining import tables
 from mining.sources import read_json
@@ -67,6 +67,13 @@ class Benchmark(ABC):
     names: Mapping[int, str]  # of the gallery's images
     field: str = "evaluate.annotations"  # of the config, for messages
     top: int = TOP
+    by_generator: bool = False  # whether the queries' texts are a generator's
+
+    def asked(self, written: Mapping[tuple[int, int], Sequence[str]]) -> Self:
+        """The same queries with a generator's delta of (reference, target); one that it wrote nothing of asks nothing."""
+        texts = (written.get((query.reference, query.targets[0]), [""])[0] for query in self.queries)
+        queries = tuple(replace(query, text=text) for query, text in zip(self.queries, texts, strict=True))
+        return replace(self, queries=queries, by_generator=True)
 
     @abstractmethod
     def figures(self, protocol: Protocol, ranking: pa.Table) -> dict[str, Figures]:
@@ -128,8 +135,8 @@ class Official:
     """How a benchmark's own folder is read. Each function raises UserError naming the file that is wrong."""
 
     captions: Callable[[Part], list[str]]  # paths inside the folder that `load` reads
-    splits: Callable[[Part], list[str]]  # those that `names` and `load` read
-    names: Callable[[str, Part], dict[str, str | None]]  # images of a split, each with its path where the files give one
+    splits: Callable[[Split], list[str]]  # those that `names` and `load` read
+    names: Callable[[str, Split], dict[str, str | None]]  # images of a split, each with its path where the files give one
     load: Callable[[str, Part, bool | None], Benchmark]  # folder, split, evaluate.remove_reference
     prefixes: tuple[str, ...] = ()  # of the names that its images have in the collection they come from
 
@@ -147,6 +154,12 @@ def ids_of(names: Iterable[str]) -> np.ndarray:
 def recalls(correct: np.ndarray, ks: Iterable[int]) -> Figures:
     """R@K from `correct` bool [queries, top]."""
     return {f"R@{k}": np.asarray(correct[:, :k].any(axis=1), np.float64) for k in ks}
+
+
+def target_recalls(ranking: pa.Table, ks: Iterable[int]) -> Figures:
+    """R@K of a ranking where the target alone is right."""
+    ranks = ranking["target_rank"].to_numpy()  # NaN where there is none
+    return {f"R@{k}": (ranks <= k).astype(np.float64) for k in ks}
 
 
 def reference_first(ranking: pa.Table) -> Figures:

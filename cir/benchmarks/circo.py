@@ -22,7 +22,7 @@ from cir.benchmarks.benchmark import (
     read_rows,
     reference_first,
 )
-from cir.config import Part
+from cir.config import Part, Split
 from cluster.errors import UserError
 from mining import tables
 from mining.sources import read_json
@@ -88,7 +88,7 @@ def _name(coco_id: int) -> str:
     return f"{coco_id:012d}"
 
 
-def names(folder: str, part: Part) -> dict[str, str | None]:
+def names(folder: str, part: Split) -> dict[str, str | None]:
     """Every unlabelled image of COCO 2017: `<12 digits>.jpg`."""
     file = f"{folder}/{COCO}"
     content = read_json(file)

@@ -14,22 +14,21 @@ from cir.benchmarks.benchmark import (
     Protocol,
     Query,
     check_named,
-    correct_of,
     expect,
     ids_of,
     image_id,
     read_rows,
-    recalls,
     reference_first,
+    target_recalls,
 )
-from cir.config import Part
+from cir.config import Part, Split
 from cluster.errors import UserError
 from mining import tables
 from mining.sources import read_json
 
-SPLITS: dict[Part, str] = {"val": "val", "test": "test1"}
+SPLITS: dict[Split, str] = {"train": "train", "val": "val", "test": "test1"}
 QUERIES: dict[Part, int] = {"val": 4181, "test": 4148}
-IMAGES: dict[Part, int] = {"val": 2297, "test": 2315}
+IMAGES: dict[Split, int] = {"train": 16_939, "val": 2297, "test": 2315}
 SUBMITTED, SUBMITTED_OF_GROUP = 50, 3
 
 
@@ -56,7 +55,7 @@ class Cirr(Benchmark):
         """Of the restricted gallery R@K and Avg: the recall within groups does not depend on the gallery."""
         subset = ranking["subset_rank"].to_numpy()
         within = {f"Rs@{k}": (subset <= k).astype(np.float64) for k in (1, 2, 3)}
-        found = recalls(correct_of(ranking), (1, 5, 10, 50))
+        found = target_recalls(ranking, (1, 5, 10, 50))
         average = {"Avg": (found["R@5"] + within["Rs@1"]) / 2}
         if protocol.label:
             return {protocol.label: found | average}
@@ -88,11 +87,11 @@ def _captions(part: Part) -> str:
     return f"captions/cap.rc2.{SPLITS[part]}.json"
 
 
-def _split(part: Part) -> str:
+def _split(part: Split) -> str:
     return f"image_splits/split.rc2.{SPLITS[part]}.json"
 
 
-def names(folder: str, part: Part) -> dict[str, str | None]:
+def names(folder: str, part: Split) -> dict[str, str | None]:
     """Name -> path inside `img_raw`. Images of val are under dev/, which also holds images of no query."""
     file = f"{folder}/{_split(part)}"
     content = read_json(file)

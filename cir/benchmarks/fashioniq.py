@@ -14,24 +14,25 @@ from cir.benchmarks.benchmark import (
     Protocol,
     Query,
     check_named,
-    correct_of,
     expect,
     ids_of,
     image_id,
     read_rows,
-    recalls,
     reference_first,
+    target_recalls,
 )
-from cir.config import Part
+from cir.config import Part, Split
 from cluster.errors import UserError
 from mining import tables
+from mining.labelled import joined
 from mining.sources import read_json
 
 Category = Literal["dress", "shirt", "toptee"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 TRAIN_QUERIES = {"dress": 5985, "shirt": 5988, "toptee": 6027}
 VAL_QUERIES = {"dress": 2017, "shirt": 2038, "toptee": 1961}
-IMAGES: dict[Part, dict[str, int]] = {
+IMAGES: dict[Split, dict[str, int]] = {
+    "train": {"dress": 11_452, "shirt": 19_036, "toptee": 16_121},
     "val": {"dress": 3817, "shirt": 6346, "toptee": 5373},
     "test": {"dress": 3818, "shirt": 6346, "toptee": 5374},
 }
@@ -56,7 +57,7 @@ class FashionIq(Benchmark):
 
     def figures(self, protocol: Protocol, ranking: pa.Table) -> dict[str, Figures]:
         """Of the original split also over the clean queries alone."""
-        found = recalls(correct_of(ranking), (10, 50))
+        found = target_recalls(ranking, (10, 50))
         everything = np.ones(len(self.queries), bool)
         if protocol.label:
             return {protocol.label: self._by_category(found, everything)}
@@ -89,18 +90,12 @@ class FashionIq(Benchmark):
         }
 
 
-def joined(captions: list[str]) -> str:
-    """Both captions in one text, as the benchmark's evaluation joins them."""
-    first, second = (caption.strip(".?, ") for caption in captions)
-    return f"{first.capitalize()} and {second}"
-
-
-def names(folder: str, part: Part) -> dict[str, str | None]:
+def names(folder: str, part: Split) -> dict[str, str | None]:
     """Every image of a split, over the categories. The files give ids: an image is `<id>.png` or `<id>.jpg`."""
     return dict.fromkeys(name for category in CATEGORIES for name in _split(folder, category, part))
 
 
-def _split(folder: str, category: str, part: Part) -> list[str]:
+def _split(folder: str, category: str, part: Split) -> list[str]:
     file = f"{folder}/image_splits/split.{category}.{part}.json"
     content = read_json(file)
     if not isinstance(content, list):
@@ -114,7 +109,7 @@ def captions(part: Part) -> list[str]:
     return [f"captions/cap.{category}.{split}.json" for category in CATEGORIES for split in ("train", "val")]
 
 
-def splits(part: Part) -> list[str]:
+def splits(part: Split) -> list[str]:
     """One a category."""
     return [f"image_splits/split.{category}.{part}.json" for category in CATEGORIES]
 

@@ -9,7 +9,7 @@ from cir.benchmarks.benchmark import Benchmark, Official
 from cir.benchmarks.circo import CIRCO
 from cir.benchmarks.cirr import CIRR
 from cir.benchmarks.fashioniq import FASHIONIQ
-from cir.config import Part
+from cir.config import Part, Split
 from cluster.artifacts import Output, below
 from cluster.errors import UserError
 from cluster.stage import Run, Source
@@ -26,22 +26,28 @@ _SPLIT = "split.json"  # of an output: the names that the benchmark's files list
 
 @dataclass(frozen=True)
 class Annotations(Source):
-    """A benchmark's own folder: of one part of it, or with `part=None` of val and test, whose images must not be mined."""
+    """A benchmark's own folder: of one part of it, or with `part=None` of val and test, and `train`: what must not be mined."""
 
     benchmark: str = ""
     part: Part | None = None
+    train: bool = False
 
     @property
     def _official(self) -> Official:
         return OFFICIAL[self.benchmark]
 
     @property
+    def _splits(self) -> tuple[Split, ...]:
+        if self.part is not None:
+            return (self.part,)
+        return ("train", "val", "test") if self.train else ("val", "test")
+
+    @property
     def files(self) -> list[str]:
         """The files of the folder that are read."""
-        if self.part is None:
-            names = [*self._official.splits("val"), *self._official.splits("test")]
-        else:
-            names = self._official.captions(self.part) + self._official.splits(self.part)
+        names = [name for split in self._splits for name in self._official.splits(split)]
+        if self.part is not None:
+            names = self._official.captions(self.part) + names
         return [f"{self.path.rstrip('/')}/{name}" for name in dict.fromkeys(names)]
 
     def _each(self) -> dict[str, Source]:
@@ -63,8 +69,9 @@ class Annotations(Source):
 
     def names(self) -> dict[str, str | None]:
         """Its images, each with its path inside the folder of images where the benchmark's files give one."""
-        parts: tuple[Part, ...] = (self.part,) if self.part else ("val", "test")
-        return {name: path for part in parts for name, path in self._official.names(self.path.rstrip("/"), part).items()}
+        return {
+            name: path for split in self._splits for name, path in self._official.names(self.path.rstrip("/"), split).items()
+        }
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

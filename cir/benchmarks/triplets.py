@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cir import metrics
-from cir.benchmarks.benchmark import Benchmark, Figures, Protocol, Query, correct_of, recalls, reference_first
+from cir.benchmarks.benchmark import Benchmark, Figures, Protocol, Query, correct_of, recalls, reference_first, target_recalls
 from cir.config import EvaluateConfig
 from cluster.artifacts import Output
 from cluster.errors import UserError
@@ -40,10 +40,9 @@ class Triplets(Benchmark):
 
     def figures(self, protocol: Protocol, ranking: pa.Table) -> dict[str, Figures]:
         """Rs@K over the queries whose groups list their members: known through triplets alone one would be too easy."""
-        config, correct, ranks = self.config, correct_of(ranking), ranking["target_rank"].to_numpy()
-        hits = recalls(correct, config.recalls)
+        config, hits = self.config, target_recalls(ranking, self.config.recalls)
         if self.classes is not None:
-            hits |= {f"exact R@{k}": ranks <= k for k in config.recalls}
+            hits = recalls(correct_of(ranking), config.recalls) | {f"exact {name}": values for name, values in hits.items()}
         subset = ranking["subset_rank"].drop_null().to_numpy()
         if len(subset):
             hits |= {f"Rs@{k}": subset <= k for k in config.subset_recalls}

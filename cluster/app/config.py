@@ -100,6 +100,8 @@ class EvaluateSection(EvaluateConfig):
         else:
             needed = ["annotations"] + ([] if self.embeddings else ["images"])
             forbidden = own[1:]
+        if self.own_deltas and self.embeddings:
+            raise ValueError("'own_deltas' needs models: given embeddings are of queries as they are")
         for name in needed:
             if getattr(self, name) is None:
                 raise ValueError(f"benchmark '{self.benchmark}' needs '{name}'")

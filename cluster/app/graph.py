@@ -60,7 +60,7 @@ class Graph:
         sources = Sources(config)
         pairs = mined(config, sources)
         rounds = [Rounds(config, sources, Generator(config, sources, seed), pairs) for seed in config.instruct.seeds]
-        self.evaluation = evaluated(config, sources, models(config, rounds), folds(config, sources, pairs))
+        self.evaluation = evaluated(config, sources, rounds, folds(config, sources, pairs))
         self.index = indexed(config, sources)
         self.round_trip = rounds[0].round_trip
 
@@ -319,7 +319,7 @@ class Rounds:
         generator = self.generator.suffix() if variant.uses_generator else self.generator.of_fold
         return Train(
             name=f"{name}{generator}{'' if used == own else f'.r{used}'}.s{seed}",
-            triplets=self._with_own_deltas(variant.triplets) if variant.own_deltas else self.sources.triplets(variant.triplets),
+            triplets=self._with_own_deltas(variant) if variant.own_deltas else self.sources.triplets(variant.triplets),
             **self.sources.seen(config.train.tower, *galleries, pixels=TASKS[variant.model].sees_pixels),
             center=self.sources.center(config.train.tower, config.train.triplets),
             **self._negatives(variant),
@@ -345,12 +345,20 @@ class Rounds:
         embeddings = self.sources.embeddings(self.config.train.tower, self.config.mine.gallery)
         return {"gallery": embeddings, "mineable": excluding(self.config, self.sources)}
 
-    def _with_own_deltas(self, name: str) -> SelectOwn:
+    def own_deltas(self, name: str, gallery: str) -> Generate:
+        """`generate:<triplets>`: the generator's deltas of their pairs."""
+        pairs = MineLabelled(name=name, triplets=self.sources.triplets(name))
+        return self.generator.deltas(f"{name}{self.generator.suffix()}", self.vdg(1), pairs, gallery)
+
+    def _with_own_deltas(self, variant: VariantConfig) -> SelectOwn:
         """`select:<triplets>.vdg`: labelled triplets, each with the generator's delta of its pair too (PAPER 2.3)."""
-        labelled, gallery = self.sources.triplets(name), self.config.ingest.triplets[name].gallery
-        suffix, pairs = self.generator.suffix(), MineLabelled(name=name, triplets=labelled)
-        written = self.generator.deltas(f"{name}{suffix}", self.vdg(1), pairs, gallery)
-        return SelectOwn(name=f"{name}.vdg{suffix}", triplets=labelled, pseudo_triplets=written)
+        name, alone = variant.triplets, not variant.human_deltas
+        return SelectOwn(
+            name=f"{name}.vdg{self.generator.suffix()}{'-alone' if alone else ''}",
+            triplets=self.sources.triplets(name),
+            pseudo_triplets=self.own_deltas(name, self.config.ingest.triplets[name].gallery),
+            alone=alone,
+        )
 
     def _judged(self, round_: int, variant: VariantConfig) -> Score | None:
         """Round-trip scores that a variant selects by: by the labelled judge, in later rounds by the semi-supervised one."""
@@ -378,7 +386,7 @@ def folds(config: RunConfig, sources: Sources, pairs: Mine) -> dict[str, Stage]:
     return found
 
 
-def evaluated(config: RunConfig, sources: Sources, models: dict[str, Stage], folds: dict[str, Stage]) -> Stage:
+def evaluated(config: RunConfig, sources: Sources, rounds: list[Rounds], folds: dict[str, Stage]) -> Stage:
     """`evaluate:all`: all models on the gallery and queries of the evaluate section; or given embeddings, without a model."""
     section, resources = config.evaluate, config.resources.evaluate
     queries, annotations = sources.triplets("queries"), sources.benchmark
@@ -393,9 +401,10 @@ def evaluated(config: RunConfig, sources: Sources, models: dict[str, Stage], fol
         queries=queries,
         gallery=sources.gallery("evaluate"),
         embeddings=sources.embeddings(config.train.tower, "evaluate"),
-        models=models,
+        models=models(config, rounds),
         folds=folds,
         text=_shared_text(config),
+        deltas=rounds[0].own_deltas("queries", "evaluate") if section.own_deltas else None,
         annotations=annotations,
         attributes=Source("evaluate.attributes", section.attributes) if section.attributes else None,
         config=section,

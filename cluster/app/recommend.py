@@ -26,7 +26,7 @@ def recommend(graph: Graph) -> Recommendation | None:
     config, output = graph.config, graph.output(graph.evaluation)
     if not config.evaluate.scores_models or not config.rivals:
         return None
-    baseline, folds = config.evaluate.baseline, output.read_json(FOLDS)
+    baseline, folds = config.evaluate.baseline, output.read_json(FOLDS) if output.exists(FOLDS) else {}
     if folds:
         means = {name: float(np.mean(folds[name])) for name in config.rivals}
         metric, how = "MRR", f"by {config.evaluate.folds}-fold cross-validation, each fold held out of the generator too"

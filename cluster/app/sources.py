@@ -8,7 +8,7 @@ from cluster.config import DecodeResources
 from cluster.errors import UserError
 from cluster.stage import Limit, Source, Stage
 from mining.center import Center
-from mining.config import CaptionsConfig, ExcludeConfig, ViewsConfig
+from mining.config import CaptionsConfig, ExcludeConfig, TripletsConfig, ViewsConfig
 from mining.embed import Embed
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets
 
@@ -106,11 +106,20 @@ class Sources:
             return self._once(IngestQueries(name=name, annotations=self._annotations, max_reject_fraction=self.limit))
         if name == "queries":
             assert self.evaluate.triplets is not None
-            gallery, files = "evaluate", _each("evaluate.triplets", [self.evaluate.triplets])
+            source = TripletsConfig(gallery="evaluate", file=self.evaluate.triplets)
+            files = _each("evaluate.triplets", source.files)
         else:
             source = self.ingest.triplets[name]
-            gallery, files = source.gallery, _each(f"ingest.triplets.{name}.file", source.files)
-        return self._once(IngestTriplets(name=name, gallery=self.gallery(gallery), files=files, max_reject_fraction=self.limit))
+            files = _each(f"ingest.triplets.{name}.file", source.files)
+        return self._once(
+            IngestTriplets(
+                name=name,
+                gallery=self.gallery(source.gallery),
+                files=files,
+                join=source.join,
+                max_reject_fraction=self.limit,
+            )
+        )
 
     def captions(self, name: str) -> Stage:
         """`ingest:<captions>`."""
@@ -126,9 +135,12 @@ class Sources:
         )
 
     def excluded(self, benchmark: str, source: ExcludeConfig) -> Stage:
-        """`ingest:excluded-<benchmark>`: its val and test images, by name, and as a gallery where they are given."""
+        """`ingest:excluded-<benchmark>`: a benchmark's val and test images, and train's where the config says so.
+
+        By name, and as a gallery where they are given.
+        """
         name, field = f"excluded-{benchmark}", f"mine.exclude.{benchmark}"
-        annotations = Annotations(f"{field}.annotations", source.annotations, benchmark=benchmark)
+        annotations = Annotations(f"{field}.annotations", source.annotations, benchmark=benchmark, train=source.train)
         if source.images is None:
             return self._once(IngestExcludedNames(name=name, annotations=annotations, max_reject_fraction=self.limit))
         return self._once(

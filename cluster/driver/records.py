@@ -51,7 +51,7 @@ def log_scores(
     for name, value in values.items():
         if known.get(_metric_name(name)) != value:
             client.log_metric(run_id, _metric_name(name), value, model_id=model)
-    for version in _versions(client, experiment, stage):
+    for version in _versions(client, _registered_name(client, experiment, stage.name), stage):
         for name, value in values.items():
             client.set_model_version_tag(version.name, version.version, _metric_name(name), f"{value:.1f}")
 

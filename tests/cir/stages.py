@@ -66,8 +66,8 @@ def select_confident(output: Output, pseudo: Pseudo, labelled: Output, selection
     ).work(output, running())
 
 
-def with_own_deltas(output: Output, labelled: Output, generated: Output, monitor: Monitor) -> None:
-    SelectOwn(name="x.vdg", triplets=given(labelled), pseudo_triplets=given(generated)).work(output, running())
+def with_own_deltas(output: Output, labelled: Output, generated: Output, monitor: Monitor, alone: bool = False) -> None:
+    SelectOwn(name="x.vdg", triplets=given(labelled), pseudo_triplets=given(generated), alone=alone).work(output, running())
 
 
 def known(benchmark: Benchmark) -> Annotations:
@@ -90,6 +90,7 @@ def evaluate(
     config: EvaluateConfig,
     resources: ActorResources,
     monitor: Monitor,
+    deltas: Output | None = None,
 ) -> None:
     Evaluate(
         name="all",
@@ -98,6 +99,7 @@ def evaluate(
         embeddings=given(embeddings),
         models={name: given(model) for name, model in models.items()},
         text=text,
+        deltas=maybe(deltas),
         annotations=known(benchmark),
         config=config,
         resources=resources,

@@ -50,6 +50,10 @@ def test_merge_leaves_its_inputs_alone() -> None:
         ({"variants": {"semi": {"training": {"stepz": 1}}}}, "train.variants.semi: 1 wrong.*\n.*training.stepz"),
         ({"variants": {"semi": {"shuffle_deltas": True}}}, "'shuffle_deltas' needs 'pseudo: true'"),
         ({"variants": {"semi": {"pseudo_only": True}}}, "'pseudo_only' needs 'pseudo: true'"),
+        (
+            {"variants": {"vdg": {"human_deltas": False}}},
+            "'human_deltas: false' leaves .* no text: it needs 'own_deltas: true'",
+        ),
         ({"variants": {"a/b": {}}}, "variant 'a/b'"),
         ({"variants": {}}, "variants"),
         ({"training": {**BASE["training"], "batch_size": -1}}, "batch_size"),

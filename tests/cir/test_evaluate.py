@@ -59,7 +59,8 @@ def score(folder: Path, arguments: dict[str, Any], **fields: Any) -> Output:
     config = EvaluateConfig.model_validate({"resamples": 500, **fields})
     benchmark = triplets.load(arguments["queries"], arguments["gallery"], arguments["attributes"], config)
     embeddings, gallery, models = (arguments[name] for name in ("embeddings", "gallery", "models"))
-    evaluate(output, benchmark, embeddings, gallery, models, arguments.get("text"), config, ActorResources(actors=2), Silent())
+    text, resources = arguments.get("text"), ActorResources(actors=2)
+    evaluate(output, benchmark, embeddings, gallery, models, text, config, resources, Silent(), arguments.get("deltas"))
     return output
 
 
@@ -173,6 +174,30 @@ def test_models_are_scored_on_an_official_benchmark(run: dict[str, Any], tiny_cl
     embeddings.write_table("part-00000.v0.parquet", rejected, schema)
     with pytest.raises(UserError, match=r"evaluate\.annotations: 1 image.* have no embeddings"):
         evaluate(output, benchmark, embeddings, run["gallery"], run["models"], None, config, ActorResources(actors=2), Silent())
+
+
+def test_queries_are_asked_in_a_generators_deltas(run: dict[str, Any], tmp_path: Path) -> None:
+    human = run["queries"].read_parts(tables.TRIPLETS).to_pylist()
+    told, wrong = (
+        world.triplets(tmp_path / name, [{**row, "deltas": texts(row), "source": "vdg"} for row in human])
+        for name, texts in (("told", lambda row: row["deltas"]), ("wrong", lambda row: human[0]["deltas"]))
+    )
+    plain, same, other = (
+        score(tmp_path / name, {**run, "deltas": deltas}) for name, deltas in (("a", None), ("b", told), ("c", wrong))
+    )
+    recall = [output.read_json("metrics.json")["semi"]["R@1"]["mean"] for output in (plain, same, other)]
+    assert recall[0] == recall[1] > recall[2] + 10
+    said = [output.read_json("protocols.json")[0]["description"] for output in (plain, same)]
+    assert said[1] == said[0] + "; the texts are the generator's, which has seen the targets"
+
+
+def test_a_query_that_the_generator_wrote_nothing_of_asks_nothing(run: dict[str, Any]) -> None:
+    benchmark = triplets.load(run["queries"], run["gallery"], None, EvaluateConfig())
+    first = benchmark.queries[0]
+    asked = benchmark.asked({(first.reference, first.targets[0]): ["turn it red"]})
+    pairs = {(query.reference, query.targets[0]): query.text for query in asked.queries}
+    assert pairs.pop((first.reference, first.targets[0])) == "turn it red"
+    assert set(pairs.values()) == {""}
 
 
 def test_a_cut_off_evaluation_keeps_its_rankings(run: dict[str, Any], tmp_path: Path) -> None:

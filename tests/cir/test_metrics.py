@@ -64,6 +64,33 @@ def test_recall_and_reciprocal_rank() -> None:
     assert metrics.mean_reciprocal_rank(ranks) == pytest.approx(100 * (1 + 0.5 + 0.25 + 0.05) / 4)
 
 
+def test_images_that_score_alike_share_their_mean_rank() -> None:
+    """A target among t others of its score ranks at 1 + the higher ones + t / 2, wherever it stands in the gallery."""
+    ids, gallery = np.arange(9), np.repeat(np.eye(3, dtype=np.float32), 3, axis=0)
+    queries = np.array([[0, 0, 0], [1, 0.5, 0], [1, 0.5, 0], [0.5, 1, 0.2]], np.float32)
+    references, targets = np.array([0, 0, 0, 3]), np.array([8, 1, 5, 8])
+    blocks = [(ids[i : i + 2], gallery[i : i + 2]) for i in range(0, 9, 2)]
+    found = metrics.rank(queries, blocks, references, targets, gallery[targets], top=9)
+    assert found.target_rank.tolist() == [4.5, 1.5, 4.0, 7.0]
+    assert found.image_ids[1].tolist()[:2] == [1, 2]
+
+
+def test_queries_without_content_find_nothing() -> None:
+    ids, gallery = np.arange(100), np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
+    ranks = metrics.rank(np.zeros((100, 8), np.float32), [(ids, gallery)], ids[::-1], ids, gallery, top=10).target_rank
+    assert set(ranks.tolist()) == {50.0}
+    assert metrics.mean_reciprocal_rank(ranks) == pytest.approx(2.0)
+    assert metrics.recall(ranks, 10) == 0.0
+
+
+def test_copies_of_the_target_tie_with_it_whatever_the_rounding() -> None:
+    rng = np.random.default_rng(0)
+    gallery = np.repeat(rng.normal(size=(20, 384)).astype(np.float32), 2, axis=0)
+    queries, targets = gallery + rng.normal(size=gallery.shape).astype(np.float32), np.arange(40)
+    found = metrics.rank(queries, [(targets, gallery)], np.full(40, -5), targets, gallery, top=1)
+    assert set(found.target_rank.tolist()) == {1.5}
+
+
 def test_several_answers_are_right_when_their_attributes_equal_the_targets() -> None:
     classes = {1: 0, 2: 0, 3: 1}
     found = metrics.correct_by_attributes(np.array([[2, 3, 9], [1, 3, -1]]), np.array([1, 3]), classes)
@@ -75,7 +102,15 @@ def test_groups_are_ranked_without_the_reference() -> None:
     members = [np.array([1, 2, 3]), np.array([4, 5])]
     features = np.array([[1.0, 0.0], [0.5, 0.5], [0.9, 0.1], [0.0, 1.0], [1.0, 0.2]])
     ranked = metrics.rank_groups(queries, members, features, np.array([1, 4]))
-    assert [ids.tolist() for ids in ranked] == [[3, 2], [5]]
+    assert [group.image_ids.tolist() for group in ranked] == [[3, 2], [5]]
+    assert [ranked[0].rank_of(3), ranked[0].rank_of(2), ranked[1].rank_of(5)] == [1.0, 2.0, 1.0]
+
+
+def test_members_of_a_group_that_score_alike_share_their_mean_rank() -> None:
+    (group,) = metrics.rank_groups(
+        np.zeros((1, 2)), [np.arange(6)], np.random.default_rng(0).normal(size=(6, 2)), np.array([2])
+    )
+    assert [group.rank_of(image) for image in (0, 1, 3, 4, 5)] == [3.0] * 5
 
 
 def test_bootstrap_gives_the_mean_gain_and_the_normal_interval() -> None:

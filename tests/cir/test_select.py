@@ -138,6 +138,15 @@ def test_own_deltas_join_the_captions_of_their_pairs(tmp_path: Path) -> None:
     assert found == [rows[0], {**rows[1], "deltas": [*rows[1]["deltas"], "turn it red"]}, rows[2]]
 
 
+def test_own_deltas_stand_alone_and_pairs_without_one_are_left_out(tmp_path: Path) -> None:
+    rows = world.triplet_rows(3, 1)
+    labelled = world.triplets(tmp_path / "labelled", rows)
+    own = [{**rows[1], "triplet_id": 1, "deltas": ["turn it red"], "source": "vdg"}]
+    output = Output(str(tmp_path / "select"))
+    with_own_deltas(output, labelled, world.triplets(tmp_path / "generated", own), Silent(), alone=True)
+    assert output.read_parts(tables.TRIPLETS).to_pylist() == [{**rows[1], "deltas": ["turn it red"]}]
+
+
 def test_confident_triplets_join_the_labelled(tmp_path: Path) -> None:
     rows = world.triplet_rows(6, 1)
     pseudo = scored(tmp_path, rows, log_probability=[0, 1, 2, 3, 4, 5])

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.errors import UserError
 from mining.config import GalleryConfig
-from mining.labelled import read_captions, read_triplets
+from mining.labelled import joined, read_captions, read_triplets
 from mining.sources import list_images
 
 KNOWN = {f"dev-{i}": i for i in range(8)}
@@ -68,6 +68,36 @@ def test_one_bad_triplet_is_rejected_alone(tmp_path: Path, changes: dict[str, An
 def test_a_row_that_was_rejected_does_not_take_its_name(tmp_path: Path) -> None:
     triplets, _, rejects = read_triplets(write(tmp_path, [{**GOOD, "captions": []}, GOOD]), KNOWN)
     assert len(triplets) == len(rejects) == 1
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [(["is BLACK.", " has, sleeves?"], "Is black and has, sleeves"), ([", a.b. ", "Is Red"], "A.b and Is Red")],
+)
+def test_captions_are_joined_as_fashioniq_does(captions: list[str], expected: str) -> None:
+    assert joined(captions) == expected
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        (["is red.", "has Sleeves?"], ["Is red and has Sleeves", "Has sleeves and is red", "Is red", "Has sleeves"]),
+        (["is red.", " ?"], ["Is red"]),
+        (["is red", "is long", "is new"], ["Is red", "Is long", "Is new"]),
+    ],
+)
+def test_two_captions_are_trained_on_joined_both_ways_and_alone(
+    tmp_path: Path, captions: list[str], expected: list[str]
+) -> None:
+    (row,), _, rejects = read_triplets(write(tmp_path, [{**GOOD, "captions": captions}]), KNOWN, join=True)
+    assert row["deltas"] == expected
+    assert not rejects
+
+
+def test_captions_of_punctuation_alone_join_to_nothing(tmp_path: Path) -> None:
+    triplets, _, (rejected,) = read_triplets(write(tmp_path, [{**GOOD, "captions": [".", "?"]}]), KNOWN, join=True)
+    assert not triplets
+    assert rejected["reason"] == "empty_delta"
 
 
 def test_groups_are_those_whose_members_are_all_in_the_gallery(tmp_path: Path) -> None:

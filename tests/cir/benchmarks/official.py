@@ -102,8 +102,8 @@ def ranking(benchmark: Benchmark, protocol: Protocol, image_ids: np.ndarray) -> 
         "triplet_id": [query.query_id for query in benchmark.queries],
         "image_ids": list(image_ids),
         "correct": list(benchmark.correct(image_ids)),
-        "target_rank": pa.array((at.argmax(axis=1) + 1).astype(np.int32), mask=~at.any(axis=1)),
-        "subset_rank": pa.nulls(len(targets), pa.int32()),
+        "target_rank": pa.array((at.argmax(axis=1) + 1).astype(np.float32), mask=~at.any(axis=1)),
+        "subset_rank": pa.nulls(len(targets), pa.float32()),
         "reference_first": np.zeros(len(targets), bool),
     }
     return pa.table(columns, schema=RANKINGS)

@@ -20,8 +20,8 @@ from tests.stages import running
 Photos = list[tuple[str, bytes]]
 
 
-def annotations(benchmark: str, part: Part | None) -> Annotations:
-    return Annotations("evaluate.annotations", official.annotations(benchmark), benchmark=benchmark, part=part)
+def annotations(benchmark: str, part: Part | None, train: bool = False) -> Annotations:
+    return Annotations("evaluate.annotations", official.annotations(benchmark), benchmark=benchmark, part=part, train=train)
 
 
 def _stage(kind: type, benchmark: str, part: Part | None, images: str) -> Stage:
@@ -68,11 +68,16 @@ def test_absent_images_are_counted_and_the_first_is_named(tmp_path: Path, photos
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "prefixes"), [("cirr", 2297 + 2315, ["dev-", "test1-"]), ("fashioniq", 15_415 + 15_417 - 266, [])]
+    ("name", "train", "count", "prefixes"),
+    [
+        ("cirr", False, 2297 + 2315, ["dev-", "test1-"]),
+        ("cirr", True, 16_939 + 2297 + 2315, ["dev-", "test1-"]),
+        ("fashioniq", False, 15_415 + 15_417 - 266, []),
+    ],
 )
-def test_names_of_val_and_test_are_excluded(tmp_path: Path, name: str, count: int, prefixes: list[str]) -> None:
+def test_names_of_a_benchmark_are_excluded(tmp_path: Path, name: str, train: bool, count: int, prefixes: list[str]) -> None:
     output = Output(str(tmp_path))
-    excluded = annotations(name, None)
+    excluded = annotations(name, None, train)
     IngestExcludedNames(name="excluded-x", annotations=excluded, max_reject_fraction=Limit(0)).work(output, running())
     rows = output.read_table(LISTING, tables.EXCLUDED).to_pylist()
     assert [row["name"] for row in rows if row["is_prefix"]] == prefixes

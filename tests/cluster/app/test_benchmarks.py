@@ -60,6 +60,11 @@ def test_random_embeddings_give_cirrs_closed_form(tmp_path: Path, ray_session: N
         ),
         (["evaluate.images=x", "evaluate.triplets=x", "evaluate.embeddings=x"], "'embeddings' is not for benchmark 'triplets'"),
         (["evaluate.benchmark=fashioniq", "evaluate.part=test"], "part 'test': fashioniq has no server"),
+        (["evaluate.benchmark=cirr", "evaluate.part=test", "evaluate.own_deltas=true"], "test's targets are hidden"),
+        (
+            ["evaluate.benchmark=cirr", "evaluate.annotations=x", "evaluate.embeddings=x", "evaluate.own_deltas=true"],
+            "'own_deltas' needs models",
+        ),
         (["evaluate.benchmark=circo", "evaluate.remove_reference=true"], "'remove_reference' is for fashioniq alone"),
     ],
 )

@@ -135,6 +135,13 @@ def test_own_deltas_are_written_for_the_labelled_pairs() -> None:
     assert parents(extended.parents["pseudo_triplets"]) == {"mine:labelled", "instruct:vdg", "embed:photo.photos"}
 
 
+def test_queries_are_asked_in_the_generators_deltas_of_their_pairs() -> None:
+    plain, asked = Graph(grocery()), Graph(grocery("evaluate.own_deltas=true"))
+    assert "generate:queries" in parents(asked.evaluation) - parents(plain.evaluation)
+    assert parents(asked["generate:queries"]) == {"mine:queries", "instruct:vdg", "embed:photo.evaluate"}
+    assert asked["train:semi.s0"].digest == plain["train:semi.s0"].digest
+
+
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [

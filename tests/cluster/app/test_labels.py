@@ -30,6 +30,11 @@ def judged(n: int, verdict: str = "right", **fields: Any) -> Judged:
     return Judged(verdict=verdict, **fields)  # type: ignore[arg-type]
 
 
+def said(n: int, verdict: str = "right", **fields: Any) -> dict[str, Any]:
+    """What the store is given of a judgement."""
+    return judged(n, verdict, **fields).model_dump() | {"reference_id": 2, "target_id": 3}
+
+
 @pytest.fixture
 def run(finished: Graph) -> Run:
     """The finished run, without labels."""
@@ -46,36 +51,36 @@ def store(run: Run) -> Store:
 
 
 def test_a_label_that_comes_twice_is_kept_once(run: Run, store: Store) -> None:
-    first = store.add(judged(1, text="red").model_dump(), "ann", "d")
-    assert store.add(judged(1, "wrong").model_dump(), "bob", "d") == first
-    assert Store(run).add(judged(1, "wrong").model_dump(), "bob", "d") == first
+    first = store.add(said(1, text="red"), "ann", "d")
+    assert store.add(said(1, "wrong"), "bob", "d") == first
+    assert Store(run).add(said(1, "wrong"), "bob", "d") == first
     assert list(store) == list(Store(run)) == [first]
     assert {"author", "time", "digest", "reason"} <= set(first)
 
 
 def test_what_another_process_adds_is_seen_and_what_it_left_half_written_is_not(run: Run, store: Store) -> None:
-    store.add(judged(1).model_dump(), "ann", "d")
-    Store(run).add(judged(2).model_dump(), "bob", "d")
+    store.add(said(1), "ann", "d")
+    Store(run).add(said(2), "bob", "d")
     Path(store.folder.path(f".3.json.{'0' * 32}")).write_text('{"label_id": "')
     assert [label["author"] for label in store] == ["ann", "bob"]
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\r\n", "\ud800"])
 def test_a_text_may_hold_any_character(run: Run, store: Store, mark: str) -> None:
-    store.add(judged(1, "edited").model_dump() | {"text": f"red{mark}big"}, "ann", "d")
+    store.add(said(1, "edited") | {"text": f"red{mark}big"}, "ann", "d")
     assert [label["text"] for label in Store(run)] == [f"red{mark}big"]
 
 
 def test_labels_that_come_at_once_are_all_kept(store: Store) -> None:
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: store.add(judged(n % 20).model_dump(), "ann", "d"), range(100)))
+        list(pool.map(lambda n: store.add(said(n % 20), "ann", "d"), range(100)))
     assert len(list(store)) == 20
 
 
 def test_the_last_label_counts_and_undoing_takes_it_back(store: Store) -> None:
     said = [(1, "right", "d"), (1, "wrong", "d"), (2, "right", "d"), (2, "undone", "d"), (3, "right", "e")]
     for n, (triplet, verdict, digest) in enumerate(said):
-        store.add(judged(n, verdict, triplet_id=triplet).model_dump(), "ann", digest)
+        store.add(said(n, verdict, triplet_id=triplet), "ann", digest)
     assert {triplet: label["verdict"] for triplet, label in store.last("d").items()} == {1: "wrong"}
     assert set(store.last()) == {1, 3}
 
@@ -169,7 +174,7 @@ def test_what_people_said_of_pairs(run: Run, labelling: Labelling) -> None:
     assert say(0, verdict="right", text=pairs[0]["deltas"][0]).status_code == 201
     assert say(1, verdict="edited", text="größer <b>").json()["author"] == "ann"
     assert say(2, verdict="wrong").status_code == 201
-    assert client.post("/v1/labels", json={**judged(5).model_dump(), "triplet_id": 5}).status_code == 404
+    assert client.post("/v1/labels", json={**said(5), "triplet_id": 5}).status_code == 404
     assert client.get("/v1/labels/summary").json()["counts"] == {"right": 1, "edited": 1, "wrong": 1}
     assert client.get(f"/v1/pairs/images/{pairs[0]['reference_id']}").headers["content-type"] == "image/jpeg"
     assert client.get("/v1/pairs/images/5").status_code == 404
@@ -234,7 +239,7 @@ def test_lineage_shows_whose_labels_a_run_learned_from(run: Run) -> None:
     content = run.graph.config.model_dump(mode="json")
     labelled = content["ingest"]["triplets"]["labelled"]
     content["ingest"]["triplets"]["taught"] = labelled | {"file": [labelled["file"], frozen.file]}
-    content["train"]["variants"] = {"supervised": {"triplets": "taught"}}
+    content["train"]["variants"], content["rounds"] = {"supervised": {"triplets": "taught"}}, {}
     graph = Graph(RunConfig.model_validate(content))
     graph["ingest:taught"].run(graph.root, Silent())
     assert graph["ingest:taught"] in graph["train:supervised.s0"].parents.values()

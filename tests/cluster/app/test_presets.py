@@ -7,7 +7,8 @@ import pytest
 from cluster.app import config as configs
 from cluster.app.cli import main
 from cluster.app.graph import Graph
-from tests.cluster.app.test_cli import fail, invoke
+from cluster.errors import UserError
+from tests.cluster.app.test_cli import RUNNER, app, fail
 
 OFFLINE = {
     "clothing",
@@ -18,11 +19,17 @@ OFFLINE = {
     *(name for name in configs.presets() if name.startswith("ablation")),
 }  # on the bundled photos
 PAPER = sorted(set(configs.presets()) - OFFLINE)
+MINING = [name for name in PAPER if not name.startswith("table1")]
 TRIPLETS = {"cirr": 28_225, "fashioniq": 18_000}
+MINED = {"cirr": 152_604, "fashioniq": 100_647}  # pairs of the paper's galleries NLVR2' and FashionIQ'
+EPOCHS = {"clip": 10, "blip": 6}
+TABLE_1 = {"supervised": "ingest:labelled", "human_vdg": "select:labelled.vdg", "vdg": "select:labelled.vdg-alone"}
 
 
 def test_the_presets_are_those_that_are_promised() -> None:
-    assert PAPER == ["cirr-blip", "cirr-clip", "fashioniq-blip", "fashioniq-clip", "vdg-13b", "vdg-7b", "vdg-qwen"]
+    retrieval = ["cirr-blip", "cirr-clip", "fashioniq-blip", "fashioniq-clip", "table1-blip", "table1-clip"]
+    generators = ["vdg-13b", "vdg-7b", "vdg-qwen"]
+    assert retrieval + generators == PAPER
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +41,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("preset", PAPER)
+@pytest.mark.parametrize("preset", MINING)
 def test_a_dry_run_marks_every_input_as_missing(preset: str, elsewhere: Path) -> None:
-    shown = invoke("run", preset, "--dry-run")
+    found = RUNNER.invoke(app, ["run", preset, "--dry-run"])
+    shown = found.stdout
+    assert isinstance(found.exception, UserError)
     assert "  found " not in shown
     for field in ("ingest.galleries.unlabelled.images", "ingest.triplets.labelled.file", "evaluate.", "mine.exclude."):
         assert f"missing {field}" in shown
@@ -61,10 +70,12 @@ def test_a_run_names_what_is_missing_and_where_to_get_it(preset: str, elsewhere:
 @pytest.mark.parametrize("preset", PAPER)
 def test_missing_weights_come_with_their_names_on_the_hub(preset: str) -> None:
     config = configs.load(preset, [])
-    weights = {field: one for stage in Graph(config).stages for field, one in stage.weights.items()}
-    problems = {field: one.problem() or "" for field, one in weights.items()}
-    assert len(problems) >= 3
-    for field, problem in problems.items():
+    models = {field: one for stage in Graph(config).stages for field, one in stage.pretrained.items()}
+    assert len(models) >= 3
+    for field, model in models.items():
+        with pytest.raises(UserError) as missing:
+            model.check()
+        problem = str(missing.value)
         origin = next(said for name, said in config.sources.items() if field.startswith(name))
         assert "is not in the local cache and cannot be fetched" in problem
         assert problem.split("'")[1] in origin
@@ -82,9 +93,10 @@ def test_the_command_ends_with_an_error(monkeypatch: pytest.MonkeyPatch, capfd: 
 def test_steps_are_the_papers_epochs(preset: str) -> None:
     config = configs.load(preset, [])
     triplets = TRIPLETS[config.evaluate.benchmark]
-    epochs = {"clip": 10, "blip": 6}[config.train.tower]
-    for training, count in ((config.instruct.training, 10), (config.train.training, epochs)):
-        assert training.steps == pytest.approx(count * triplets / training.batch_size, abs=1)
+    sizes = {name: MINED[config.evaluate.benchmark] if name == "pseudo_only" else triplets for name in config.train.variants}
+    trainings = [(config.train.variant(name).training, EPOCHS[config.train.tower], size) for name, size in sizes.items()]
+    for training, epochs, size in ((config.instruct.training, 10, triplets), *trainings):
+        assert training.steps == pytest.approx(epochs * size / training.batch_size, abs=1)
     if config.align is not None:
         assert config.align.training.steps == pytest.approx(595_375 / config.align.training.batch_size, abs=1)
 
@@ -96,3 +108,31 @@ def test_a_retrieval_preset_takes_another_generator(part: str, elsewhere: Path) 
     config = configs.load(str(own), [])
     assert config.train.tower == "blip"
     assert config.vdg == configs.load(part, []).vdg
+
+
+@pytest.mark.parametrize("preset", MINING)
+def test_rows_of_the_paper_learn_from_the_generators_deltas_of_the_labelled_pairs(preset: str) -> None:
+    train = configs.load(preset, []).train
+    own = {name for name in train.variants if train.variant(name).own_deltas}
+    assert own == {"semi", "human_vdg", "vdg"} & set(train.variants)
+
+
+@pytest.mark.parametrize("tower", ["blip", "clip"])
+def test_table_1_is_trained_and_tested_on_the_generators_deltas(tower: str) -> None:
+    human, generated = (Graph(configs.load(f"{preset}-{tower}", [])) for preset in ("cirr", "table1"))
+    assert "deltas" not in human.evaluation.parents
+    assert generated.evaluation.parents["deltas"].instance == "generate:queries"
+    for variant, triplets in TABLE_1.items():
+        trained = human[f"train:{variant}.s0"]
+        assert trained.parents["triplets"].instance == triplets
+        assert trained.digest == generated[f"train:{variant}.s0"].digest  # (a) and (d), (b) and (e), (c) and (f) share a model
+    assert {stage.instance for stage in generated.stages if stage.kind == "train"} == {f"train:{name}.s0" for name in TABLE_1}
+
+
+@pytest.mark.parametrize(("preset", "joins", "train"), [("cirr-clip", False, True), ("fashioniq-clip", True, False)])
+def test_captions_and_galleries_are_those_of_the_paper(preset: str, joins: bool, train: bool) -> None:
+    graph = Graph(configs.load(preset, []))
+    assert graph["ingest:labelled"].settings["join"] is joins
+    (excluded,) = [stage for stage in graph.stages if stage.instance.startswith("ingest:excluded-")]
+    listed = {Path(file).name for file in excluded.annotations.files}  # type: ignore[attr-defined]
+    assert any(".train." in name for name in listed) is train

@@ -150,3 +150,14 @@ def test_too_many_rejects_stop_the_run_and_name_the_first(finished: Graph, world
     graph = Graph(configs.load(config, [f"evaluate.triplets={broken}"]))
     with pytest.raises(UserError, match=r"ingest:queries: 1 of 1 rows were rejected.*unknown_image"):
         runner.run(graph, graph.select("evaluate", None, None))
+
+
+def test_the_models_of_a_run_are_asked_in_the_generators_deltas(finished: Graph, config: str) -> None:
+    from mining import tables
+
+    asked = ["--set", "evaluate.own_deltas=true"]
+    shown = invoke("evaluate", config, *asked)
+    graph = Graph(configs.load(config, asked[1:]))
+    written = graph.output(graph["generate:queries"]).read_parts(tables.TRIPLETS)
+    assert 0 < len(written) <= sum(graph.output(graph["mine:queries"]).part_rows().values())
+    assert "the texts are the generator's" in " ".join(shown.split())

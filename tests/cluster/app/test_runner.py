@@ -243,7 +243,10 @@ def test_no_password_of_a_config_is_kept(ray_session: None, tmp_path: Path, caps
 
 
 def test_rows_that_would_keep_a_password_are_refused(tmp_path: Path) -> None:
-    made = Graph(configs.load("grocery", [f"root={tmp_path}/root", SECRETS[0]]))
-    with pytest.raises(UserError, match=r"evaluate.images: it holds a password, which the output's rows would keep") as refused:
+    images = "ingest.galleries.photos.images=nosuch://key:s3cr3t@bucket/photos"
+    made = Graph(configs.load("grocery", [f"root={tmp_path}/root", images, "ingest.galleries.photos.copy_images=false"]))
+    with pytest.raises(
+        UserError, match=r"ingest.galleries.photos.images: it holds a password, which the output's rows would keep"
+    ) as refused:
         runner.run(made, made.select(None, None, None))
     assert "s3cr3t" not in without_user(str(refused.value))
