@@ -89,7 +89,7 @@ def test_rankings_agree_with_the_metrics(run: dict[str, Any], tmp_path: Path) ->
         assert query["reference_id"] not in row["image_ids"]
         assert row["correct"] == [looks[i] == looks[query["target_id"]] for i in row["image_ids"]]
         if row["target_rank"] <= 10:
-            assert row["image_ids"][row["target_rank"] - 1] == query["target_id"]
+            assert row["image_ids"][int(row["target_rank"]) - 1] == query["target_id"]
     right = [any(row["correct"][:5]) for row in ranking]
     metrics = output.read_json("metrics.json")["semi"]
     assert metrics["R@5"]["seeds"][1] == pytest.approx(100 * np.mean(right))
