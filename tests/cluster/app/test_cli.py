@@ -101,7 +101,7 @@ def test_unknown_preset() -> None:
 def test_unreachable_mlflow_stops_before_any_work(config: str, tmp_path: Path) -> None:
     message = fail("run", config, "--set", "tracking.uri=http://127.0.0.1:9")
     assert "tracking.uri: MLflow at http://127.0.0.1:9 cannot be used" in message
-    assert not (tmp_path / "root").exists()
+    assert not [path for path in (tmp_path / "root").rglob("*") if path.is_file()]
 
 
 def test_mistakes_are_one_message_on_standard_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -78,8 +78,8 @@ def test_labels_that_come_at_once_are_all_kept(store: Store) -> None:
 
 
 def test_the_last_label_counts_and_undoing_takes_it_back(store: Store) -> None:
-    said = [(1, "right", "d"), (1, "wrong", "d"), (2, "right", "d"), (2, "undone", "d"), (3, "right", "e")]
-    for n, (triplet, verdict, digest) in enumerate(said):
+    judgements = [(1, "right", "d"), (1, "wrong", "d"), (2, "right", "d"), (2, "undone", "d"), (3, "right", "e")]
+    for n, (triplet, verdict, digest) in enumerate(judgements):
         store.add(said(n, verdict, triplet_id=triplet), "ann", digest)
     assert {triplet: label["verdict"] for triplet, label in store.last("d").items()} == {1: "wrong"}
     assert set(store.last()) == {1, 3}
@@ -174,7 +174,7 @@ def test_what_people_said_of_pairs(run: Run, labelling: Labelling) -> None:
     assert say(0, verdict="right", text=pairs[0]["deltas"][0]).status_code == 201
     assert say(1, verdict="edited", text="größer <b>").json()["author"] == "ann"
     assert say(2, verdict="wrong").status_code == 201
-    assert client.post("/v1/labels", json={**said(5), "triplet_id": 5}).status_code == 404
+    assert client.post("/v1/labels", json=judged(5).model_dump()).status_code == 404
     assert client.get("/v1/labels/summary").json()["counts"] == {"right": 1, "edited": 1, "wrong": 1}
     assert client.get(f"/v1/pairs/images/{pairs[0]['reference_id']}").headers["content-type"] == "image/jpeg"
     assert client.get("/v1/pairs/images/5").status_code == 404

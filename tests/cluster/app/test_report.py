@@ -2,7 +2,9 @@
 
 import base64
 import json
+import random
 import re
+import string
 import sys
 from collections.abc import Callable
 from io import BytesIO
@@ -238,7 +240,10 @@ def test_lists_every_stage(tmp_path: Path, photos: Photos) -> None:
     assert f"vdg run {tmp_path}/runs/grocery/config.yaml" in page
 
 
-@pytest.mark.parametrize("text", [" ".join(map(str, range(160_000))), "".join(map(str, range(190_000)))])
+LETTERS = "".join(random.Random(0).choices(string.ascii_lowercase, k=1_000_000))
+
+
+@pytest.mark.parametrize("text", [" ".join(map(str, range(160_000))), LETTERS], ids=["words", "one word"])
 def test_a_text_of_a_megabyte_does_not_fill_it(
     tmp_path: Path, photos: Photos, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
