@@ -61,7 +61,8 @@ def rank_all(
 
     A target's rank is 1 + the images that score higher + half of those that score alike: what it has on average where ties
     are broken by chance, so that a model which tells nothing apart finds nothing. Every search ranks the same scores.
-    `queries` and `targets` (the targets' own features) are [queries, dim]. Raises UserError when a vector is not finite: nothing scores higher than NaN, so its target would rank first.
+    `queries` and `targets` (the targets' own features) are [queries, dim]. Raises UserError when a vector is not finite:
+    nothing scores higher than NaN, so its target would rank first.
     """
     queries = unit(_finite("query", queries))
     target_scores = np.einsum("qd,qd->q", queries, unit(_finite("target", targets)))
