@@ -3,6 +3,8 @@
 CPU tasks decode to uint8, a pool of actors runs the tower, CPU tasks write: one part a (gallery part, view).
 """
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -75,7 +77,7 @@ class Embed(Stage):
                     Embedder,
                     fn_constructor_args=(self.tower, resources.batch_size, output, resources.cpus),
                     batch_size=1,
-                    compute=ray.data.ActorPoolStrategy(size=resources.actors),
+                    compute=_pool(resources),
                     **resources.ray_options(),
                 )
             )
@@ -148,8 +150,16 @@ def _decode_part(
     }
 
 
+def _pool(resources: EmbedResources) -> "ray.data.ActorPoolStrategy":
+    """On a GPU one part goes through the tower while another is unpacked, moved and written."""
+    import ray.data
+
+    together = {"enable_true_multi_threading": True, "max_concurrent_calls_per_actor": 2} if resources.gpus else {}
+    return ray.data.ActorPoolStrategy(size=resources.actors, **together)
+
+
 class Embedder:
-    """An actor that holds the tower and turns one decoded part into one written part."""
+    """An actor that holds the tower and turns decoded parts into written parts; threads may call it."""
 
     def __init__(self, config: TowerConfig, batch_size: int, output: Output, cpus: float) -> None:
         from cluster.devices import limit_threads
@@ -158,6 +168,7 @@ class Embedder:
 
         limit_threads(cpus)
         self.tower, self.batch_size, self.output = ImageTower(config), batch_size, output
+        self.local = threading.local()
         record_environment(output, config.precision)
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -188,7 +199,18 @@ class Embedder:
         import torch
 
         batches = [torch.from_numpy(pixels[i : i + self.batch_size].copy()) for i in range(0, len(pixels), self.batch_size)]
-        return torch.cat([self.tower(batch).half().cpu() for batch in batches]).numpy()
+        with self._stream():
+            return torch.cat([self.tower(batch).half() for batch in batches]).cpu().numpy()
+
+    def _stream(self) -> AbstractContextManager[object]:
+        """This thread's own CUDA stream, so that it waits for its own part alone."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return nullcontext()
+        if not hasattr(self.local, "stream"):
+            self.local.stream = torch.cuda.Stream()
+        return torch.cuda.stream(self.local.stream)
 
 
 def _reject(key: str, reason: str, detail: str) -> dict[str, str]:

@@ -34,6 +34,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 _BITS, _SAMPLE_FORMAT, _UNSIGNED, _SIGNED, _WHITE_IS_ZERO = 258, 339, 1, 2, 0  # of TIFF
 _RANGES = {"F": (1, 255, 65535), "I": (255, 65535, 2**31 - 1, 2**32 - 1)}  # that 32 bits are used for
 
@@ -61,22 +62,45 @@ def decode(content: bytes, max_pixels: int | None = None, formats: list[str] | t
 
     `formats`: Pillow's names of those that are tried. Raises BadImage: empty_file, not_an_image, too_large or truncated.
     """
-    if not content:
-        raise BadImage("empty_file", "0 bytes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            image: Image.Image = Image.open(BytesIO(content), formats=formats)
-        except Exception as error:  # of whatever class: each of Pillow's decoders has its own
-            reason = "too_large" if isinstance(error, Image.DecompressionBombError) else "not_an_image"
-            raise BadImage(reason, str(error)) from error
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise BadImage("too_large", f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
-        try:
-            image.load()
-            return _upright(_to_rgb(image), _orientation(image))
-        except Exception as error:
-            raise BadImage("truncated", str(error)) from error
+        return _loaded(_opened(content, max_pixels, formats))
+
+
+def checked_size(content: bytes, max_pixels: int | None = None) -> tuple[int, int]:
+    """Width and height, upright, of an image that can be decoded whole.
+
+    A JPEG is decoded at an eighth of its size: all its data is read, in a third of the time. Raises BadImage, as `decode`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _opened(content, max_pixels, FORMATS)
+        width, height = image.size
+        if image.draft(None, (1, 1)) is None:
+            return _loaded(image).size
+        _loaded(image)
+        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+
+
+def _opened(content: bytes, max_pixels: int | None, formats: list[str] | tuple[str, ...]) -> Image.Image:
+    if not content:
+        raise BadImage("empty_file", "0 bytes")
+    try:
+        image: Image.Image = Image.open(BytesIO(content), formats=formats)
+    except Exception as error:  # of whatever class: each of Pillow's decoders has its own
+        reason = "too_large" if isinstance(error, Image.DecompressionBombError) else "not_an_image"
+        raise BadImage(reason, str(error)) from error
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise BadImage("too_large", f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
+    return image
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+        return _upright(_to_rgb(image), _orientation(image))
+    except Exception as error:
+        raise BadImage("truncated", str(error)) from error
 
 
 def _orientation(image: Image.Image) -> int:

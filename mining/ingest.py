@@ -21,7 +21,7 @@ from cluster.stage import LOOKED_UP, Limit, Run, Source, Stage
 from mining import tables
 from mining.config import GalleryConfig
 from mining.gallery import GROUPS, keys, part_name
-from mining.images import BadImage, decode, has_suffix, without_suffix
+from mining.images import BadImage, checked_size, has_suffix, without_suffix
 from mining.labelled import read_captions, read_rows, read_triplets, strings
 from mining.sources import LISTED_ROWS, BytesReader, counted, list_images, normal, read_names, reject
 
@@ -174,15 +174,15 @@ def _gallery_row(
     reader: BytesReader, entry: dict[str, Any], gallery: str, copy_images: bool, max_pixels: int
 ) -> dict[str, Any]:
     content = reader.read(entry["uri"], entry["offset"], entry["length"])
-    image = decode(content, max_pixels)
+    width, height = checked_size(content, max_pixels)
     place = {} if copy_images else {"uri": entry["uri"], "offset": entry["offset"], "length": len(content)}
     return {
         "image_id": tables.stable_id(gallery, entry["key"]),
         "key": entry["key"],
         "image": content if copy_images else None,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "width": image.width,
-        "height": image.height,
+        "width": width,
+        "height": height,
         **place,
     }
 

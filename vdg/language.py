@@ -27,7 +27,18 @@ def load_language_model(weights: Weights, dtype: torch.dtype, partitioned: bool 
     If `partitioned`, each rank of the process group holds a share of every weight (ZeRO-3). The weights' own generation
     defaults (temperature, penalties) are dropped: ours alone count.
     """
-    return _load(AutoModelForCausalLM, weights, dtype, partitioned)
+    return with_fused_kernels(_load(AutoModelForCausalLM, weights, dtype, partitioned))
+
+
+def with_fused_kernels(model: PreTrainedModel) -> PreTrainedModel:
+    """On a GPU with Liger's norms, rotary embeddings and gated layers, where they are installed (extra `gpu`) and fit it."""
+    if torch.cuda.is_available():
+        try:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        except ImportError:
+            return model
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return model
 
 
 def load_image_text_model(weights: Weights, dtype: torch.dtype, partitioned: bool = False) -> PreTrainedModel:

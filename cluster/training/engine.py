@@ -20,7 +20,9 @@ def process_group() -> Iterator[None]:
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        # gloo would carry a GPU's gradients through the processor's memory
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             yield
         finally:
@@ -58,13 +60,19 @@ def build_engine(module: Any, config: TrainingConfig, world: int) -> Any:
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": config.gradient_clip,
-            "zero_optimization": {"stage": config.zero_stage},
+            "zero_optimization": {"stage": config.zero_stage, **_norm(config)},
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": uses_bf16(config.precision)},
+            # looking for an overflow tensor by tensor takes longer than the rest of a step's update; the loop looks at the loss
+            "bf16": {"enabled": uses_bf16(config.precision), "check_grad_overflow": False},
             "steps_per_print": 2**31,
         },
     )
     return engine
+
+
+def _norm(config: TrainingConfig) -> dict[str, bool]:
+    """The gradients' norm is only for clipping; ZeRO-3 cannot do without."""
+    return {} if config.gradient_clip or config.zero_stage == 3 else {"compute_grad_norm": False}
 
 
 def learning_rate_factor(config: TrainingConfig, step: int) -> float:

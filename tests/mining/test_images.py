@@ -1,6 +1,7 @@
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from mining.config import TowerConfig, ViewsConfig
-from mining.images import _OPERATIONS, BadImage, _augment, _crop_box, _to_rgb, decode, render
+from mining.images import _OPERATIONS, BadImage, _augment, _crop_box, _to_rgb, checked_size, decode, render
 
 PROJECT = Path(__file__).parents[2]
 TOWER = TowerConfig(library="timm", model="unused", image_size=64)
@@ -33,9 +34,36 @@ def jpeg(width: int = 90, height: int = 60) -> bytes:
     ],
 )
 def test_bad_images_have_a_reason(content: bytes, reason: str) -> None:
-    with pytest.raises(BadImage) as error:
-        decode(content, max_pixels=100_000)
-    assert error.value.reason == reason
+    for read in (decode, checked_size):
+        with pytest.raises(BadImage) as error:
+            read(content, max_pixels=100_000)
+        assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_the_checked_size_is_that_of_the_decoded_image(kind: str, turn: int) -> None:
+    for side in (3, 61, 96):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = turn
+        content = encoded(Image.new("RGB", (side, 40)), kind, exif=exif)
+        assert checked_size(content) == decode(content).size
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_is_cut_anywhere_is_checked_as_it_is_decoded(progressive: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    whole = encoded(Image.fromarray(pixels), "JPEG", progressive=progressive)
+    for end in range(1, len(whole), 101):
+        assert _reason(checked_size, whole[:end]) == _reason(decode, whole[:end])
+
+
+def _reason(read: Callable[[bytes], object], content: bytes) -> str | None:
+    try:
+        read(content)
+    except BadImage as error:
+        return error.reason
+    return None
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cluster.errors import UserError
 from vdg.config import GenerateConfig, VdgConfig
@@ -74,30 +74,15 @@ class Backbone(nn.Module, ABC):
             B texts (paper's post-processing; may be empty) and B mean log-probabilities (nats) of the generated tokens,
             end of text included, under the model's own distribution: before temperature and top-k.
         """
-        ids = self.generate_ids(batch, config, recorder := _LogProbabilities(), seed)
+        ids, scores = self.decode(batch, config, seed)
         lengths = _lengths(ids, self.tokenizer.eos_token_id)
         texts = [clean(self.tokenizer, row[:length]) for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
         spoken = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
-        means = (recorder.of(ids) * spoken).sum(1) / lengths
-        return texts, means.tolist()
+        return texts, (scores.where(spoken, 0).sum(1) / lengths).tolist()
 
-    def generate_ids(self, batch: Batch, config: GenerateConfig, recorder: LogitsProcessor, seed: int) -> Tensor:
-        """New ids [B, at most max_new_tokens], decoded with a KV cache until every row has ended."""
-        device = self.language_model.device
-        inputs = self.model_inputs({name: value.to(device) for name, value in batch.items()})
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            ids = self.language_model.generate(
-                **inputs, generation_config=self._decoding(config), logits_processor=LogitsProcessorList([recorder])
-            )
-        return ids[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else ids
-
-    def _decoding(self, config: GenerateConfig) -> GenerationConfig:
-        end = self.tokenizer.eos_token_id
-        sampling = {} if config.greedy else {"temperature": config.temperature, "top_k": config.top_k}
-        return GenerationConfig(
-            max_new_tokens=config.max_new_tokens, do_sample=not config.greedy, eos_token_id=end, pad_token_id=end, **sampling
-        )
+    @abstractmethod
+    def decode(self, batch: Batch, config: GenerateConfig, seed: int) -> tuple[Tensor, Tensor]:
+        """New ids [B, at most max_new_tokens], until every row has ended, and their log-probabilities under the model."""
 
     def merge(self) -> None:
         """Fold LoRA into the language model's weights: as good as free at generation, but no longer trainable."""
@@ -142,33 +127,3 @@ def _lengths(ids: Tensor, end: int) -> Tensor:
     """Number of generated tokens [B] of ids [B, T], end of text included."""
     ended = (ids == end).int()
     return torch.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1])
-
-
-class _LogProbabilities(LogitsProcessor):
-    """Records the log-probability of each chosen token while `generate` runs.
-
-    It sees the raw logits of a step before temperature and top-k, and at the next step the token that was chosen. So one
-    step's logits are held, where `output_logits` holds all: 200 kB a row and token for a vocabulary of 50,000.
-    """
-
-    def __init__(self) -> None:
-        self.recorded: list[Tensor] = []
-        self.logits: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Take a step's logits [B, vocabulary], unchanged; `input_ids` [B, t] are the tokens generated so far."""
-        if self.logits is not None:
-            self.recorded.append(_log_probability(self.logits, input_ids[:, -1]))
-        self.logits = scores
-        return scores
-
-    def of(self, ids: Tensor) -> Tensor:
-        """Log-probabilities [B, T] of the generated ids [B, T]."""
-        if len(self.recorded) < ids.shape[1]:
-            assert self.logits is not None
-            self.recorded.append(_log_probability(self.logits, ids[:, -1]))
-        return torch.stack(self.recorded[: ids.shape[1]], 1)
-
-
-def _log_probability(logits: Tensor, chosen: Tensor) -> Tensor:
-    return -functional.cross_entropy(logits, chosen, reduction="none")  # fused: half the time of a logsumexp

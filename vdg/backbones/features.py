@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from mining.features import centred
 from vdg.backbones.base import Backbone, Batch, collate, with_lora
-from vdg.config import VdgConfig
+from vdg.backbones.decoding import Decoder
+from vdg.config import GenerateConfig, VdgConfig
 from vdg.description import Description
 from vdg.language import load_language_model, load_tokenizer
 from vdg.prompts import IMAGE, INSTRUCTIONS, answer_ids, caption_prompt, pair_prompt
@@ -93,10 +94,23 @@ class FeatureBackbone(Backbone):
 
     def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Embeddings; padding is on the right, so causal attention needs no mask and positions count from 0."""
-        embeddings = self.embed(batch["ids"], batch["features"])
-        if "targets" in batch:
-            return {"inputs_embeds": embeddings}
-        return {"inputs_embeds": embeddings, "attention_mask": torch.ones_like(batch["ids"])}
+        return {"inputs_embeds": self.embed(batch["ids"], batch["features"])}
+
+    def decode(self, batch: Batch, config: GenerateConfig, seed: int) -> tuple[Tensor, Tensor]:
+        """By a decoder of our own: all prompts are of one length, and begin alike."""
+        ids, device = batch["ids"], self.language_model.device
+        begin = int(((ids == ids[:1]).all(0) & (ids[0] != IMAGE)).int().cumprod(0).sum())
+        rest = self.embed(ids[:, begin:].to(device), batch["features"].to(device))
+        return self._decoder(ids[:1, :begin].to(device), rest, config, seed)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.language_model, self.tokenizer.eos_token_id)
+
+    def merge(self) -> None:
+        """As for any backbone."""
+        super().merge()
+        self.__dict__.pop("_decoder", None)  # it holds the model, as it was
 
     def embed(self, ids: Tensor, features: Tensor) -> Tensor:
         """Embeddings [B, T, width] of ids [B, T], the projected features [B, images, tokens, dim] in the IMAGE slots."""

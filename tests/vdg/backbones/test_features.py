@@ -92,14 +92,14 @@ def test_unknown_lora_target_is_named(vdg):
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_score_equals_teacher_forcing(generator, greedy):
+def test_score_equals_teacher_forcing(generator, greedy, monkeypatch):
     features, spoken = _features(6), []
     config = GenerateConfig(greedy=greedy, temperature=3.0, top_k=20, max_new_tokens=12)
-    decode = generator.language_model.generate
-    generator.language_model.generate = lambda *a, **k: spoken.append(decode(*a, **k)) or spoken[0]
+    decode = generator.decode
+    monkeypatch.setattr(generator, "decode", lambda *a: spoken.append(decode(*a)) or spoken[0])
     _, scores = generator.generate(_asked(generator, features), config, seed=3)
     prompt = pair_prompt(generator.tokenizer, "short", TOKENS * 3)
-    for row, ids in enumerate(spoken[0].tolist()):
+    for row, ids in enumerate(spoken[0][0].tolist()):
         answer = ids[: ids.index(1) + 1] if 1 in ids else ids
         batch = {"features": features[row : row + 1], **collate([prompt], [answer])}
         assert scores[row] == pytest.approx(-float(generator(batch)["loss"].detach()), abs=1e-4)

@@ -118,10 +118,10 @@ def test_greedy_decoding_does_not_depend_on_the_batch(generator, inputs, picture
 
 def test_score_equals_teacher_forcing(generator, inputs, pictures, monkeypatch):
     end, spoken = generator.tokenizer.eos_token_id, []
-    decode_ids = generator.generate_ids
-    monkeypatch.setattr(generator, "generate_ids", lambda *a: spoken.append(decode_ids(*a)) or spoken[0])
+    decode = generator.decode
+    monkeypatch.setattr(generator, "decode", lambda *a: spoken.append(decode(*a)) or spoken[0])
     _, scores = generator.generate(inputs.pairs(*pictures), GenerateConfig(temperature=3.0, max_new_tokens=9), seed=3)
-    for row, ids in enumerate(spoken[0].tolist()):
+    for row, ids in enumerate(spoken[0][0].tolist()):
         answer = ids[: ids.index(end) + 1] if end in ids else ids
         monkeypatch.setattr("vdg.backbones.image_text.answer_ids", lambda *_, answer=answer: answer)
         batch = inputs.pairs(*_row(pictures, row), [""])
