@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from cir.config import TextTower, VariantConfig
+from cir.config import VariantConfig
 from cir.select import Pseudo, pseudo_of
 from cir.tasks import TASKS
 from cir.tasks.triplets import Gallery, TripletTask
@@ -11,6 +11,7 @@ from cluster.config import WorkerResources
 from cluster.errors import UserError
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import train, unfit
+from mining.config import TextTower
 from mining.embeddings import INFO
 from mining.features import Features, copy_mean, features_of
 
@@ -119,7 +120,7 @@ def _check_text_tower(tower: TextTower, fusion: str, dim: int) -> None:
         _check_known(tower.model or "")
     if fusion == "combiner":
         from cir.models.composed import check_widths
-        from cir.models.text import text_width
+        from mining.texts import text_width
 
         width = text_width(tower)
         if width is not None:

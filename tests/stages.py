@@ -9,7 +9,7 @@ from safetensors.numpy import save
 
 from cir.benchmarks.benchmark import Benchmark
 from cir.benchmarks.official import Annotations
-from cir.config import EvaluateConfig, PseudoSelection, TextTower, VariantConfig
+from cir.config import EvaluateConfig, PseudoSelection, VariantConfig
 from cir.evaluate import Evaluate, EvaluateGiven
 from cir.score import Score, Scoring
 from cir.select import Pseudo, Select, SelectOwn
@@ -25,7 +25,7 @@ from cluster.config import (
 )
 from cluster.monitor import Monitor, Silent
 from cluster.stage import Limit, Run, Source, Stage
-from mining.config import CaptionsConfig, GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig
+from mining.config import CaptionsConfig, GalleryConfig, IngestConfig, MineConfig, TextTower, TowerConfig, ViewsConfig
 from mining.embed import Embed
 from mining.embeddings import MEAN, plain_parts, read_part
 from mining.exclude import Exclude

@@ -13,8 +13,8 @@ from cir.losses import Pairs, Unlabelled
 from cir.models.combiner import Combiner
 from cir.models.residual import ResidualFusion
 from cir.models.retrieval import Retrieval
-from cir.models.text import TextEncoder
 from cluster.errors import UserError
+from mining.texts import TextEncoder
 
 FIRST_LOG_SCALE = 2.9
 MAX_SCALE = 100.0

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TypedDict, TypeVar
 
 from cir.benchmarks.official import Annotations, IngestExcluded, IngestExcludedNames, IngestImages, IngestQueries
-from cir.config import TextTower, VariantConfig
+from cir.config import VariantConfig
 from cir.evaluate import Evaluate, EvaluateGiven
 from cir.index import Index
 from cir.score import Score
@@ -24,7 +24,7 @@ from cluster.config import DecodeResources
 from cluster.errors import UserError
 from cluster.stage import Limit, Source, Stage
 from mining.center import Center
-from mining.config import CaptionsConfig, ExcludeConfig, ViewsConfig
+from mining.config import CaptionsConfig, ExcludeConfig, TextTower, ViewsConfig
 from mining.embed import Embed
 from mining.exclude import Exclude
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets

@@ -7,7 +7,7 @@ import regex
 import torch
 from torch import nn
 
-from cir.config import TextTower
+from mining.config import TextTower
 from mining.towers import open_clip_source
 
 ENCODE_BATCH = 256
