@@ -47,7 +47,7 @@ class Align(Stage):
         require_rows(captions, "captions")
         images = captions.read_parts(tables.CAPTIONS, ["image_id"])["image_id"].to_numpy()
         features.check(images, f"align.captions ({captions.uri})")
-        self.vdg.language_model.location()
+        self.vdg.locate()
         description = describe("align", features, self.vdg)
         write_description(output, description, features)
         task = AlignTask(features, captions, description, self.align)

@@ -34,17 +34,17 @@ def export_generator(model: Output, folder: Path) -> list[str]:
 
 def _adapter_config(description: Description, names: list[str]) -> Any:
     """The layers are named in full, so that layers of an image tower that are named alike stay as they are."""
-    from vdg.backbones.base import lora_config
+    from vdg.backbones.language import lora_config
 
     layers = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names})
     config = lora_config(description.vdg, layers)
     config.inference_mode = True
-    config.base_model_name_or_path = description.vdg.language_model.location()
+    config.base_model_name_or_path = description.vdg.language.location()
     return config
 
 
 def _notes(description: Description) -> list[str]:
-    base = description.vdg.language_model.location()
+    base = description.vdg.language.location()
     notes = [f"The LoRA loads with PEFT alone: `PeftModel.from_pretrained(base, FOLDER)`, `base` being {base}."]
     if base.endswith(".gguf"):
         notes.append("The base is a GGUF file: give transformers its folder and `gguf_file`, and de-quantise it.")

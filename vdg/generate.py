@@ -38,7 +38,7 @@ class Generate(Stage):
     table = "pseudo_triplets"
     pairs: Stage
     vdg: Instruct
-    embeddings: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of the pairs' images, for backbone 'features'
+    embeddings: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of the pairs' images, where a tower sees them
     galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where pixels are seen
     config: GenerateConfig
     seed: int
@@ -55,14 +55,14 @@ class Generate(Stage):
 
     @cached_property
     def weights(self) -> dict[str, Weights]:
-        """The generator is built on its language model."""
+        """The generator is built on those of its language model or text encoder."""
         return super().weights | self.vdg.weights
 
     def work(self, output: Output, run: Run) -> None:
-        """Raises UserError when the model is no trained generator, or its language model is missing, before an actor starts."""
+        """Raises UserError when the model is no trained generator, or lacks what it is built on, before an actor starts."""
         pairs, model = run.output(self.pairs), run.output(self.vdg)
         images = images_of(run, self.embeddings, self.galleries, None)
-        read_description(model).vdg.language_model.location()
+        read_description(model).vdg.locate()
         images.check(_image_ids(pairs), f"mine: {pairs.uri}")
         job = Generation(output, images, pairs, model, self.config, self.seed)
         run_actors(PartGenerator, job, pairs.part_rows(), self.resources, run.monitor, "delta")
