@@ -1,4 +1,4 @@
-"""A trained generator as files that load without this package: its LoRA for PEFT, its projection as safetensors."""
+"""A trained generator as files that load elsewhere: its LoRA for PEFT, its projection, or a whole chooser, as safetensors."""
 
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,30 @@ PROJECTION = "projection."
 
 
 def export_generator(model: Output, folder: Path) -> list[str]:
-    """Write a PEFT adapter folder, the projection and the description. Returns notes on what loads how.
+    """Write a PEFT adapter folder, the projection and the description, or a chooser. Returns notes on what loads how.
 
     Raises UserError when `model` holds no generator.
     """
+    description = read_description(model)
+    (folder / DESCRIPTION).write_bytes(model.read_bytes(DESCRIPTION))
+    if model.exists(MEAN):
+        (folder / MEAN).write_bytes(model.read_bytes(MEAN))
+    if description.vdg.backbone == "chooser":
+        (folder / WEIGHTS).write_bytes(model.read_bytes(WEIGHTS))
+        return [f"{WEIGHTS} chooses among the {len(description.texts)} texts of {DESCRIPTION}; that needs this package."]
+    return _language_model(model, description, folder)
+
+
+def _language_model(model: Output, description: Description, folder: Path) -> list[str]:
     from safetensors.torch import load, save_file
 
-    description = read_description(model)
     weights = load(model.read_bytes(WEIGHTS))
     lora = {name.removeprefix(LORA).replace(".default.", "."): w for name, w in weights.items() if name.startswith(LORA)}
     save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _adapter_config(description, list(lora)).save_pretrained(str(folder))
-    (folder / DESCRIPTION).write_bytes(model.read_bytes(DESCRIPTION))
     projection = {name.removeprefix(PROJECTION): w for name, w in weights.items() if name.startswith(PROJECTION)}
     if projection:
         save_file(projection, folder / "projection.safetensors")
-        (folder / MEAN).write_bytes(model.read_bytes(MEAN))
     return _notes(description)
 
 
