@@ -64,7 +64,7 @@ class ChooserBackbone(Backbone):
         self.reference = nn.Linear(description.dim, hidden)
         self.target = nn.Linear(description.dim, hidden)
         self.dropout = nn.Dropout(DROPOUT)
-        self.output = nn.Linear(3 * hidden, vectors.shape[1])
+        self.projection = nn.Linear(3 * hidden, vectors.shape[1])
         self.log_scale = nn.Parameter(torch.full((1,), FIRST_LOG_SCALE))
 
     @classmethod
@@ -92,7 +92,7 @@ class ChooserBackbone(Backbone):
         reference, target = features.to(self.vectors.dtype).unbind(1)
         seen = (self.reference(reference), self.target(target), self.target(target - reference))
         hidden = torch.cat([functional.gelu(GAIN * units) for units in seen], 1)
-        meant = functional.normalize(self.output(self.dropout(hidden)).float(), dim=-1)
+        meant = functional.normalize(self.projection(self.dropout(hidden)).float(), dim=-1)
         return self.log_scale.float().exp() * meant @ self.vectors.float().T
 
     def _log_alike(self, places: Tensor) -> Tensor:

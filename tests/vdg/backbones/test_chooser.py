@@ -65,11 +65,9 @@ def test_loss_and_scores_equal_their_equations(description: Description, embeddi
     images = np.random.default_rng(0).normal(size=(2, 5, 2, 8)).astype(np.float32)
     batch = inputs.pairs(*images, [description.texts[place] for place in range(5)])
     r, t = (functional.normalize(torch.from_numpy(x.mean(1) - read_mean(embeddings)), dim=-1) for x in images)
-    a, b, m = (
-        functional.gelu(4 * layer(x)) for layer, x in ((module.reference, r), (module.target, t), (module.target, t - r))
-    )
+    units = module.reference(r), module.target(t), module.target(t - r)
     vectors = functional.normalize(encode_texts(load_text_encoder(description.vdg.text), description.texts, "cpu"), dim=-1)
-    meant = functional.normalize(module.output(torch.cat([a, b, m], 1)), dim=-1)
+    meant = functional.normalize(module.projection(functional.gelu(4 * torch.cat(units, 1))), dim=-1)
     likely = (np.exp(2.9) * meant @ vectors.T).log_softmax(1)
     alike = (20 * (vectors @ vectors.T - 1)).exp()
     shared = alike[:5] / alike[:5].sum(1, keepdim=True)
