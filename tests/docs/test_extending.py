@@ -26,7 +26,7 @@ from tests import tiny
 from tests.cir import world
 from tests.cir.benchmarks import official
 from vdg import backbones
-from vdg.backbones.base import collate
+from vdg.backbones.language import collate
 from vdg.config import VdgConfig
 from vdg.prompts import answer_ids, pair_prompt
 
