@@ -59,7 +59,8 @@ class ComposedRetrieval(Retrieval):
         """
         if not text.is_floating_point():
             assert self.text is not None, "this module was built for cached text features"
-            text = self.text(text)
+            distinct, places = text.unique(dim=0, return_inverse=True)
+            text = self.text(distinct)[places]
         dtype = next(self.fusion.parameters()).dtype
         inputs = {"image": reference.to(dtype), "text": text.to(dtype)}
         if self.config.zero:

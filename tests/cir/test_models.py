@@ -84,6 +84,17 @@ def test_tokens_and_cached_features_give_one_query(tiny_bert: dict[str, Any]) ->
     torch.testing.assert_close(module.compose(rows(3, 16), tokens), module.compose(rows(3, 16), module.text(tokens)))
 
 
+def test_a_text_that_comes_twice_is_encoded_once(tiny_bert: dict[str, Any]) -> None:
+    module, encoded = model(tiny_bert), []
+    assert module.text is not None
+    tokens = module.text.tokenize(TEXTS)
+    alone = module.compose(rows(3, 16), tokens)
+    module.text.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    again = module.compose(torch.cat([rows(3, 16)] * 2), torch.cat([tokens, tokens]))
+    torch.testing.assert_close(again, torch.cat([alone, alone]))
+    assert encoded == [3]
+
+
 @pytest.mark.parametrize("zero", ["image", "text"])
 def test_a_zeroed_input_does_not_matter(tiny_bert: dict[str, Any], zero: str) -> None:
     module = model(tiny_bert, zero=zero)
