@@ -62,10 +62,11 @@ class Composer:
         self.prepare = target_side(model)
 
     def queries(self, reference_ids: np.ndarray, texts: list[str], batch_size: int) -> np.ndarray:
-        """Queries float32 [n, dim] for references (ids [n]) and deltas."""
-        take = self._references(reference_ids)
-        batches = (slice(i, i + batch_size) for i in range(0, len(texts), batch_size))
-        return np.concatenate([self.compose(take(reference_ids[rows]), texts[rows]) for rows in batches])
+        """Queries float32 [n, dim] for references (ids [n]) and deltas. Rows of one delta go together: it is encoded once."""
+        take, order = self._references(reference_ids), np.array(sorted(range(len(texts)), key=texts.__getitem__))
+        batches = np.split(order, range(batch_size, len(order), batch_size))
+        queries = [self.compose(take(reference_ids[rows]), [texts[row] for row in rows]) for rows in batches]
+        return np.concatenate(queries)[np.argsort(order)]
 
     def compose(self, references: np.ndarray, texts: list[str]) -> np.ndarray:
         """Queries float32 [n, dim] of one batch, from references as the model takes them: see `takes_pixels`.

@@ -8,10 +8,10 @@ import numpy as np
 
 from cir.benchmarks.benchmark import Query
 from cir.compose import Composer, target_side
-from cir.config import TextTower
 from cir.metrics import unit
 from cir.vectors import Given, Take
 from cluster.artifacts import Output
+from mining.config import TextTower
 
 Prepare = Callable[[np.ndarray], np.ndarray]  # image vectors float32 [n, dim] to those that are compared
 Kind = Literal["image_only", "text_only", "sum"]
@@ -89,7 +89,7 @@ def _references(queries: tuple[Query, ...]) -> np.ndarray:
 
 
 def _text_vectors(text: TextTower, texts: list[str]) -> np.ndarray:
-    from cir.models.text import encode_texts, load_text_encoder
     from cluster.devices import device
+    from mining.texts import encode_texts, load_text_encoder
 
     return encode_texts(load_text_encoder(text), texts, device()).numpy()

@@ -13,7 +13,7 @@ from cir.benchmarks import triplets
 from cir.benchmarks.benchmark import Benchmark, Figures, Protocol
 from cir.benchmarks.official import Annotations
 from cir.benchmarks.triplets import check_attributes
-from cir.config import EvaluateConfig, TextTower
+from cir.config import EvaluateConfig
 from cir.entrants import Entrant, GivenQueries, Trained, controls
 from cir.select import deltas_of_pairs
 from cir.train import MODEL, RESULT
@@ -23,6 +23,7 @@ from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.stage import Run, Source, Stage
+from mining.config import TextTower
 from mining.embeddings import INFO
 
 CONTROLS = "controls"  # folder of the control rows' rankings

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cir.config import TextTower, VariantConfig
+from cir.config import VariantConfig
 from cir.select import Pseudo, pseudo_of, repeated
 from cir.tasks import TASKS
 from cir.tasks.triplets import Gallery, TripletTask
@@ -13,6 +13,7 @@ from cluster.errors import UserError
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import train, unfit
 from mining import tables
+from mining.config import TextTower
 from mining.embeddings import INFO
 from mining.features import copy_mean, features_of
 
@@ -135,7 +136,7 @@ def _check_inputs(triplets: Output, pseudo: Pseudo | None, config: VariantConfig
 
 def _check_widths(tower: TextTower, dim: int) -> None:
     from cir.models.composed import check_widths
-    from cir.models.text import text_width
+    from mining.texts import text_width
 
     width = text_width(tower)
     if width is not None:

@@ -121,6 +121,38 @@ class TowerConfig(Pretrained):
             CHECKS[self.library](self)
 
 
+class TextTower(Pretrained):
+    """The encoder of deltas."""
+
+    library: Literal["open_clip", "transformers"] = Field(description="whose model it is")
+    model: str | None = Field(None, description="open_clip's name of the architecture; unused where weights name a hub")
+    pretrained: str | None = Field(None, description="open_clip's tag of pretrained weights, such as 'openai'")
+    weights: Weights | None = Field(None, description="a transformers folder or hub name, or an open_clip checkpoint")
+    trained: bool = Field(False, description="train the encoder with the model, or keep it frozen")
+    max_length: int = Field(32, gt=0, description="tokens of a delta; longer ones are cut")
+
+    @model_validator(mode="after")
+    def _source(self) -> Self:
+        if self.library == "transformers" and self.weights is None:
+            raise ValueError("a transformers text tower needs 'weights' (a hub name or a folder)")
+        if self.library == "open_clip" and self.model is None and not (self.weights and self.weights.hub):
+            raise ValueError("an open_clip text tower needs 'model' (such as ViT-L-14) or 'weights.hub'")
+        if self.pretrained and self.weights:
+            raise ValueError("give 'pretrained' (a tag) or 'weights', not both")
+        return self
+
+    @property
+    def source(self) -> tuple[str, Weights | None]:
+        """`weights`, or the tag of them."""
+        return "pretrained" if self.pretrained else "weights", self.weights
+
+    def check_library(self) -> None:
+        """As the library that loads it says."""
+        from mining.texts import check_text
+
+        check_text(self)
+
+
 class ViewsConfig(Section):
     """Augmented views of training images: cached ones, or the tower runs online on fresh ones."""
 

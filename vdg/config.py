@@ -6,17 +6,21 @@ from pydantic import Field, model_validator
 
 from cluster.config import NOT_CONTENT, Section, TrainingConfig
 from cluster.weights import Pretrained, Weights
+from mining.config import TextTower
 
 
 class VdgConfig(Pretrained):
     """The Visual Delta Generator's architecture (paper, section 3.1 and supplement)."""
 
-    backbone: Literal["features", "image_text"] = Field(
-        "features", description="a projection of an image tower's tokens into a language model, or a model that sees pixels"
+    backbone: Literal["features", "image_text", "chooser"] = Field(
+        "features",
+        description="a projection of an image tower's tokens into a language model, a model that sees pixels, or one that "
+        "chooses among the labelled deltas",
     )
-    language_model: Weights = Field(
+    language_model: Weights | None = Field(
+        None,
         description="features: any causal language model of transformers (`file` may name a GGUF); "
-        "image_text: any of its image-text-to-text models that has a processor and a chat template"
+        "image_text: any of its image-text-to-text models that has a processor and a chat template",
     )
     lora_rank: int = Field(64, gt=0, description="rank of the low-rank update of each target layer")
     lora_alpha: int = Field(16, gt=0, description="LoRA is scaled by alpha / rank")
@@ -27,17 +31,42 @@ class VdgConfig(Pretrained):
     tokens_per_feature: int = Field(1, gt=0, description="features: language-model embeddings made of an image-tower token")
     center: bool = Field(False, description="features: subtract the labelled images' mean, then scale to norm sqrt(dim)")
     feature_dropout: float = Field(0.0, ge=0, lt=1, description="features: dropout on them, in training")
+    text: TextTower | None = Field(None, description="chooser: the encoder of the deltas, kept frozen")
+    hidden: int = Field(256, gt=0, description="chooser: hidden units that see the reference, the target, and what differs")
+
+    @model_validator(mode="after")
+    def _knows_words(self) -> Self:
+        needed, other = ("text", "language_model") if self.backbone == "chooser" else ("language_model", "text")
+        if getattr(self, needed) is None:
+            raise ValueError(f"{needed}: backbone '{self.backbone}' needs it")
+        if getattr(self, other) is not None:
+            raise ValueError(f"{other}: backbone '{self.backbone}' has none; set it to null")
+        if self.text is not None and self.text.trained:
+            raise ValueError("text.trained: backbone 'chooser' keeps its text encoder frozen; set it to false")
+        return self
+
+    @property
+    def language(self) -> Weights:
+        """The language model's weights, of a backbone that has one."""
+        assert self.language_model is not None
+        return self.language_model
 
     @property
     def source(self) -> tuple[str, Weights | None]:
-        """`language_model`."""
-        return "language_model", self.language_model
+        """`language_model`, or what the encoder of the deltas has."""
+        if self.text is None:
+            return "language_model", self.language
+        name, weights = self.text.source
+        return f"text.{name}", weights
 
     def check_library(self) -> None:
-        """As transformers says."""
+        """As the library that loads it says."""
+        if self.text is not None:
+            self.text.check_library()
+            return
         from vdg.language import check_language_model
 
-        check_language_model(self.language_model, sees_images=self.backbone == "image_text")
+        check_language_model(self.language, sees_images=self.backbone == "image_text")
 
 
 class AlignConfig(Section):

@@ -1,5 +1,6 @@
 """What is kept beside a trained generator: all that is needed to build it again."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -22,6 +23,7 @@ class Description(Section):
     vdg: VdgConfig
     tokens: int | None = Field(None, gt=0, description="features: image-tower tokens an image")
     dim: int | None = Field(None, gt=0, description="features: width of an image-tower token")
+    texts: tuple[str, ...] = Field((), description="chooser: the deltas that it chooses among")
 
 
 def read_description(model: Output) -> Description:
@@ -34,12 +36,15 @@ def read_description(model: Output) -> Description:
         raise UserError(f"{model.path(DESCRIPTION)}: {error}; train the generator again") from error
 
 
-def describe(stage: Literal["align", "instruct"], images: ImageSource, vdg: VdgConfig) -> Description:
-    """What builds the model again; the size of its projection follows from the features."""
+def describe(
+    stage: Literal["align", "instruct"], images: ImageSource, vdg: VdgConfig, deltas: Iterable[str] = ()
+) -> Description:
+    """What builds the model again; sizes follow from the features, and what a chooser can say from the labelled deltas."""
     if not isinstance(images, Features):
         return Description(stage=stage, vdg=vdg)
     info = images.embeddings.read_json(INFO)
-    return Description(stage=stage, vdg=vdg, tokens=info["tokens"], dim=info["dim"])
+    texts = tuple(sorted(set(deltas))) if vdg.backbone == "chooser" else ()
+    return Description(stage=stage, vdg=vdg, tokens=info["tokens"], dim=info["dim"], texts=texts)
 
 
 def write_description(output: Output, description: Description, images: ImageSource) -> None:

@@ -21,9 +21,10 @@ class Explainer:
     """A trained generator, loaded when it is first asked; one pair at a time."""
 
     def __init__(self, model: Output, config: GenerateConfig) -> None:
-        """Raises UserError when the model is no trained generator, or its language model is not on this machine."""
+        """Raises UserError when the model is no trained generator, or what it is built on is not on this machine."""
         self.model, self.vdg = model, read_description(model).vdg
-        self.vdg.language_model.location()
+        if (weights := self.vdg.source[1]) is not None:
+            weights.location()
         self._config = config.model_copy(update={"greedy": True})
         self._turn = Lock()
         self._loaded: Any = None

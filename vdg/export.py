@@ -1,4 +1,4 @@
-"""A trained generator as files that load without this package: its LoRA for PEFT, its projection as safetensors."""
+"""A trained generator as files that load elsewhere: its LoRA for PEFT, its projection, or a whole chooser, as safetensors."""
 
 from pathlib import Path
 from typing import Any
@@ -13,38 +13,46 @@ PROJECTION = "projection."
 
 
 def export_generator(model: Output, folder: Path) -> list[str]:
-    """Write a PEFT adapter folder, the projection and the description. Returns notes on what loads how.
+    """Write a PEFT adapter folder, the projection and the description, or a chooser. Returns notes on what loads how.
 
     Raises UserError when `model` holds no generator.
     """
+    description = read_description(model)
+    (folder / DESCRIPTION).write_bytes(model.read_bytes(DESCRIPTION))
+    if model.exists(MEAN):
+        (folder / MEAN).write_bytes(model.read_bytes(MEAN))
+    if description.vdg.backbone == "chooser":
+        (folder / WEIGHTS).write_bytes(model.read_bytes(WEIGHTS))
+        return [f"{WEIGHTS} chooses among the {len(description.texts)} texts of {DESCRIPTION}; that needs this package."]
+    return _language_model(model, description, folder)
+
+
+def _language_model(model: Output, description: Description, folder: Path) -> list[str]:
     from safetensors.torch import load, save_file
 
-    description = read_description(model)
     weights = load(model.read_bytes(WEIGHTS))
     lora = {name.removeprefix(LORA).replace(".default.", "."): w for name, w in weights.items() if name.startswith(LORA)}
     save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _adapter_config(description, list(lora)).save_pretrained(str(folder))
-    (folder / DESCRIPTION).write_bytes(model.read_bytes(DESCRIPTION))
     projection = {name.removeprefix(PROJECTION): w for name, w in weights.items() if name.startswith(PROJECTION)}
     if projection:
         save_file(projection, folder / "projection.safetensors")
-        (folder / MEAN).write_bytes(model.read_bytes(MEAN))
     return _notes(description)
 
 
 def _adapter_config(description: Description, names: list[str]) -> Any:
     """The layers are named in full, so that layers of an image tower that are named alike stay as they are."""
-    from vdg.backbones.base import lora_config
+    from vdg.backbones.language import lora_config
 
     layers = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names})
     config = lora_config(description.vdg, layers)
     config.inference_mode = True
-    config.base_model_name_or_path = description.vdg.language_model.location()
+    config.base_model_name_or_path = description.vdg.language.location()
     return config
 
 
 def _notes(description: Description) -> list[str]:
-    base = description.vdg.language_model.location()
+    base = description.vdg.language.location()
     notes = [f"The LoRA loads with PEFT alone: `PeftModel.from_pretrained(base, FOLDER)`, `base` being {base}."]
     if base.endswith(".gguf"):
         notes.append("The base is a GGUF file: give transformers its folder and `gguf_file`, and de-quantise it.")

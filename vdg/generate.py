@@ -37,7 +37,7 @@ class Generate(Stage):
     table = "pseudo_triplets"
     pairs: Stage
     vdg: Instruct
-    embeddings: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of the pairs' images, for backbone 'features'
+    embeddings: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of the pairs' images, where a tower sees them
     galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where pixels are seen
     config: GenerateConfig
     seed: int

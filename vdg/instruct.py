@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Instruct(Stage):
     version = 4
     model = "visual delta generator"
     triplets: Stage
-    embeddings: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of the triplets' images, for backbone 'features'
+    embeddings: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of the triplets' images, where a tower sees them
     galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where pixels are seen in training
     center: Stage | None = None  # of features
     aligned: Stage | None = None
@@ -52,7 +53,7 @@ class Instruct(Stage):
         images = images_of(run, self.embeddings, self.galleries, self.center, self.instruct.crop)
         require_rows(triplets, "triplets")
         images.check(tables.images_of(triplets.read_parts(tables.TRIPLETS)), f"instruct.triplets ({triplets.uri})")
-        description = describe("instruct", images, self.vdg)
+        description = describe("instruct", images, self.vdg, _deltas(triplets))
         write_description(output, description, images)
         aligned = run.output(self.aligned) if self.aligned else None
         if aligned is not None:
@@ -60,6 +61,10 @@ class Instruct(Stage):
         task = InstructTask(images, triplets, aligned, description, self.instruct)
         train(output, task, self.instruct.training, self.seed, self.resources, run.monitor, run.groups)
         output.write_json(WARNINGS, unlearned(output))
+
+
+def _deltas(triplets: Output) -> Iterator[str]:
+    return chain.from_iterable(triplets.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist())
 
 
 def _check_aligned(aligned: Description, now: Description) -> None:

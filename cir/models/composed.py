@@ -13,8 +13,8 @@ from cir.losses import Pairs, Unlabelled
 from cir.models.combiner import Combiner
 from cir.models.residual import ResidualFusion
 from cir.models.retrieval import Retrieval
-from cir.models.text import TextEncoder
 from cluster.errors import UserError
+from mining.texts import TextEncoder
 
 FIRST_LOG_SCALE = 2.9
 MAX_SCALE = 100.0
@@ -59,7 +59,8 @@ class ComposedRetrieval(Retrieval):
         """
         if not text.is_floating_point():
             assert self.text is not None, "this module was built for cached text features"
-            text = self.text(text)
+            distinct, places = text.unique(dim=0, return_inverse=True)
+            text = self.text(distinct)[places]
         dtype = next(self.fusion.parameters()).dtype
         inputs = {"image": reference.to(dtype), "text": text.to(dtype)}
         if self.config.zero:

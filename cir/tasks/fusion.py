@@ -23,7 +23,7 @@ class FusionTask(TripletTask):
     def untrained(content: Mapping[str, Any], config: VariantConfig) -> Any:
         """With its text encoder."""
         from cir.models.composed import ComposedRetrieval
-        from cir.models.text import load_text_encoder
+        from mining.texts import load_text_encoder
 
         assert config.text is not None
         return ComposedRetrieval(config, content["dim"], load_text_encoder(config.text))
@@ -34,7 +34,7 @@ class FusionTask(TripletTask):
 
     @cached_property
     def _encoder(self) -> Any:
-        from cir.models.text import load_text_encoder
+        from mining.texts import load_text_encoder
 
         assert self.config.text is not None
         return load_text_encoder(self.config.text)
@@ -42,8 +42,8 @@ class FusionTask(TripletTask):
     @cached_property
     def _text_features(self) -> tuple[dict[str, int], np.ndarray]:
         """Row of each distinct text, and the frozen encoder's features float32 [texts, width]: computed once a node."""
-        from cir.models.text import encode_texts
         from cluster.devices import device
+        from mining.texts import encode_texts
 
         assert self.config.text is not None
         texts = sorted({*self._rows.texts.unique().to_pylist(), *self._validation.first()})

@@ -35,12 +35,12 @@ PRESETS = Path(__file__).parent / "presets"
 class VdgSection(VdgConfig):
     """The generator, and the image tower it sees through."""
 
-    tower: str | None = Field(None, description="features: name of a tower of embed.towers")
+    tower: str | None = Field(None, description="features, chooser: name of a tower of embed.towers")
 
     @model_validator(mode="after")
     def _features_need_a_tower(self) -> Self:
-        if self.backbone == "features" and self.tower is None:
-            raise ValueError("tower: backbone 'features' needs the name of a tower of embed.towers")
+        if self.backbone != "image_text" and self.tower is None:
+            raise ValueError(f"tower: backbone '{self.backbone}' needs the name of a tower of embed.towers")
         if self.backbone == "image_text" and self.tower is not None:
             raise ValueError(f"tower: backbone 'image_text' sees with its own; found {self.tower!r}, set it to null")
         return self
@@ -219,7 +219,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits_the_backbone(self) -> Self:
         if self.align and self.vdg.backbone != "features":
-            raise ValueError("align: backbone 'image_text' has no projection to align; set align to null")
+            raise ValueError(f"align: backbone '{self.vdg.backbone}' has no projection to align; set align to null")
         views = self.embed.views_of(self.vdg.tower, self.mine.gallery) if self.vdg.tower else None
         if self.generate.views and views and not (views.online or views.count > 1):
             raise ValueError("generate.views: the plain view alone is cached; set embed.views.count above 1 or online")

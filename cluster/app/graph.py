@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cached_property
 
-from cir.config import TextTower, Validation, VariantConfig
+from cir.config import Validation, VariantConfig
 from cir.evaluate import Evaluate, EvaluateGiven
 from cir.index import Index
 from cir.score import Score
@@ -23,7 +23,7 @@ from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.stage import Source, Stage
 from mining.center import Center
-from mining.config import ViewsConfig
+from mining.config import TextTower, ViewsConfig
 from mining.embed import Embed
 from mining.exclude import Exclude
 from mining.ingest import IngestGallery

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from cir.benchmarks.benchmark import Benchmark
 from cir.benchmarks.official import Annotations
-from cir.config import EvaluateConfig, PseudoSelection, TextTower, VariantConfig
+from cir.config import EvaluateConfig, PseudoSelection, VariantConfig
 from cir.evaluate import Evaluate, EvaluateGiven
 from cir.score import Score, Scoring
 from cir.select import Pseudo, Select, SelectOwn
@@ -16,6 +16,7 @@ from cluster.config import (
 )
 from cluster.monitor import Monitor
 from cluster.stage import Source
+from mining.config import TextTower
 from mining.features import Features
 from tests.stages import center_of, given, maybe, running, seen
 

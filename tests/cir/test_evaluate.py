@@ -11,7 +11,7 @@ from safetensors.numpy import save
 
 from cir.benchmarks import cirr, triplets
 from cir.benchmarks.triplets import check_attributes
-from cir.config import EvaluateConfig, TextTower
+from cir.config import EvaluateConfig
 from cir.evaluate import RANKINGS, _check_gallery
 from cir.select import Pseudo
 from cluster.artifacts import Output
@@ -19,6 +19,7 @@ from cluster.config import ActorResources, WorkerResources
 from cluster.errors import UserError
 from cluster.monitor import Silent
 from mining import tables
+from mining.config import TextTower
 from mining.gallery import GROUPS
 from tests.cir import world
 from tests.cir.benchmarks import official

@@ -3,16 +3,14 @@
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 
-from cir.config import TextTower
 from cir.models.combiner import Combiner
 from cir.models.composed import ComposedRetrieval
 from cir.models.residual import ResidualFusion
-from cir.models.text import _split_special_tokens, encode_texts, load_text_encoder, text_width
 from cluster.errors import UserError
+from mining.texts import load_text_encoder
 from tests.cir import world
 
 TEXTS = ["make it red", "a much longer delta that asks for a green cone and nothing else", "in blue"]
@@ -73,35 +71,6 @@ def test_without_image_units_the_change_is_the_texts_alone() -> None:
     torch.testing.assert_close(model(rows(3, 6), text), model(rows(3, 6, 1), text))
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("tower", ["tiny_bert", "tiny_clip"])
-def test_text_towers(tower: str, trained: bool, request: pytest.FixtureRequest) -> None:
-    config = TextTower.model_validate({**request.getfixturevalue(tower), "trained": trained, "max_length": 12})
-    encoder = load_text_encoder(config).eval()
-    tokens = encoder.tokenize(TEXTS)
-    assert tokens.dtype == torch.int64
-    assert tokens.shape[1] <= 12
-    features = encoder(tokens)
-    assert features.shape == (3, encoder.width)
-    assert encoder.width == text_width(config)
-    assert all(p.requires_grad is trained for p in encoder.parameters())
-    cached = encode_texts(encoder, TEXTS, "cpu")
-    torch.testing.assert_close(cached, features.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cached[:1], encoder(encoder.tokenize(TEXTS[:1])).detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_open_clip_text_equals_the_librarys_own(tiny_clip: dict[str, Any]) -> None:
-    import open_clip
-
-    config = TextTower.model_validate(tiny_clip)
-    assert config.weights is not None
-    whole = open_clip.create_model("tiny-clip", pretrained=config.weights.location()).eval()
-    expected = whole.encode_text(open_clip.get_tokenizer("tiny-clip")(TEXTS))
-    encoder = load_text_encoder(config).eval()
-    assert encoder.tokenize(TEXTS).shape == (3, 32)
-    torch.testing.assert_close(encoder(encoder.tokenize(TEXTS)), expected, rtol=1e-4, atol=1e-5)
-
-
 def model(text: dict[str, Any], **changes: Any) -> ComposedRetrieval:
     config = world.variant(text, **changes)
     torch.manual_seed(0)
@@ -113,6 +82,17 @@ def test_tokens_and_cached_features_give_one_query(tiny_bert: dict[str, Any]) ->
     assert module.text is not None
     tokens = module.text.tokenize(TEXTS)
     torch.testing.assert_close(module.compose(rows(3, 16), tokens), module.compose(rows(3, 16), module.text(tokens)))
+
+
+def test_a_text_that_comes_twice_is_encoded_once(tiny_bert: dict[str, Any]) -> None:
+    module, encoded = model(tiny_bert), []
+    assert module.text is not None
+    tokens = module.text.tokenize(TEXTS)
+    alone = module.compose(rows(3, 16), tokens)
+    module.text.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    again = module.compose(torch.cat([rows(3, 16)] * 2), torch.cat([tokens, tokens]))
+    torch.testing.assert_close(again, torch.cat([alone, alone]))
+    assert encoded == [3]
 
 
 @pytest.mark.parametrize("zero", ["image", "text"])
@@ -174,13 +154,3 @@ def test_unlabelled_images_are_negatives_and_no_weights(tiny_bert: dict[str, Any
 def test_the_combiner_refuses_unequal_widths(tiny_bert: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="one width, found 16 and 32"):
         model(tiny_bert, fusion="combiner")
-
-
-def test_a_users_text_never_yields_special_tokens() -> None:
-    tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    before = tokenizer(["a red bag"])
-    _split_special_tokens(tokenizer)
-    assert torch.equal(tokenizer(["a red bag"]), before)
-    for text in ("a <end_of_text> bag", "<START_OF_TEXT>", "&lt;end_of_text&gt;"):
-        inner = [i for i in tokenizer.encode(text) if i in tokenizer.all_special_ids]
-        assert inner == []

@@ -16,17 +16,17 @@ from torchvision.models import resnet18
 from cir.benchmarks.official import OFFICIAL, Annotations
 from cir.config import VariantConfig
 from cir.models import composed
-from cir.models.text import load_text_encoder
 from cir.select import SCORERS, Pseudo
 from cluster.monitor import Silent
 from cluster.stage import Stage
 from mining import tables, towers
 from mining.config import TowerConfig
+from mining.texts import load_text_encoder
 from tests import tiny
 from tests.cir import world
 from tests.cir.benchmarks import official
 from vdg import backbones
-from vdg.backbones.base import collate
+from vdg.backbones.language import collate
 from vdg.config import VdgConfig
 from vdg.prompts import answer_ids, pair_prompt
 

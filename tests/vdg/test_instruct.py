@@ -10,8 +10,9 @@ from cluster.config import TrainingConfig
 from mining.features import read_mean
 from tests.stages import centred_by_own
 from vdg.align import AlignTask
-from vdg.backbones.base import IGNORED, collate
+from vdg.backbones.base import IGNORED
 from vdg.backbones.features import prepare
+from vdg.backbones.language import collate
 from vdg.config import AlignConfig, InstructConfig
 from vdg.description import describe
 from vdg.instruct import InstructTask

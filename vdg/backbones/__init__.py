@@ -1,4 +1,4 @@
-"""The generator's backbones behind one interface: `features` (an image tower's tokens) and `image_text` (pixels)."""
+"""The generator's backbones behind one interface: `features` (an image tower's tokens), `image_text` (pixels), `chooser`."""
 
 import numpy as np
 import torch
@@ -11,14 +11,16 @@ from cluster.training.checkpoints import WEIGHTS, load_trained
 from mining.embeddings import MEAN
 from mining.features import read_mean
 from vdg.backbones.base import Backbone, Inputs
+from vdg.backbones.chooser import ChooserBackbone
 from vdg.backbones.features import FeatureBackbone
 from vdg.backbones.image_text import ImageTextBackbone
 from vdg.description import Description, read_description
 
 # VdgConfig.backbone -> what builds it, from a description, a precision, and whether it is shared out over the ranks
-BACKBONES: dict[str, type[FeatureBackbone] | type[ImageTextBackbone]] = {
+BACKBONES: dict[str, type[FeatureBackbone] | type[ImageTextBackbone] | type[ChooserBackbone]] = {
     "features": FeatureBackbone,
     "image_text": ImageTextBackbone,
+    "chooser": ChooserBackbone,
 }
 
 
@@ -33,7 +35,7 @@ def make_inputs(description: Description, mean: np.ndarray | None = None, max_to
 
 
 def load_generator(model: Output, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Backbone, Inputs]:
-    """A trained generator, LoRA merged, ready to generate, and what makes its batches.
+    """A trained generator, its LoRA merged, ready to generate, and what makes its batches.
 
     Raises UserError when `model` holds no trained generator.
     """

@@ -48,7 +48,7 @@ class Decoder:
         self._prepare(len(rows), length + config.max_new_tokens - 1)
         logits = self._begin(common, rest, rows)
         for place in range(config.max_new_tokens):
-            chosen = _chosen(logits, config, rows, len(ids), generator)
+            chosen = choose(logits, config, rows, len(ids), generator)
             ids[rows, place] = chosen
             scores[rows, place] = -functional.cross_entropy(logits, chosen, reduction="none")
             ended[rows] |= chosen == self.end
@@ -158,8 +158,8 @@ class _Room(DynamicLayer):
             room[: len(beam_idx), :, : self.length] = room[beam_idx, :, : self.length]
 
 
-def _chosen(logits: Tensor, config: GenerateConfig, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """The next token [rows]: the likeliest, or drawn as `torch.multinomial` draws it for all `count` rows of the batch."""
+def choose(logits: Tensor, config: GenerateConfig, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """What comes next [rows]: the likeliest, or drawn as `torch.multinomial` draws it for all `count` rows of the batch."""
     if config.greedy:
         return logits.argmax(1)
     noise = torch.empty(count, logits.shape[1], device=logits.device).exponential_(generator=generator)

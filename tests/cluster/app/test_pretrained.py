@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cir.config import TextTower
 from cluster.app.checks import unloadable
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.stage import Run, Stage
 from cluster.weights import Pretrained, Weights
-from mining.config import TowerConfig
+from mining.config import TextTower, TowerConfig
 from tests import tiny
 from tests.cluster.test_weight_files import POINTER
 from vdg.config import VdgConfig

@@ -6,8 +6,8 @@ from torch.nn import functional
 
 from cluster.errors import UserError
 from tests import tiny
-from vdg.backbones.base import collate
 from vdg.backbones.features import FeatureBackbone
+from vdg.backbones.language import collate
 from vdg.config import GenerateConfig
 from vdg.description import Description
 from vdg.prompts import answer_ids, pair_prompt

@@ -8,9 +8,9 @@ import regex
 import torch
 from torch import nn
 
-from cir.config import TextTower
 from cluster.errors import UserError
 from cluster.weights import Weights
+from mining.config import TextTower
 from mining.pretrained import check_model, config_of, source_of, tokenizer_of
 from mining.towers import open_clip_config, open_clip_source
 
