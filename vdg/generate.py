@@ -18,6 +18,7 @@ from mining import tables
 from mining.deltas import is_garbled
 from vdg.agreement import medoid
 from vdg.config import GenerateConfig
+from vdg.description import read_description
 from vdg.images import ImageSource, images_of
 from vdg.instruct import Instruct
 from vdg.prompts import says_no_change
@@ -56,6 +57,7 @@ class Generate(Stage):
         """Raises UserError when the model is no trained generator, before an actor starts."""
         pairs, model = run.output(self.pairs), run.output(self.vdg)
         images = images_of(run, self.embeddings, self.galleries, None)
+        read_description(model)
         images.check(_image_ids(pairs), f"mine: {pairs.uri}")
         job = Generation(output, images, pairs, model, self.config, self.seed)
         run_actors(PartGenerator, job, pairs.part_rows(), self.resources, run.monitor, "delta")

@@ -186,7 +186,7 @@ def _train(output: Output, task: Task, config: TrainingConfig, seed: int, report
             torch.manual_seed(stable_seed(seed, step, rank))
             losses = [forward_backward(engine, batch) for batch in current]
             state["step"] = step + 1
-            _check_finite(losses, engine, state["step"])
+            _stop(_not_finite(losses), engine, state["step"])
             found = _report(engine, output, task, config, losses, state)
             if rank == 0 and (found or step == begun):  # the first step shows that the work has begun
                 report(found or {"step": step + 1})
@@ -241,24 +241,29 @@ def _report(
     report = {"step": step, **_mean_over_ranks(losses, engine.device), **(_validate(engine, task) if checkpoint else {})}
     state["reports"].append(report)
     if checkpoint:
+        _stop(None if _has_finite_weights(engine) else "the weights are not finite", engine, step)
         save_checkpoint(engine, output, task.best_metric, state)
     return report
 
 
-def _check_finite(losses: list[dict[str, float]], engine: Any, step: int) -> None:
-    """Raises UserError on all ranks when a loss or the gradient of any is not finite: every later step would train on it.
+def _not_finite(losses: list[dict[str, float]]) -> str | None:
+    """Names a loss that is not finite. A gradient that is not makes weights and the next step's loss such."""
+    return next((f"{name} is {value}" for loss in losses for name, value in loss.items() if not math.isfinite(value)), None)
 
-    DeepSpeed leaves out the step of such a gradient, and every later one, without a word.
-    """
+
+def _has_finite_weights(engine: Any) -> bool:
+    trained = (weight for weight in engine.module.parameters() if weight.requires_grad)
+    return all(bool(getattr(weight, "ds_tensor", weight).isfinite().all()) for weight in trained)  # ZeRO-3: this rank's share
+
+
+def _stop(wrong: str | None, engine: Any, step: int) -> None:
+    """Raises UserError on all ranks when something is wrong on any: every later step would train on it."""
     import torch
 
-    wrong = next((f"{name} is {value}" for loss in losses for name, value in loss.items() if not math.isfinite(value)), None)
-    if wrong is None and engine.skipped_steps:
-        wrong = "the gradient is not finite"
     flag = torch.tensor(float(wrong is not None), device=engine.device)
     torch.distributed.all_reduce(flag)
     if flag.item():
-        found = wrong or "another worker's loss is not finite"
+        found = wrong or "what another worker has is not finite"
         raise UserError(f"training: step {step}: {found}; lower learning_rate, set gradient_clip, or take precision fp32")
 
 

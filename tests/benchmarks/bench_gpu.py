@@ -46,7 +46,7 @@ from mining.block_product import BlockProduct
 from mining.config import GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
 from mining.neighbours import blocks
 from mining.towers import ImageTower
-from tests.stages import embed_gallery, ingest_gallery
+from tests.mining.stages import embed_gallery, ingest_gallery
 from vdg.backbones import decoding, features
 from vdg.backbones.base import Batch
 from vdg.config import GenerateConfig, VdgConfig

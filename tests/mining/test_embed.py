@@ -7,7 +7,6 @@ from cluster.artifacts import Output
 from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.weights import Weights
 from mining import tables
 from mining.config import GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
 from mining.embed import Embedder
@@ -123,18 +122,6 @@ def test_a_gallery_without_a_readable_image_is_an_error(
         path.unlink()
     with pytest.raises(UserError, match="no image of the gallery can be read any more"):
         embed(gallery, tower, tmp_path / "e", monitor, ViewsConfig())
-
-
-def test_missing_weights_are_named_before_an_actor_starts(tmp_path: Path, monitor: Monitor) -> None:
-    gallery = Output(str(tmp_path / "gallery"))
-    tower = TowerConfig(library="timm", model="test_efficientnet", weights=Weights(folder=str(tmp_path), file="none.pth"))
-    with pytest.raises(UserError, match=r"none\.pth does not exist"):
-        embed(gallery, tower, tmp_path / "e", monitor)
-    tower = TowerConfig(library="transformers", model="clip", weights=Weights(folder=str(tmp_path)))
-    with pytest.raises(UserError, match="has no image processor"):
-        embed(gallery, tower, tmp_path / "e", monitor)
-    with pytest.raises(UserError, match="has no config that transformers can read"):
-        embed(gallery, tower.model_copy(update={"output": "projected"}), tmp_path / "e", monitor)
 
 
 def test_tokens_are_kept_apart(gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor) -> None:

@@ -185,10 +185,15 @@ class SteepTask(RegressionTask):
         return Steep()
 
 
-def test_a_gradient_that_is_not_finite_stops_at_once(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(3, "step 2: loss is nan; lower"), (1, "step 1: the weights are not finite; lower")]
+)
+def test_a_gradient_that_is_not_finite_stops_at_once(
+    steps: int, expected: str, ray_session: None, tmp_path: Path, monitor: Monitor
+) -> None:
     output = Output(str(tmp_path / "out"))
-    with pytest.raises(UserError, match=r"step 1: the gradient is not finite; lower"):
-        train(output, SteepTask(), config(steps=3, checkpoint_every=None), 0, LOCAL, monitor)
+    with pytest.raises(UserError, match=expected):
+        train(output, SteepTask(), config(steps=steps, checkpoint_every=None), 0, LOCAL, monitor)
     assert not output.exists(WEIGHTS)
 
 

@@ -16,8 +16,9 @@ from cluster.training.checkpoints import WEIGHTS
 from mining import tables
 from mining.features import read_mean
 from mining.texts import encode_texts, load_text_encoder
-from tests.stages import centred_by_own, instruct
+from tests.stages import centred_by_own
 from tests.vdg.conftest import IMAGES
+from tests.vdg.stages import instruct
 from vdg.backbones import build, load_generator, make_inputs
 from vdg.backbones.chooser import ChooserBackbone
 from vdg.config import GenerateConfig, InstructConfig, VdgConfig
