@@ -172,8 +172,8 @@ def _rng(run: _Run, section: int) -> np.random.Generator:
 def _mined(run: _Run) -> Mined | None:
     if (stage := run.find("mine")) is None:
         return None
-    total = run.manifests[stage.instance]["rows"]
-    return collect_mined(run.graph.output(stage), total, run.config.report.examples, _rng(run, 0))
+    total, at_random = run.manifests[stage.instance]["rows"], run.config.mine.method == "random"
+    return collect_mined(run.graph.output(stage), total, at_random, run.config.report.examples, _rng(run, 0))
 
 
 def _generated(run: _Run, results: Results) -> Generated | None:

@@ -53,6 +53,7 @@ class Mined:
 
     total: int
     grouped: bool
+    at_random: bool
     strips: list[list[Member]]
     similarities: dict[str, list[float]]
 
@@ -61,13 +62,13 @@ class Mined:
         return (member.image_id for strip in self.strips for member in strip)
 
 
-def collect_mined(pairs: Output, total: int, count: int, rng: np.random.Generator) -> Mined:
+def collect_mined(pairs: Output, total: int, at_random: bool, count: int, rng: np.random.Generator) -> Mined:
     """Strips drawn from a mine output: `count` pairs, or half as many groups."""
     columns = ["group_id", "reference_id", "target_id", "reference_rank", "target_rank", "similarity"]
     table = sample(pairs, lambda part: pairs.read_table(part, tables.PAIRS, columns), rng)
     grouped = table["group_id"].null_count < len(table)
     strips = _groups(table, (count + 1) // 2, rng) if grouped else _pairs(table, count, rng)
-    return Mined(total, grouped, strips, pairs.read_json(SIMILARITIES))
+    return Mined(total, grouped, at_random, strips, pairs.read_json(SIMILARITIES))
 
 
 def _pairs(table: pa.Table, count: int, rng: np.random.Generator) -> list[list[Member]]:
@@ -158,7 +159,7 @@ def collect_generated(
     """Examples and statistics of a generate output, beside the human deltas that the generator learned from."""
     drawn = sample(pseudo, lambda part: _with_scores(pseudo, part), rng)
     table = drawn.filter(pa.array(~repeated(drawn))) if selection.drop_repeated else drawn
-    top_fraction = selection.top_fraction
+    top_fraction, alone = selection.top_fraction, selection.scorers == (tables.SCORER,)
     labelled = sample(human, lambda part: human.read_table(part, tables.TRIPLETS, ["deltas"]), rng)
     scores = table["score"].to_numpy()
     order, tenth = np.argsort(scores, kind="stable"), max(len(scores) // 10, min(count, len(scores)))
@@ -172,7 +173,7 @@ def collect_generated(
         texts=Texts.of(_flat(table)),
         human=Texts.of(_flat(labelled)),
         scores=scores,
-        least_score=float(np.quantile(scores, 1 - top_fraction)) if top_fraction and len(scores) else None,
+        least_score=float(np.quantile(scores, 1 - top_fraction)) if top_fraction and alone and len(scores) else None,
     )
 
 

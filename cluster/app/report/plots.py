@@ -184,7 +184,7 @@ def _scores(generated: Generated) -> Figure:
         axes.annotate(
             "kept ", (generated.least_score, 1), (5, -10), xycoords=("data", "axes fraction"), textcoords="offset points"
         )
-    axes.set_xlabel("mean log-probability of a delta's tokens")
+    axes.set_xlabel("log-probability of a delta")
     axes.set_ylabel("%")
     return figure
 

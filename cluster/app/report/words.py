@@ -38,7 +38,10 @@ def selection(config: PseudoSelection) -> str:
     """Which generated triplets a model is trained on: 'the most confident 85 % of the generated ones'."""
     chosen = "the generated ones"
     if config.top_fraction is not None:
-        chosen = f"the most confident {100 * config.top_fraction:g} % of the generated ones"
+        scorers = " and ".join(scorer.replace("_", " ") for scorer in config.scorers)
+        judged = "most confident" if len(config.scorers) == 1 else "best"
+        chosen = f"the {judged} {100 * config.top_fraction:g} % of the generated ones"
+        chosen += f" by {scorers}" if len(config.scorers) > 1 else ""
     if config.min_score is not None:
         chosen += f" that score at least {config.min_score:g}".replace("-", "−")
     if config.groups is not None:

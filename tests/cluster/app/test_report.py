@@ -212,7 +212,7 @@ def test_describes_the_deltas(page: str) -> None:
     assert "different deltas 3" in text
     assert "exact repeats, generated 62 %" in text
     assert "1 empty delta" in text
-    assert "90 % a token" in text
+    assert "90 % sure" in text
 
 
 def test_says_what_the_stages_found_odd(page: str) -> None:
