@@ -160,7 +160,7 @@ def test_a_config_extends_several(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"extends": ["demo", str(tmp_path / "part.yaml")], "name": "own"}))
     loaded = configs.load(str(tmp_path / "own.yaml"), [])
     assert (loaded.name, loaded.train.seeds, loaded.mine.matched.pairs) == ("own", [5], 7)
-    assert loaded.mine.part_rows == configs.load("demo", []).mine.part_rows == 128
+    assert loaded.mine.part_rows == configs.load("demo", []).mine.part_rows == 4000
 
 
 def test_a_tower_has_its_own_views(config: str) -> None:
