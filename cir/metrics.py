@@ -251,14 +251,18 @@ def paired_bootstrap(
 def gap_closed(
     hits: np.ndarray, baseline: np.ndarray, best: np.ndarray, classes: np.ndarray | None = None, resamples: int = 10_000
 ) -> Gain | None:
-    """(hits - baseline) / (best - baseline), a share; resampled as `paired_bootstrap`. None where `best` gains nothing."""
+    """(hits - baseline) / (best - baseline), a share; resampled as `paired_bootstrap`. None where `best` gains nothing.
+
+    Of the resamples those count in which `best` gains something: the others tell no share.
+    """
     gain, whole = np.broadcast_arrays(100.0 * np.atleast_2d(hits - baseline), 100.0 * np.atleast_2d(best - baseline))
     if whole.mean() <= 0:
         return None
     means = _resampled(np.stack([gain, whole]), classes, resamples, seed=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = np.where(means[1] > 0, means[0] / means[1], np.inf * np.sign(means[0]))
-    return Gain(float(gain.mean() / whole.mean()), *_interval(shares))
+    told = means[:, means[1] > 0]
+    if not told.size:
+        return None
+    return Gain(float(gain.mean() / whole.mean()), *_interval(told[0] / told[1]))
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

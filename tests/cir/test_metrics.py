@@ -193,6 +193,8 @@ def test_the_gap_closed_is_a_share_with_an_interval() -> None:
     assert gap.low < 0.5 < gap.high
     assert gap.mean == pytest.approx((half - baseline).mean() / (best - baseline).mean())
     assert metrics.gap_closed(half, baseline, baseline) is None
+    rare = np.where(np.arange(len(best)) < 2, 1.0 - baseline, 0.0) + baseline  # many a resample has neither of the two
+    assert metrics.gap_closed(rare, baseline, rare) == metrics.Gain(1.0, 1.0, 1.0)
 
 
 def test_generators_are_resampled_too() -> None:
