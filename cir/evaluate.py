@@ -61,7 +61,7 @@ class Evaluate(Stage):
     hidden.
     """
 
-    version = 6
+    version = 7
     queries: Stage
     gallery: Stage
     embeddings: Stage
