@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -93,7 +93,12 @@ class Encoder:
 
     def vector(self, image: Image.Image) -> np.ndarray:
         """float32 [dim] of an RGB image, rounded as cached embeddings are."""
-        return self.vectors(self.pixels(image)[None])[0]
+        return self.encode(self.pixels(image))
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """As `vector`, of what the tower takes of the image."""
+        vector: np.ndarray = self.vectors(pixels[None])[0]
+        return vector
 
     def vectors(self, pixels: np.ndarray) -> np.ndarray:
         """float32 [n, dim] of images uint8 [n, size, size, 3]."""
@@ -121,21 +126,20 @@ class Model:
     def query(self, image: Image.Image, text: str) -> np.ndarray:
         """float32 [dim] of norm 1: what is wanted, from a reference and what should change."""
         pixels = self.encoder.pixels(image) if self._composer.takes_pixels else None
-        return _query(self._composer, Reference(None, self.encoder.vector(image), pixels), text)
+        return _queries(self._composer, [(Reference(None, self.encoder.vector(image), pixels), text)])[0]
 
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """float32 [n, dim] of norm 1 of images to search in: `images(...) @ query(...)` are their scores."""
         return unit(self._composer.prepare(np.stack([self.encoder.vector(image) for image in images])))
 
 
-def _query(composer: Composer, reference: Reference, text: str) -> np.ndarray:
-    """float32 [dim] of norm 1."""
+def _queries(composer: Composer, asked: Sequence[tuple[Reference, str]]) -> np.ndarray:
+    """float32 [n, dim] of norm 1."""
     if composer.takes_pixels:
-        assert reference.pixels is not None
-        image = reference.pixels
+        images = np.stack([cast(np.ndarray, reference.pixels) for reference, _ in asked])
     else:
-        image = composer.prepare(reference.vector)
-    return unit(composer.compose(image[None].copy(), [text])[0])
+        images = composer.prepare(np.stack([reference.vector for reference, _ in asked]))
+    return unit(composer.compose(images, [text for _, text in asked]))
 
 
 class Searcher:
@@ -211,10 +215,10 @@ class Searcher:
         """An image of the gallery, RGB. Raises KeyError."""
         return decode(read_images((self.gallery,), [image_id])[image_id])
 
-    def uploaded(self, content: bytes, image: Image.Image) -> Reference:
-        """Any image, encoded and as it decodes to RGB; where the same file is in the gallery, that image."""
+    def uploaded(self, content: bytes, pixels: np.ndarray) -> Reference:
+        """Any image, as a file and as the encoder's `pixels`; where the same file is in the gallery, that image."""
         found = self._find("sha256", hashlib.sha256(content).hexdigest())
-        return Reference(found, self.encoder.vector(image), self.encoder.pixels(image) if self._takes_pixels else None)
+        return Reference(found, self.encoder.encode(pixels), pixels if self._takes_pixels else None)
 
     @cached_property
     def _takes_pixels(self) -> bool:
@@ -225,11 +229,11 @@ class Searcher:
         parts = [read_ids(self.embeddings, part) for part in plain_parts(self.embeddings)]
         return Features(self.embeddings).open_plain(np.concatenate(parts))
 
-    def compose(self, name: str, reference: Reference, text: str) -> np.ndarray:
-        """A model's query float32 [dim] of norm 1."""
-        return _query(self.composer(name), reference, text)
+    def compose(self, name: str, asked: Sequence[tuple[Reference, str]]) -> np.ndarray:
+        """A model's queries float32 [n, dim] of norm 1."""
+        return _queries(self.composer(name), asked)
 
     def search(self, name: str, reference: Reference, text: str, top: int, remove_reference: bool = True) -> Hits:
         """The `top` images of the gallery for a reference and what should change, as one model ranks them."""
-        query = self.compose(name, reference, text)
+        (query,) = self.compose(name, [(reference, text)])
         return self.matrix(name).nearest(query, top, reference.image_id if remove_reference else None)

@@ -123,7 +123,8 @@ class Run:
             return self.searcher.known(self.searcher.image_id(image))
         try:
             content = image if isinstance(image, bytes) else Path(image).read_bytes()
-            return self.searcher.uploaded(content, decode(content, self.graph.config.ingest.max_pixels))
+            pixels = self.searcher.encoder.pixels(decode(content, self.graph.config.ingest.max_pixels))
+            return self.searcher.uploaded(content, pixels)
         except (OSError, BadImage) as error:
             name = "the image" if isinstance(image, bytes) else image
             raise UserError(f"{name}: cannot be read ({error}); give an image file or a key of the gallery") from error

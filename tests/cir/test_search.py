@@ -105,7 +105,7 @@ def test_an_uploaded_copy_of_a_photo_of_the_gallery_is_that_photo(
     searcher = Searcher({}, features.embeddings, gallery, features.online.tower)  # type: ignore[union-attr]
     _, content = photos[3]
     image_id = world.photo_ids(photos)[3]
-    uploaded = searcher.uploaded(content, decode(content))
+    uploaded = searcher.uploaded(content, searcher.encoder.pixels(decode(content)))
     assert np.allclose(uploaded.vector, searcher.known(image_id).vector, atol=2e-2)
     assert uploaded.image_id is None  # the builder's gallery holds no hashes
 

@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ from cir.train import ModelName
 from cluster.app.api import Run
 from cluster.app.labels import Found, Judged, Label, Labelling, Teaching
 from cluster.app.serve.guard import Guard
+from cluster.app.serve.together import Batched, Together
 from cluster.app.serve.turns import Turns
 from cluster.artifacts import Output
 from cluster.errors import UserError
@@ -103,6 +105,8 @@ class Service:
     def __init__(self, run: Run, models: list[str], uploads: Uploads) -> None:
         """Loads the models and what they search."""
         self.run, self.models, self.searcher, self.uploads = run, models, run.searcher, uploads
+        self.searcher.encoder = Batched(self.searcher.encoder.tower)
+        self.composing = {name: Together(partial(self.searcher.compose, name)) for name in models}
         self.digests = {name: run.graph.evaluation.parents[f"models.{name}"].digest for name in models}
         self.registry = CollectorRegistry()
         self._steps = Histogram("vdg_step_seconds", "Time of a step", ["step"], registry=self.registry)
@@ -125,15 +129,16 @@ class Service:
     def upload(self, content: bytes) -> dict[str, Any]:
         """Keep an image's vector. Raises BadImage."""
         took: dict[str, float] = {}
-        with self.decoding.take():
-            with self.step("decode", took):
-                image = decode(content, UPLOAD_PIXELS, UPLOAD_FORMATS)
-            with self.step("encode", took):
-                reference = self.searcher.uploaded(content, image)
+        with self.decoding.take(), self.step("decode", took):
+            image = decode(content, UPLOAD_PIXELS, UPLOAD_FORMATS)
+            (width, height), pixels = image.size, self.searcher.encoder.pixels(image)
+            del image
+        with self.step("encode", took):
+            reference = self.searcher.uploaded(content, pixels)
         name = hashlib.sha256(content).hexdigest()
         self.uploads.keep(name, reference)
         known = None if reference.image_id is None else str(reference.image_id)
-        return {"upload": name, "image_id": known, "width": image.width, "height": image.height, "took_ms": took}
+        return {"upload": name, "image_id": known, "width": width, "height": height, "took_ms": took}
 
     def explain(self, pair: Pair) -> dict[str, Any]:
         """What the generator says of it. Raises KeyError, UserError."""
@@ -166,7 +171,7 @@ class Service:
         answers = []
         for name in dict.fromkeys(asked.models):
             with self.step("compose", took):
-                query = self.searcher.compose(name, reference, asked.text)
+                query = self.composing[name]((reference, asked.text))
             with self.step("search", took):
                 without = reference.image_id if asked.exclude_reference else None
                 found = self.run.hits(self.searcher.matrix(name).nearest(query, asked.top, without))

@@ -1,6 +1,5 @@
-"""The service on Ray Serve: replicas that each hold the models, uploads that they share, images encoded in batches."""
+"""The service on Ray Serve: replicas that each hold the models, and uploads that they share."""
 
-import asyncio
 import ipaddress
 import logging
 import os
@@ -9,16 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import psutil
 import ray
 from fastapi import FastAPI
-from PIL import Image
 from pydantic import Field
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cir.search import Encoder, Reference
+from cir.search import Reference
 from cluster.app import config as configs
 from cluster.app.api import Run
 from cluster.app.commands.search import served
@@ -31,10 +28,8 @@ from cluster.config import Section
 from cluster.driver import session
 from cluster.driver.progress import console
 from cluster.errors import UserError
-from mining.config import TowerConfig
 
 NAME = "visual-delta"  # of the application: another one of this name takes its place
-BATCH, WAIT = 16, 0.005  # images encoded together at most; seconds that the first one waits for others
 QUEUED = 100  # requests that wait where every replica has as many as it takes; further ones get 503
 HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 
@@ -92,27 +87,10 @@ def _builder(config: RunConfig, digest: str, models: list[str], options: Options
         graph = Graph(config)
         graph.evaluation.recall(config.root, digest)
         run = Run(graph)
-        run.searcher.encoder = Batched(run.searcher.encoder.tower, asyncio.get_running_loop())
         token = None if options.token_file is None else read_token("", options.token_file)
         return local_app(run, models, options.names, token, options.author, Shared(serve.get_deployment_handle("Kept"), digest))
 
     return build
-
-
-class Batched(Encoder):
-    """Images that come at about the same time go through the tower together."""
-
-    def __init__(self, tower: TowerConfig, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(tower)
-        self.loop = loop
-
-    def vector(self, image: Image.Image) -> np.ndarray:
-        """As `Encoder.vector`, for threads other than the loop's."""
-        return asyncio.run_coroutine_threadsafe(self._together(self.pixels(image)), self.loop).result()
-
-    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=WAIT)
-    async def _together(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
-        return list(await asyncio.to_thread(self.vectors, np.stack(pixels)))
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0}, max_surge_percent=1)

@@ -104,7 +104,7 @@ def test_an_export_answers_alone_and_its_snippet_runs(
     assert isinstance(model, Model)
     path = sorted((world / "photos").iterdir())[3]
     reference = run.reference(path)
-    assert np.allclose(model.query(decode(path.read_bytes()), "red"), run.searcher.compose("semi.s0", reference, "red"))
+    assert np.allclose(model.query(decode(path.read_bytes()), "red"), run.searcher.compose("semi.s0", [(reference, "red")])[0])
     ids = list(run.thumbnails)[:3]
     images = [decode((world / "photos" / f"{key}").read_bytes()) for key in _files(run, ids, world)]
     wanted = run.searcher.matrix("semi.s0")
@@ -162,7 +162,7 @@ def test_a_registered_model_loads_by_its_alias(run: Run, finished: Graph, world:
     path = sorted((world / "photos").iterdir())[3]
     table = pd.DataFrame({"image": [str(path), path.read_bytes()], "text": ["red", None]})
     query, image = model.predict(table)
-    assert np.allclose(query, run.searcher.compose("semi.s0", run.reference(path), "red"))
+    assert np.allclose(query, run.searcher.compose("semi.s0", [(run.reference(path), "red")])[0])
     assert run.searcher.matrix("semi.s0").nearest(image, 1, None).image_ids.tolist() == [run.reference(path).image_id]
     stored = [path for path in Path(finished.root, "mlartifacts").rglob("*") if path.is_file() and "models" in path.parts]
     assert {path.name for path in stored} <= {"MLmodel", "place.json", "registered_model_meta"}  # the last is MLflow's own

@@ -1,0 +1,61 @@
+"""Work that several threads ask for at about the same time, done as one batch."""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from threading import Lock
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from cir.search import Encoder
+from mining.config import TowerConfig
+
+MOST = 16  # of a batch
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+
+class Together(Generic[Asked, Answer]):
+    """`work`, which answers a list, for single calls: those that come while it is at work are its next batch.
+
+    Nobody waits for others to come.
+    """
+
+    def __init__(self, work: Callable[[list[Asked]], Iterable[Answer]]) -> None:
+        self._work, self._turn = work, Lock()
+        self._waiting: deque[tuple[Asked, Future[Answer]]] = deque()
+
+    def __call__(self, asked: Asked) -> Answer:
+        """Raises what `work` raises of this one."""
+        future: Future[Answer] = Future()
+        self._waiting.append((asked, future))
+        with self._turn:
+            while not future.done():
+                self._answer([self._waiting.popleft() for _ in range(min(len(self._waiting), MOST))])
+        return future.result()
+
+    def _answer(self, batch: list[tuple[Asked, "Future[Answer]"]]) -> None:
+        try:
+            answers = self._work([asked for asked, _ in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+                return
+            for one in batch:
+                self._answer([one])
+            return
+        for (_, future), answer in zip(batch, answers, strict=True):
+            future.set_result(answer)
+
+
+class Batched(Encoder):
+    """An encoder to which images that come at about the same time are one batch."""
+
+    def __init__(self, tower: TowerConfig) -> None:
+        super().__init__(tower)
+        self._together: Together[np.ndarray, np.ndarray] = Together(lambda pixels: self.vectors(np.stack(pixels)))
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """As `Encoder.encode`, for many threads."""
+        return self._together(pixels)
