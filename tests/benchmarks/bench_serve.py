@@ -190,9 +190,11 @@ def check_equal(run: Run) -> None:
     queries = run.graph.evaluation.benchmark(At(run.graph.root, Silent())).queries
     for name in run.models:
         ranking = run.graph.output(run.graph.evaluation).read_table(f"rankings/{name}.parquet", RANKINGS)
+        asked = [(run.searcher.known(query.reference), query.text) for query in queries]
+        composed = np.concatenate([run.searcher.compose(name, asked[i : i + BATCH]) for i in range(0, len(asked), BATCH)])
         same = 0
-        for query, expected in zip(queries, ranking["image_ids"].to_pylist(), strict=True):
-            found = run.searcher.search(name, run.searcher.known(query.reference), query.text, len(expected))
+        for query, vector, expected in zip(queries, composed, ranking["image_ids"].to_pylist(), strict=True):
+            found = run.searcher.matrix(name).nearest(vector, len(expected), query.reference)
             same += found.image_ids.tolist() == expected
         report(f"{name}: of {len(queries)} queries are ranked as evaluate ranks them", same, len(queries), least=True)
 
