@@ -28,8 +28,8 @@ def presets() -> None:
 def init(
     folder: Annotated[Path, typer.Argument(help="where the config is written, as vdg.yaml")],
     images: Annotated[str, typer.Option(help="your images: labelled ones and the unlabelled gallery")],
-    triplets: Annotated[str, typer.Option(help="your labelled triplets: JSON list of reference, target, captions")],
-    queries: Annotated[str | None, typer.Option(help="test queries; None: the labelled triplets themselves")] = None,
+    triplets: Annotated[str, typer.Option(help="your labelled triplets: JSON, CSV or Parquet of reference, target, captions")],
+    queries: Annotated[str | None, typer.Option(help="test queries; None: a fifth of the labelled triplets, held out by image")] = None,
     captions: Annotated[str | None, typer.Option(help="image-caption pairs for stage 1 of the generator")] = None,
 ) -> None:
     """An annotated config for one's own data, checked against it."""
