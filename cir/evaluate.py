@@ -204,12 +204,7 @@ def _ranked(inputs: _Inputs, entrants: dict[str, Entrant], resources: ActorResou
     """Rank entrants in Ray tasks, `resources.actors` at a time; yields as each is finished."""
     import ray
 
-    task = ray.remote(_rank).options(
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus,
-        memory=resources.memory_gb and int(resources.memory_gb * 2**30),
-        accelerator_type=resources.accelerator_type,
-    )
+    task = ray.remote(_rank).options(**resources.ray_options())
     waiting = list(entrants.items())
     running: list[ray.ObjectRef] = []
     shared = ray.put(inputs)

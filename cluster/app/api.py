@@ -10,13 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from cir.index import Thumbnails
 from cir.search import Hits, Model, Reference, Searcher
 from cluster.app.export import TOWER, export
-from cluster.app.graph import Graph
+from cluster.app.graph import Graph, ancestors
 from cluster.app.outputs import CONFIG, kept_config
 from cluster.app.recommend import recommend
-from cluster.app.runner import metrics_of
+from cluster.app.runner import metrics_of, run
 from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
 from cluster.driver.lineage import Lineage
@@ -25,7 +27,9 @@ from cluster.stage import Stage
 from cluster.verify import verify
 from mining import tables
 from mining.config import TowerConfig
+from mining.gallery import keys
 from mining.images import BadImage, decode
+from mining.ingest import IngestGallery
 from vdg.explain import Explainer, Explanation
 from vdg.generate import Generate
 
@@ -98,8 +102,6 @@ class Run:
 
     def _made(self, stage: Stage) -> Output:
         """The output of a stage beside the run. All of them are made where one is missing, so that Ray starts once."""
-        from cluster.app.runner import run
-
         ready = [beside for beside in self.graph.beside if self._finished(*beside.parents.values())]
         if not self._finished(*ready):
             run(self.graph, ready)
@@ -205,8 +207,6 @@ class Run:
 
     def triplets(self) -> "pd.DataFrame":
         """The pseudo triplets: reference and target as keys, their first delta, and its log-probability."""
-        import pyarrow as pa
-
         found = []
         for stage in (stage for stage in self.graph.stages if stage.kind == "generate"):
             made = self.graph.output(stage)
@@ -234,12 +234,8 @@ class Run:
         lineage, output = Lineage(self.graph.root), self.models[model]
         return export(lineage, next(made for made in lineage.made.values() if made.output == output), Path(folder))
 
-    def _names(self, stage: Any) -> Mapping[int, str]:
+    def _names(self, stage: Stage) -> Mapping[int, str]:
         """Keys of the images that a stage's ancestors ingested."""
-        from cluster.app.graph import ancestors
-        from mining.gallery import keys
-        from mining.ingest import IngestGallery
-
         galleries = [one for one in ancestors(stage) if isinstance(one, IngestGallery)]
         return {image_id: key for one in galleries for key, image_id in keys(self.graph.output(one)).items()}
 

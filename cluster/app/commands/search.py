@@ -6,20 +6,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
+import jinja2
 import typer
 from rich.table import Table
 
+from cir.index import thumbnail
 from cir.train import ModelName
 from cluster.app import config as configs
-from cluster.app.commands.options import Config, Set
+from cluster.app.api import Hit, Run
+from cluster.app.commands.options import Config, Set, graph_of
+from cluster.app.labels import Labelling, Store, freeze
 from cluster.artifacts import without_user
 from cluster.driver.progress import answers, console
 from cluster.errors import UserError
-
-if TYPE_CHECKING:
-    from cluster.app.api import Hit, Run
 
 app = typer.Typer()
 
@@ -58,16 +59,12 @@ def search(
         console.print(f"drawn in {html}")
 
 
-def open_run(config: str, assignments: list[str]) -> "Run":
+def open_run(config: str, assignments: list[str]) -> Run:
     """A finished run. Raises UserError."""
-    loaded = configs.load(config, assignments)
-    from cluster.app.api import Run
-    from cluster.app.graph import Graph
-
-    return Run(Graph(loaded))
+    return Run(graph_of(config, assignments))
 
 
-def chosen(run: "Run", models: str | None) -> list[str]:
+def chosen(run: Run, models: str | None) -> list[str]:
     """The models asked for, or the recommended one. Raises UserError when one is unknown."""
     asked = [run.recommended] if models is None else models.split(",")
     if unknown := set(asked) - set(run.models):
@@ -75,7 +72,7 @@ def chosen(run: "Run", models: str | None) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def served(run: "Run", models: str | None) -> list[str]:
+def served(run: Run, models: str | None) -> list[str]:
     """The models asked for, or the recommended one, then the first of every other variant. Raises UserError."""
     if models is not None:
         return chosen(run, models)
@@ -85,17 +82,15 @@ def served(run: "Run", models: str | None) -> list[str]:
     return list(first.values())
 
 
-def _show(found: Mapping[str, "list[Hit]"]) -> None:
+def _show(found: Mapping[str, list[Hit]]) -> None:
     table = Table("rank", *(column for name in found for column in (name, "score")))
     for row in zip(*found.values(), strict=True):
         table.add_row(str(row[0].rank), *(cell for hit in row for cell in (hit.key, f"{hit.score:.3f}")))
     answers.print(table)
 
 
-def _page(run: "Run", image: str, text: str, found: Mapping[str, "list[Hit]"]) -> str:
+def _page(run: Run, image: str, text: str, found: Mapping[str, list[Hit]]) -> str:
     """One HTML file that holds its pictures."""
-    import jinja2
-
     folder = Path(__file__).parents[1]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined)
     pictures = {hit.image_id: _data(run.thumbnails.get(hit.image_id, b"")) for hits in found.values() for hit in hits}
@@ -104,9 +99,7 @@ def _page(run: "Run", image: str, text: str, found: Mapping[str, "list[Hit]"]) -
     )
 
 
-def _reference(run: "Run", image: str) -> bytes:
-    from cir.index import thumbnail
-
+def _reference(run: Run, image: str) -> bytes:
     if Path(image).is_file():
         return thumbnail(Path(image).read_bytes())
     return run.thumbnails.get(run.searcher.image_id(image), b"")
@@ -150,8 +143,6 @@ def labels(
     assignments: Set = [],  # noqa: B006
 ) -> None:
     """What people said on the page of `vdg serve`: of the generator's deltas, and of search results."""
-    from cluster.app.labels import Labelling, Store, freeze
-
     run = open_run(config, assignments)
     if action == "list":
         for label in Store(run).last().values():
