@@ -14,6 +14,8 @@ import pyarrow as pa
 
 from cir.index import Thumbnails
 from cir.search import Hits, Model, Reference, Searcher
+from cir.select import written_scores
+from cir.train import ModelName
 from cluster.app.export import TOWER, export
 from cluster.app.graph import Graph, ancestors
 from cluster.app.outputs import CONFIG, kept_config
@@ -137,6 +139,22 @@ class Run:
         found = recommend(self.graph)
         return found.model if found else next(iter(self.models))
 
+    def chosen(self, models: str | None) -> list[str]:
+        """The models of some names, with commas between, or the recommended one. Raises UserError when one is unknown."""
+        asked = [self.recommended] if models is None else models.split(",")
+        if unknown := set(asked) - set(self.models):
+            raise UserError(f"--models {min(unknown)}: there is none of this name; give some of {', '.join(self.models)}")
+        return list(dict.fromkeys(asked))
+
+    def served(self, models: str | None) -> list[str]:
+        """As `chosen`; but where none is named, the recommended one, then the first of every other variant."""
+        if models is not None:
+            return self.chosen(models)
+        first: dict[str, str] = {}
+        for name in (self.recommended, *self.models):
+            first.setdefault(ModelName.parse(name).variant, name)
+        return list(first.values())
+
     def search(self, image: str | Path | bytes | int, text: str, model: str | None = None, top: int = 20) -> list[Hit]:
         """The `top` images of the gallery for a reference and a text that says what should differ, best first.
 
@@ -168,11 +186,10 @@ class Run:
         stage, round_trip = self.pseudo_triplets, self.graph.round_trip
         if stage is None:
             return []
-        made = self.graph.output(stage)
-        found = [made.read_table(f"scores/{name}", tables.SCORES) for name in made.names("scores")]
+        found = written_scores(self.graph.output(stage)).to_pylist()
         if round_trip is not None and self._finished(*round_trip.parents.values()):
-            found.append(self._made(round_trip).read_parts(tables.SCORES))
-        return _rows(found)
+            found += self._made(round_trip).read_parts(tables.SCORES).to_pylist()
+        return found
 
     @cached_property
     def _explainer(self) -> Explainer:
@@ -210,8 +227,8 @@ class Run:
         found = []
         for stage in (stage for stage in self.graph.stages if stage.kind == "generate"):
             made = self.graph.output(stage)
-            scores = [made.read_table(f"scores/{name}", tables.SCORES) for name in made.names("scores")]
-            values = {r["triplet_id"]: r["value"] for r in _rows(scores) if r["scorer"] == tables.SCORER}
+            scores = written_scores(made).to_pylist()
+            values = {r["triplet_id"]: r["value"] for r in scores if r["scorer"] == tables.SCORER}
             names = self._names(stage)
             found += [
                 {
@@ -251,10 +268,6 @@ def _last_evaluation(graph: Graph, folder: Output) -> str | None:
             changed = filesystem(graph.root)[0].get_file_info(output.path(MANIFEST)).mtime_ns
             found.append((changed, manifest["digest"]))
     return max(found)[1] if found else None
-
-
-def _rows(parts: list[Any]) -> list[dict[str, Any]]:
-    return [row for part in parts for row in part.to_pylist()]
 
 
 def load_model(folder: str | Path) -> Model:
