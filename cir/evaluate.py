@@ -76,7 +76,7 @@ class Evaluate(Stage):
 
     def config_field(self, name: str) -> str:
         """The text encoder is that of the train section."""
-        return {"config": "evaluate", "text": "train.text"}.get(name, name)
+        return "train.text" if name == "text" else super().config_field(name)
 
     def check(self) -> dict[str, str]:
         """The attributes have to be an object."""
