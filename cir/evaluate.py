@@ -76,7 +76,7 @@ class Evaluate(Stage):
 
     def config_field(self, name: str) -> str:
         """The text encoder is that of the train section."""
-        return {"config": "evaluate", "text": "train.text"}.get(name, name)
+        return "train.text" if name == "text" else super().config_field(name)
 
     def check(self) -> dict[str, str]:
         """The attributes have to be an object."""
@@ -204,12 +204,7 @@ def _ranked(inputs: _Inputs, entrants: dict[str, Entrant], resources: ActorResou
     """Rank entrants in Ray tasks, `resources.actors` at a time; yields as each is finished."""
     import ray
 
-    task = ray.remote(_rank).options(
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus,
-        memory=resources.memory_gb and int(resources.memory_gb * 2**30),
-        accelerator_type=resources.accelerator_type,
-    )
+    task = ray.remote(_rank).options(**resources.ray_options())
     waiting = list(entrants.items())
     running: list[ray.ObjectRef] = []
     shared = ray.put(inputs)

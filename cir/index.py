@@ -1,5 +1,6 @@
 """The stage index: what a search shows of a gallery's images, small enough to be read in place."""
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.artifacts import Output
+from cluster.artifacts import Output, reject_row
 from cluster.config import DecodeResources
 from cluster.parts import run_parts
 from cluster.stage import Run, Stage
@@ -75,7 +76,7 @@ def _make_part(row: dict[str, Any], gallery: Output, output: Output, side: int, 
             packed.append(thumbnail(image_bytes(image, reader), side, quality))
             shown.append({"image_id": image["image_id"], "key": image["key"]})
         except (BadImage, OSError) as error:
-            rejects.append({"key": image["key"], "stage": "index", "reason": "unreadable", "detail": str(error)[:200]})
+            rejects.append(reject_row("index", image["key"], "unreadable", str(error)))
     output.write_bytes(_pack(name), _arrow(packed))
     output.write_rejects(name, rejects)
     output.write_table(name, pa.Table.from_pylist(shown, SHOWN), SHOWN)
@@ -103,6 +104,11 @@ def thumbnail(content: bytes, side: int = SIDE, quality: int = QUALITY) -> bytes
     stream = BytesIO()
     image.save(stream, "JPEG", quality=quality)
     return stream.getvalue()
+
+
+def data_uri(jpeg: bytes) -> str:
+    """A JPEG as a page holds it."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
 class Thumbnails(Mapping[int, bytes]):

@@ -234,7 +234,7 @@ class Gain:
 
 
 def paired_bootstrap(
-    hits: np.ndarray, baseline: np.ndarray, classes: np.ndarray | None = None, resamples: int = 10_000, seed: int = 0
+    hits: np.ndarray, baseline: np.ndarray, classes: np.ndarray | None = None, resamples: int = 10_000
 ) -> Gain:
     """Gain of `hits` over `baseline` with a cluster bootstrap's interval.
 
@@ -244,7 +244,7 @@ def paired_bootstrap(
     so do the queries of one generator. None: each query asks for its own.
     """
     differences = 100.0 * np.atleast_2d(hits - baseline)
-    means = _resampled(differences[None], classes, resamples, seed)[0]
+    means = _resampled(differences[None], classes, resamples)[0]
     return Gain(float(differences.mean()), *_interval(means))
 
 
@@ -258,7 +258,7 @@ def gap_closed(
     gain, whole = np.broadcast_arrays(100.0 * np.atleast_2d(hits - baseline), 100.0 * np.atleast_2d(best - baseline))
     if whole.mean() <= 0:
         return None
-    means = _resampled(np.stack([gain, whole]), classes, resamples, seed=0)
+    means = _resampled(np.stack([gain, whole]), classes, resamples)
     told = means[:, means[1] > 0]
     if not told.size:
         return None
@@ -270,7 +270,7 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _resampled(values: np.ndarray, classes: np.ndarray | None, resamples: int, seed: int) -> np.ndarray:
+def _resampled(values: np.ndarray, classes: np.ndarray | None, resamples: int) -> np.ndarray:
     """Means float64 [k, resamples] of `values` [k, generators, queries] over classes and generators drawn with replacement.
 
     Of n generators n - 1 are drawn, which makes the variance of so few unbiased (Rao and Wu 1988); of one, that one.
@@ -279,7 +279,7 @@ def _resampled(values: np.ndarray, classes: np.ndarray | None, resamples: int, s
     _, places = np.unique(np.arange(queries) if classes is None else classes, return_inverse=True)
     counts = np.bincount(places)
     sums = np.stack([[np.bincount(places, row) for row in rows] for rows in values])  # [k, generators, classes]
-    rng, means = np.random.default_rng(seed), np.empty((len(values), resamples))
+    rng, means = np.random.default_rng(0), np.empty((len(values), resamples))
     for i in range(resamples):
         drawn = rng.integers(len(counts), size=len(counts))
         who = rng.integers(generators, size=generators - 1) if generators > 1 else [0]

@@ -37,10 +37,6 @@ class Score(Stage):
     seed: int
     resources: ActorResources
 
-    def config_field(self, name: str) -> str:
-        """The section has the stage's name."""
-        return "score" if name == "config" else name
-
     def work(self, output: Output, run: Run) -> None:
         """Part by part of the pseudo triplets, on a pool of actors."""
         pseudo, judge = run.output(self.pseudo_triplets), run.output(self.judge)

@@ -126,10 +126,14 @@ class Scorer:
     remedy: str
 
 
+def written_scores(pseudo_triplets: Output) -> pa.Table:
+    """What `generate` knew of its deltas when it wrote them (tables.SCORES)."""
+    parts = [pseudo_triplets.read_table(f"scores/{part}", tables.SCORES) for part in pseudo_triplets.names("scores")]
+    return pa.concat_tables([tables.SCORES.empty_table(), *parts])
+
+
 def _written(pseudo: Pseudo, name: str) -> pa.Table:
-    """What `generate` knew of a delta when it wrote it."""
-    parts = [pseudo.triplets.read_table(f"scores/{part}", tables.SCORES) for part in pseudo.triplets.names("scores")]
-    table = pa.concat_tables([tables.SCORES.empty_table(), *parts])
+    table = written_scores(pseudo.triplets)
     return table.filter(pc.equal(table["scorer"], name))
 
 

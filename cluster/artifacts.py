@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 from pydantic import TypeAdapter
 
-from cluster.errors import UserError
+from cluster.errors import UserError, shown
 from cluster.files import files_below
 from cluster.manifest import Manifest, checked, parse
 from cluster.stores import open_store
@@ -33,6 +33,11 @@ WARNINGS = "warnings.json"  # of an output: what its stage found odd, a sentence
 REUSED = "reused.json"  # rows that an output took over from earlier ones, by their names
 T = TypeVar("T")
 REJECTS = pa.schema([("key", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+
+def reject_row(stage: str, key: str, reason: str, detail: str) -> dict[str, str]:
+    """A row of `REJECTS`: what is not UTF-8 is escaped, a long detail is cut."""
+    return {"key": shown(key), "stage": stage, "reason": reason, "detail": shown(detail)[:200]}
 
 
 class NoPlaceError(UserError, ValueError):

@@ -135,8 +135,8 @@ class Stage(ABC):
         return 0.0
 
     def config_field(self, name: str) -> str:
-        """The config's name of a field that is a section."""
-        return name
+        """The config's name of a field that is a section: `config` is the section that has the stage's name."""
+        return self.kind if name == "config" else name
 
     def _flat(self) -> Iterator[tuple[str, Any, bool]]:
         """(role, value, whether looked up) of every field; of one that holds several, each."""

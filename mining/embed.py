@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.artifacts import REJECTS, REUSED, Output, output_of
+from cluster.artifacts import REJECTS, REUSED, Output, output_of, reject_row
 from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.parts import run_parts
@@ -28,6 +28,9 @@ from mining.sources import BytesReader
 
 if TYPE_CHECKING:
     import ray.data
+
+
+_reject = partial(reject_row, "embed")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -202,10 +205,6 @@ class Embedder:
         if not hasattr(self.local, "stream"):
             self.local.stream = torch.cuda.Stream()
         return torch.cuda.stream(self.local.stream)
-
-
-def _reject(key: str, reason: str, detail: str) -> dict[str, str]:
-    return {"key": key, "stage": "embed", "reason": reason, "detail": detail[:200]}
 
 
 def _schema(values: np.ndarray) -> pa.Schema:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.artifacts import Output
+from cluster.artifacts import Output, reject_row
 from mining import tables
 from mining.embeddings import gallery_part, read_part
 from mining.features import ORIGIN, centred, unit_vectors
@@ -44,8 +44,7 @@ class Guards:
         found: dict[int, Reject] = {}
         for benchmark, listing, looks in self._benchmarks:
             for image_id, reason, detail in (*listing.find(images), *looks.find(image_ids, values, self.similarity)):
-                row = {"key": keys[image_id], "stage": "exclude", "reason": reason, "detail": f"{benchmark}: {detail}"[:200]}
-                found.setdefault(image_id, row)
+                found.setdefault(image_id, reject_row("exclude", keys[image_id], reason, f"{benchmark}: {detail}"))
         return found
 
 

@@ -25,7 +25,7 @@ from mining.features import ORIGIN, read_mean, unit_vectors
 from mining.gallery import part_name
 from mining.indexes import filled, kind_for
 from mining.scratch import new_array, shared
-from mining.search import Exact, Found, Lists, Search, has_gpus, limit_threads, neighbours_of, plan
+from mining.search import Exact, Found, Lists, Search, limit_threads, neighbours_of, plan
 
 BLOCK = 4096  # images of one part
 REPORT = "neighbours.json"  # how the neighbours were found, and with which recall
@@ -136,7 +136,7 @@ def _opened(job: _Job, vectors: np.ndarray) -> Search:
         index = filled(lists, vectors, report["index"] == "ondisk")
         index.nprobe = report["nprobe"]
         return Lists(vectors, index)
-    if job.on_gpu and not has_gpus():
+    if job.on_gpu:
         from cluster.devices import device
         from mining.block_product import BlockProduct
 

@@ -60,6 +60,12 @@ def tokenizer_of(weights: Weights, **source: Any) -> Any:
     return tokenizer
 
 
+def tokens_of(tokenizer: Any, texts: Sequence[str], max_length: int) -> Any:
+    """int64 [len(texts), length], padded to the longest text and cut at `max_length`; special tokens in a text are text."""
+    options = {"padding": True, "truncation": True, "max_length": max_length, "split_special_tokens": True}
+    return tokenizer(texts, return_tensors="pt", **options)["input_ids"]
+
+
 def colours_of(weights: Weights) -> tuple[Colour, Colour]:
     """Mean and deviation of pixels (0 to 1) that a model's image processor was saved with.
 

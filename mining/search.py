@@ -1,7 +1,5 @@
 """Searching the nearest of a gallery's vectors, by FAISS; scores are exact whichever index found them."""
 
-from collections.abc import Callable
-from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +11,6 @@ RESCORED = 512  # queries whose neighbours' vectors are gathered at a time
 FIRST_PROBES = 4  # lists searched at first, doubled until the recall is reached,
 LAST_PROBES, LISTS_A_PROBE = 16, 32  # but at most so many, or one of so many
 RECALL_QUERIES = 512
-GPU_BYTES = 2**31  # of vectors that FAISS has on the GPU at a time
 EPSILON = 1e-6  # two ways of computing one cosine differ by less
 Found = tuple[np.ndarray, np.ndarray]  # (rows int64 [b, top], cosines float32 [b, top]), most similar first
 
@@ -42,24 +39,15 @@ class Exact:
         self.vectors = vectors
 
     def __call__(self, queries: np.ndarray, count: int) -> Found:
-        """As `Search`; a single query is answered before the vectors would have reached a GPU."""
+        """As `Search`."""
         import faiss
 
-        knn, best = self._knn if len(queries) > 1 else faiss.knn, empty(len(queries), count)
+        best = empty(len(queries), count)
         for first in range(0, len(self.vectors), SHARD_ROWS):
             shard = self.vectors[first : first + SHARD_ROWS]
-            scores, found = knn(queries, shard, min(count, len(shard)), metric=faiss.METRIC_INNER_PRODUCT)
+            scores, found = faiss.knn(queries, shard, min(count, len(shard)), metric=faiss.METRIC_INNER_PRODUCT)
             best = merged(best, (found + first, scores))
         return best
-
-    @cached_property
-    def _knn(self) -> Callable[..., tuple[Any, Any]]:
-        """FAISS's exact search, on the GPU of this process where it has one and FAISS is built for it."""
-        import faiss
-
-        if has_gpus():
-            return partial(faiss.knn_gpu, faiss.StandardGpuResources(), vectorsMemoryLimit=GPU_BYTES)
-        return faiss.knn
 
 
 class Lists:
@@ -77,13 +65,6 @@ class Lists:
             scores[here] = np.einsum("bd,bkd->bk", queries[here], self.vectors[found[here].clip(0)])
         scores[found < 0] = -np.inf
         return best_first(found, scores, count)
-
-
-def has_gpus() -> bool:
-    """Whether FAISS is built for GPUs and this process has one."""
-    import faiss
-
-    return getattr(faiss, "get_num_gpus", int)() > 0
 
 
 def plan(vectors: np.ndarray, top: int, config: IndexConfig, seed: int) -> tuple[dict[str, Any], Any]:

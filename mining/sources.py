@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from cluster.artifacts import filesystem
+from cluster.artifacts import filesystem, reject_row
 from cluster.errors import UserError, shown
 from cluster.files import AGAIN, SPECIAL, File, files_below, is_hidden, is_text
 from mining.config import GalleryConfig
@@ -134,9 +135,7 @@ def normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def reject(key: str, reason: str, detail: str) -> dict[str, str]:
-    """A row of the rejects of ingest."""
-    return {"key": shown(key), "stage": "ingest", "reason": reason, "detail": shown(detail)[:200]}
+reject = partial(reject_row, "ingest")  # of key, reason and detail
 
 
 def _listed(uri: str, names: dict[str, str | None] | None, field: str, aside: _Aside) -> Iterator[_Row]:

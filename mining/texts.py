@@ -11,7 +11,7 @@ from torch import nn
 from cluster.errors import UserError
 from cluster.weights import Weights
 from mining.config import TextTower
-from mining.pretrained import check_model, config_of, source_of, tokenizer_of
+from mining.pretrained import check_model, config_of, source_of, tokenizer_of, tokens_of
 from mining.towers import open_clip_config, open_clip_source
 
 ENCODE_BATCH = 256
@@ -87,13 +87,7 @@ class TransformersText(TextEncoder):
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
         """Texts padded to the longest of them."""
-        options: dict[str, Any] = {
-            "padding": True,
-            "truncation": True,
-            "max_length": self.max_length,
-            "split_special_tokens": True,
-        }
-        return self.tokenizer(texts, return_tensors="pt", **options)["input_ids"]
+        return tokens_of(self.tokenizer, texts, self.max_length)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Features [B, width]: the mean over a text's own tokens."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.artifacts import WARNINGS, Output, read_warnings
+from cluster.artifacts import WARNINGS, Output, read_warnings, reject_row
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.parts import run_actors
@@ -48,10 +48,6 @@ class Generate(Stage):
     def reject_limit(self) -> float:
         """As the config says."""
         return self.config.max_reject_fraction
-
-    def config_field(self, name: str) -> str:
-        """The section has the stage's name."""
-        return "generate" if name == "config" else name
 
     def work(self, output: Output, run: Run) -> None:
         """Raises UserError when the model is no trained generator, before an actor starts."""
@@ -162,7 +158,7 @@ class PartGenerator:
         triplets, scores, rejects = [], [], []
         for pair, delta in zip(pairs, deltas, strict=True):
             if reason := self._rejected(delta.text):
-                rejects.append(_reject(pair, reason, delta.text))
+                rejects.append(reject_row("generate", str(pair["pair_id"]), reason, f"the generator wrote {delta.text!r}"))
                 continue
             triplets.append(_triplet(pair, delta.text))
             triplet_id = triplets[-1]["triplet_id"]
@@ -191,8 +187,3 @@ def _image_ids(pairs: Output) -> np.ndarray:
 def _triplet(pair: dict[str, Any], text: str) -> dict[str, Any]:
     carried = {name: pair[name] for name in ("pair_id", "group_id", "reference_id", "target_id")}
     return {"triplet_id": tables.stable_id("vdg", pair["pair_id"]), **carried, "deltas": [text], "source": "vdg"}
-
-
-def _reject(pair: dict[str, Any], reason: str, text: str) -> dict[str, str]:
-    detail = f"the generator wrote {text!r}"[:200]
-    return {"key": str(pair["pair_id"]), "stage": "generate", "reason": reason, "detail": detail}

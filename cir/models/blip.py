@@ -10,7 +10,7 @@ from cir.config import VariantConfig
 from cir.losses import Pairs, distinct, draw_negatives, target_delta_matching
 from cir.models.retrieval import Retrieval
 from mining.config import TowerConfig
-from mining.pretrained import source_of, tokenizer_of
+from mining.pretrained import source_of, tokenizer_of, tokens_of
 from mining.towers import colours, normalised
 
 MAX_LENGTH = 32  # tokens of a delta, as in the paper; longer ones are cut
@@ -28,8 +28,7 @@ class DeltaTokenizer:
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """Tokens int64 [len(texts), length], padded to the longest text and cut at 32."""
-        options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": MAX_LENGTH, "split_special_tokens": True}
-        return self.tokenizer(texts, return_tensors="pt", **options)["input_ids"]
+        return tokens_of(self.tokenizer, texts, MAX_LENGTH)
 
 
 class BlipRetrieval(Retrieval):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-FIRST_GATE = -2.0  # from 0, queries stay too close to the reference (cross-validation; README)
+FIRST_GATE = -2.0  # from 0, queries stay too close to the reference (cross-validation; docs/results.md)
 GAIN = 4.0  # features of norm 1 are small for a default linear layer: this brings them into GELU's curved range
 
 

@@ -10,13 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from cir.index import Thumbnails
 from cir.search import Hits, Model, Reference, Searcher
+from cir.select import written_scores
+from cir.train import ModelName
 from cluster.app.export import TOWER, export
-from cluster.app.graph import Graph
+from cluster.app.graph import Graph, ancestors
 from cluster.app.outputs import CONFIG, kept_config
 from cluster.app.recommend import recommend
-from cluster.app.runner import metrics_of
+from cluster.app.runner import metrics_of, run
 from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
 from cluster.driver.lineage import Lineage
@@ -25,7 +29,9 @@ from cluster.stage import Stage
 from cluster.verify import verify
 from mining import tables
 from mining.config import TowerConfig
+from mining.gallery import keys
 from mining.images import BadImage, decode
+from mining.ingest import IngestGallery
 from vdg.explain import Explainer, Explanation
 from vdg.generate import Generate
 
@@ -98,8 +104,6 @@ class Run:
 
     def _made(self, stage: Stage) -> Output:
         """The output of a stage beside the run. All of them are made where one is missing, so that Ray starts once."""
-        from cluster.app.runner import run
-
         ready = [beside for beside in self.graph.beside if self._finished(*beside.parents.values())]
         if not self._finished(*ready):
             run(self.graph, ready)
@@ -135,6 +139,22 @@ class Run:
         found = recommend(self.graph)
         return found.model if found else next(iter(self.models))
 
+    def chosen(self, models: str | None) -> list[str]:
+        """The models of some names, with commas between, or the recommended one. Raises UserError when one is unknown."""
+        asked = [self.recommended] if models is None else models.split(",")
+        if unknown := set(asked) - set(self.models):
+            raise UserError(f"--models {min(unknown)}: there is none of this name; give some of {', '.join(self.models)}")
+        return list(dict.fromkeys(asked))
+
+    def served(self, models: str | None) -> list[str]:
+        """As `chosen`; but where none is named, the recommended one, then the first of every other variant."""
+        if models is not None:
+            return self.chosen(models)
+        first: dict[str, str] = {}
+        for name in (self.recommended, *self.models):
+            first.setdefault(ModelName.parse(name).variant, name)
+        return list(first.values())
+
     def search(self, image: str | Path | bytes | int, text: str, model: str | None = None, top: int = 20) -> list[Hit]:
         """The `top` images of the gallery for a reference and a text that says what should differ, best first.
 
@@ -166,11 +186,10 @@ class Run:
         stage, round_trip = self.pseudo_triplets, self.graph.round_trip
         if stage is None:
             return []
-        made = self.graph.output(stage)
-        found = [made.read_table(f"scores/{name}", tables.SCORES) for name in made.names("scores")]
+        found = written_scores(self.graph.output(stage)).to_pylist()
         if round_trip is not None and self._finished(*round_trip.parents.values()):
-            found.append(self._made(round_trip).read_parts(tables.SCORES))
-        return _rows(found)
+            found += self._made(round_trip).read_parts(tables.SCORES).to_pylist()
+        return found
 
     @cached_property
     def _explainer(self) -> Explainer:
@@ -205,13 +224,11 @@ class Run:
 
     def triplets(self) -> "pd.DataFrame":
         """The pseudo triplets: reference and target as keys, their first delta, and its log-probability."""
-        import pyarrow as pa
-
         found = []
         for stage in (stage for stage in self.graph.stages if stage.kind == "generate"):
             made = self.graph.output(stage)
-            scores = [made.read_table(f"scores/{name}", tables.SCORES) for name in made.names("scores")]
-            values = {r["triplet_id"]: r["value"] for r in _rows(scores) if r["scorer"] == tables.SCORER}
+            scores = written_scores(made).to_pylist()
+            values = {r["triplet_id"]: r["value"] for r in scores if r["scorer"] == tables.SCORER}
             names = self._names(stage)
             found += [
                 {
@@ -234,12 +251,8 @@ class Run:
         lineage, output = Lineage(self.graph.root), self.models[model]
         return export(lineage, next(made for made in lineage.made.values() if made.output == output), Path(folder))
 
-    def _names(self, stage: Any) -> Mapping[int, str]:
+    def _names(self, stage: Stage) -> Mapping[int, str]:
         """Keys of the images that a stage's ancestors ingested."""
-        from cluster.app.graph import ancestors
-        from mining.gallery import keys
-        from mining.ingest import IngestGallery
-
         galleries = [one for one in ancestors(stage) if isinstance(one, IngestGallery)]
         return {image_id: key for one in galleries for key, image_id in keys(self.graph.output(one)).items()}
 
@@ -255,10 +268,6 @@ def _last_evaluation(graph: Graph, folder: Output) -> str | None:
             changed = filesystem(graph.root)[0].get_file_info(output.path(MANIFEST)).mtime_ns
             found.append((changed, manifest["digest"]))
     return max(found)[1] if found else None
-
-
-def _rows(parts: list[Any]) -> list[dict[str, Any]]:
-    return [row for part in parts for row in part.to_pylist()]
 
 
 def load_model(folder: str | Path) -> Model:

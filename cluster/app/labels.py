@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from cir.select import share_beaten
 from cluster.app.api import Run
 from cluster.artifacts import Output, below
 from cluster.config import Section
@@ -155,7 +156,7 @@ class Labelling:
         ranks: dict[str, dict[int, float]] = {}
         for scorer in sorted({row["scorer"] for row in scores}):
             rows = [row for row in scores if row["scorer"] == scorer and row["triplet_id"] in self.rows]
-            places = _percentiles(np.array([row["value"] for row in rows]))
+            places = share_beaten(np.array([row["value"] for row in rows]))
             ranks[scorer] = dict(zip((row["triplet_id"] for row in rows), places.tolist(), strict=True))
         return {t: float(np.ptp([rank[t] for rank in ranks.values() if t in rank] or [0.0])) for t in self.rows}
 
@@ -207,12 +208,6 @@ class Labelling:
             raise UserError("text: is none of the deltas that were shown; send it as edited")
         images = {role: row[role] for role in ("reference_id", "target_id")}
         return self.store.add(judged.model_dump() | images, author, self.digest)
-
-
-def _percentiles(values: np.ndarray) -> np.ndarray:
-    """Each value's place among all, 0 to 1; equal ones share theirs."""
-    ordered = np.sort(values)
-    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(values))
 
 
 class Teaching:

@@ -20,28 +20,6 @@ class Box:
     x: int
     y: int
     kind: str  # asked, removed or other
-    width: int = WIDTH
-    height: int = HEIGHT
-
-    @property
-    def name(self) -> str:
-        """What a link leads to."""
-        return self.made.name
-
-    @property
-    def instance(self) -> str:
-        """As the stage is called."""
-        return self.made.instance
-
-    @property
-    def digest(self) -> str:
-        """Of the output."""
-        return self.made.digest
-
-    @property
-    def rows(self) -> str:
-        """How many rows it has, where it is a table."""
-        return self.made.rows
 
 
 def page(lineage: Lineage, shown: dict[str, Made], asked: set[str], root: str) -> str:
@@ -61,6 +39,8 @@ def page(lineage: Lineage, shown: dict[str, Made], asked: set[str], root: str) -
             root=root,
             width=max(box.x for box in boxes.values()) + ACROSS,
             height=max(box.y for box in boxes.values()) + DOWN,
+            box_width=WIDTH,
+            box_height=HEIGHT,
             arrows=arrows,
             boxes=list(boxes.values()),
             rows=[_row(lineage, box.made) for box in sorted(boxes.values(), key=lambda box: (box.x, box.y))],

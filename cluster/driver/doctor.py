@@ -4,7 +4,6 @@ Nothing is compiled, downloaded or started.
 """
 
 import http.client
-import importlib.util
 import os
 import shutil
 import urllib.error
@@ -48,8 +47,6 @@ def examine(setting: Setting) -> list[Finding]:
         packages,
         gpus,
         cuda,
-        deepspeed,
-        faiss_build,
         lambda: ray_cluster(setting.ray_address),
         lambda: ray_token(setting.ray_address),
         lambda: mlflow_store(setting.tracking_uri),
@@ -118,29 +115,6 @@ def cuda() -> Finding:
     if foreign:
         return Finding("CUDA", "blocker", f"{built}; it has no code for {', '.join(foreign)}", "install a torch for this GPU")
     return Finding("CUDA", "ok", built)
-
-
-def deepspeed() -> Finding:
-    """Whether DeepSpeed is there. None of its ops is compiled: the optimiser is torch's, and CPUs talk through gloo."""
-    if importlib.util.find_spec("deepspeed") is None:
-        return Finding("DeepSpeed", "blocker", "not installed", "`pip install deepspeed`")
-    return Finding("DeepSpeed", "ok", f"DeepSpeed {version('deepspeed')}")
-
-
-def faiss_build() -> Finding:
-    """Whether FAISS is there, and whether it can use the GPUs that torch sees."""
-    if importlib.util.find_spec("faiss") is None:
-        return Finding("FAISS", "blocker", "not installed", "`pip install faiss-cpu`, or the extra `gpu`")
-    import faiss
-    import torch
-
-    on_gpu = hasattr(faiss, "StandardGpuResources")
-    found = f"FAISS {faiss.__version__} for {'GPUs' if on_gpu else 'CPUs'}"
-    if torch.cuda.is_available() and not on_gpu:
-        return Finding(
-            "FAISS", "warning", f"{found}; mining leaves the GPU idle", "`pip uninstall faiss-cpu`, then the extra `gpu`"
-        )
-    return Finding("FAISS", "ok", found)
 
 
 def ray_cluster(address: str | None) -> Finding:

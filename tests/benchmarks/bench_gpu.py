@@ -1,6 +1,6 @@
 """What a GPU is kept busy with, as ratios in one run: embedding, ingest, an instruction step, generation, neighbours.
 
-    python tests/benchmarks/bench_gpu.py [embed] [instruct] [generate] [neighbours]
+    PYTHONPATH=. python tests/benchmarks/bench_gpu.py [embed] [instruct] [generate] [neighbours]
 
 Weights are random: ViT-L/14 and the shape of LLaMA-7B, in bf16. Without a GPU all shapes are tiny, and the ratios say nothing.
 """

@@ -1,6 +1,6 @@
 """Peak private memory of driver and workers by stage, at several sizes of a gallery (`large_gallery.py`).
 
-    python tests/benchmarks/bench_memory.py --images 10000 100000
+    PYTHONPATH=. python tests/benchmarks/bench_memory.py --images 10000 100000
 
 Goal: the largest at most 1.1 times the smallest for ingest, embed, generate and for training on pixels of the whole gallery;
 mine and training grow by some bytes an image or triplet. Each size runs in a process and a Ray of its own, with a random

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 
@@ -92,21 +91,6 @@ def test_no_more_lists_are_searched_than_the_recall_needs() -> None:
     few, many = (plan(vectors, 10, config, seed=0)[0] for config in configs)
     assert (few["nprobe"], many["nprobe"]) == (4, 32)
     assert few["recall"] <= many["recall"]
-
-
-def test_the_gpu_of_the_process_searches_where_faiss_is_built_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, used = clustered(50), []
-
-    def knn_gpu(resources: str, queries: np.ndarray, gallery: np.ndarray, k: int, **options: int) -> tuple[np.ndarray, ...]:
-        used.append(resources)
-        return faiss.knn(queries, gallery, k, metric=options["metric"])
-
-    expected = neighbours_of(Exact(vectors), np.arange(50), 5)
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
-    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
-    monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
-    assert np.array_equal(neighbours_of(Exact(vectors), np.arange(50), 5), expected)
-    assert used == ["resources"]
 
 
 def test_auto_takes_the_index_of_the_size() -> None:

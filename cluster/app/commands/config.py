@@ -10,6 +10,7 @@ import yaml
 
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
+from cluster.app.init import write_config
 from cluster.artifacts import hidden
 from cluster.config import in_folder
 from cluster.driver.progress import answers, console, printable
@@ -28,13 +29,11 @@ def presets() -> None:
 def init(
     folder: Annotated[Path, typer.Argument(help="where the config is written, as vdg.yaml")],
     images: Annotated[str, typer.Option(help="your images: labelled ones and the unlabelled gallery")],
-    triplets: Annotated[str, typer.Option(help="your labelled triplets: JSON list of reference, target, captions")],
-    queries: Annotated[str | None, typer.Option(help="test queries; None: the labelled triplets themselves")] = None,
+    triplets: Annotated[str, typer.Option(help="your labelled triplets: JSON, CSV or Parquet of reference, target, captions")],
+    queries: Annotated[str | None, typer.Option(help="test queries; None: a fifth of the triplets, held out by image")] = None,
     captions: Annotated[str | None, typer.Option(help="image-caption pairs for stage 1 of the generator")] = None,
 ) -> None:
     """An annotated config for one's own data, checked against it."""
-    from cluster.app.init import write_config
-
     path = write_config(folder, images, triplets, queries, captions)
     console.print(f"wrote {path}; next: `vdg run {path} --dry-run`, then `vdg run {path}`")
 

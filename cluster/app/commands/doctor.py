@@ -8,7 +8,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from cluster.app.checks import problems
 from cluster.app.commands.options import Set, graph_of
+from cluster.app.runner import tracking_uri
 from cluster.driver.doctor import Finding, Setting, examine
 from cluster.driver.progress import answers
 
@@ -38,9 +40,6 @@ def doctor(
 
 def _of_config(config: str, assignments: list[str]) -> list[Finding]:
     """Of the machine, and of what the config's stages would stumble over."""
-    from cluster.app.checks import problems
-    from cluster.app.runner import tracking_uri
-
     graph = graph_of(config, assignments)
     wanted = Setting(graph.root, tracking_uri(graph.config), graph.config.resources.ray.address)
     wrong = [Finding(field, "blocker", *_halves(problem)) for field, problem in problems(graph.config, graph.stages).items()]

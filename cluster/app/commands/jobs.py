@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from cluster.app import submission
 from cluster.app.commands.options import Config, Set
 from cluster.driver import jobs
 from cluster.driver.progress import answers, console, printable
@@ -42,8 +43,6 @@ def submit(
     again: Annotated[bool, typer.Option("--again", help="submit a run that has succeeded once more")] = False,
 ) -> None:
     """Send `vdg run`, or some stages, to a Ray cluster as a job. The same run is never there twice at a time."""
-    from cluster.app import submission
-
     job, paths = submission.prepare(config, assignments, only, until, local, dict(map(_variable, variables)))
     client = jobs.connect(address)
     last = jobs.last_attempt(job.base, client.list_jobs())

@@ -11,7 +11,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cluster.app import config as configs
-from cluster.app.commands.options import Config, Set
+from cluster.app.api import Run
+from cluster.app.commands.options import Config, Set, graph_of
+from cluster.app.export import export as write
+from cluster.app.runner import headline, record_results, tracking_uri
 from cluster.artifacts import Output, without_user
 from cluster.driver.lineage import Lineage, Made, problems
 from cluster.driver.progress import answers, console
@@ -21,6 +24,9 @@ from cluster.errors import UserError
 app = typer.Typer()
 
 Place = Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")]
+Model = Annotated[
+    str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg), a digest, or of a config recommended")
+]
 RUN_ID = re.compile("[0-9a-f]{32}")
 
 
@@ -66,12 +72,10 @@ def track(config: Config, assignments: Set = []) -> None:  # noqa: B006
 
     A SQLite file that is damaged is set aside, and a new one made.
     """
-    from cluster.app.graph import Graph
-    from cluster.app.runner import headline, record_results, tracking_uri
     from cluster.driver.store import said, set_aside
     from cluster.driver.tracking import Tracker
 
-    graph = Graph(configs.load(config, assignments))
+    graph = graph_of(config, assignments)
     run, uri = graph.config, tracking_uri(graph.config)
     finished = [stage for stage in graph.stages if graph.output(stage).manifest() is not None]
     with said(uri):
@@ -93,15 +97,11 @@ def track(config: Config, assignments: Set = []) -> None:  # noqa: B006
 @app.command()
 def export(
     place: Place,
-    model: Annotated[
-        str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg), a digest, or of a config recommended")
-    ],
+    model: Model,
     folder: Annotated[Path, typer.Argument(help="a new folder")],
     assignments: Set = [],  # noqa: B006
 ) -> None:
     """A trained model as PEFT adapter or safetensors, with a model card; says what needs this package."""
-    from cluster.app.export import export as write
-
     found = Lineage(_root(place, assignments)[0])
     for note in write(found, _one(found, _named(place, assignments, model)), folder):
         console.print(note)
@@ -110,10 +110,8 @@ def export(
 
 @app.command()
 def push(
-    place: Annotated[str, typer.Argument(help="a config, a preset's name, or the root folder of the outputs")],
-    model: Annotated[
-        str, typer.Argument(help="a model (semi.s1), an instance (instruct:vdg), a digest, or of a config recommended")
-    ],
+    place: Place,
+    model: Model,
     repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub, made private where it is new")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the files; send nothing")] = False,
     assignments: Set = [],  # noqa: B006
@@ -122,8 +120,6 @@ def push(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
-
-    from cluster.app.export import export as write
 
     try:
         validate_repo_id(repository)
@@ -152,10 +148,7 @@ def _named(place: str, assignments: list[str], model: str) -> str:
         return model
     if "://" in place or Path(place).is_dir():
         raise UserError("recommended: a root may hold several runs; give the config of one, or the model's name")
-    from cluster.app.api import Run
-    from cluster.app.graph import Graph
-
-    graph = Graph(configs.load(place, assignments))
+    graph = graph_of(place, assignments)
     return graph.models[Run(graph).recommended].digest
 
 
@@ -174,8 +167,6 @@ def _root(place: str, assignments: list[str]) -> tuple[str, str | None]:
         store = Path(place) / "mlflow.db"
         return place, sqlite_uri(store.resolve()) if store.is_file() else None
     config = configs.load(place, assignments)
-    from cluster.app.runner import tracking_uri
-
     return config.root, tracking_uri(config)
 
 

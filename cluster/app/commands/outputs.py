@@ -6,6 +6,7 @@ import typer
 from rich.table import Table
 
 from cluster.app.commands.options import Config, Set, graph_of
+from cluster.app.outputs import outputs, remove, users
 from cluster.artifacts import Output
 from cluster.driver.progress import answers, console
 
@@ -15,8 +16,6 @@ app = typer.Typer()
 @app.command(name="ls")
 def list_outputs(config: Config, assignments: Set = []) -> None:  # noqa: B006
     """The outputs below the config's root, with sizes, and what refers to them: nothing to those that `vdg clean` removes."""
-    from cluster.app.outputs import outputs, users
-
     graph = graph_of(config, assignments)
     used = users(graph)
     table = Table("output", "size", "finished", "used by", title=Output(graph.root).uri)
@@ -34,8 +33,6 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
     """Remove the outputs that nothing refers to: neither this config, nor one kept in <root>/runs, nor a run's models."""
-    from cluster.app.outputs import outputs, remove, users
-
     graph = graph_of(config, assignments)
     used = {name for name, by in users(graph).items() if not (models and all(user.startswith("models of ") for user in by))}
     found = [output for output in outputs(graph.root) if output.name not in used]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from cluster.app import runner
 from cluster.app.checks import check
 from cluster.app.commands.options import Config, Set, graph_of
 from cluster.app.graph import KINDS, Graph
@@ -37,8 +38,6 @@ def run(
     stages = graph.select(None, None, until)
     if dry_run:
         return _show_plan(graph, stages)
-    from cluster.app import runner
-
     runner.run(graph, stages, keep_config=True)
     if until in (None, "evaluate"):
         _show_results(graph, runner.run_folder(graph.config))
@@ -50,8 +49,6 @@ def _stage_command(kind: str) -> Callable[..., None]:
         stages = graph.select(kind, only, None)
         if dry_run:
             return _show_plan(graph, stages)
-        from cluster.app import runner
-
         runner.run(graph, stages)
 
     command.__doc__ = f"All instances of the stage {kind}, or those that match --only, and what they still need."
@@ -70,8 +67,6 @@ def evaluate(config: Config, assignments: Set = [], dry_run: DryRun = False, as_
     stages = graph.select("evaluate", None, None)
     if dry_run:
         return _show_plan(graph, stages)
-    from cluster.app import runner
-
     runner.run(graph, stages)
     if as_json:
         print(json.dumps(runner.metrics_of(graph), indent=1))
@@ -86,8 +81,6 @@ def report(config: Config, assignments: Set = []) -> None:  # noqa: B006
     unfinished = [stage.instance for stage in graph.stages if graph.output(stage).manifest() is None]
     if unfinished:
         raise UserError(f"{len(unfinished)} stage(s) are not finished, such as {unfinished[0]}: `vdg run {config}` does them")
-    from cluster.app import runner
-
     _show_results(graph, runner.write_results(graph))
 
 

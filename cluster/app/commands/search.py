@@ -1,25 +1,24 @@
 """`vdg search` and `vdg serve`: what was trained, asked by a photo and a text."""
 
-import base64
 import getpass
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
+import jinja2
 import typer
 from rich.table import Table
 
-from cir.train import ModelName
+from cir.index import data_uri, thumbnail
 from cluster.app import config as configs
-from cluster.app.commands.options import Config, Set
+from cluster.app.api import Hit, Run
+from cluster.app.commands.options import Config, Set, graph_of
+from cluster.app.labels import Labelling, Store, freeze
 from cluster.artifacts import without_user
 from cluster.driver.progress import answers, console
 from cluster.errors import UserError
-
-if TYPE_CHECKING:
-    from cluster.app.api import Hit, Run
 
 app = typer.Typer()
 
@@ -48,7 +47,7 @@ def search(
         raise UserError(f"--html {html}: its folder does not exist; make it")
     run = open_run(config, assignments)
     reference = run.reference(image)
-    found = {name: run.hits(run.searcher.search(name, reference, text, top)) for name in chosen(run, models)}
+    found = {name: run.hits(run.searcher.search(name, reference, text, top)) for name in run.chosen(models)}
     if as_json:
         print(json.dumps({name: [asdict(hit) for hit in hits] for name, hits in found.items()}, indent=1))
     else:
@@ -58,62 +57,32 @@ def search(
         console.print(f"drawn in {html}")
 
 
-def open_run(config: str, assignments: list[str]) -> "Run":
+def open_run(config: str, assignments: list[str]) -> Run:
     """A finished run. Raises UserError."""
-    loaded = configs.load(config, assignments)
-    from cluster.app.api import Run
-    from cluster.app.graph import Graph
-
-    return Run(Graph(loaded))
+    return Run(graph_of(config, assignments))
 
 
-def chosen(run: "Run", models: str | None) -> list[str]:
-    """The models asked for, or the recommended one. Raises UserError when one is unknown."""
-    asked = [run.recommended] if models is None else models.split(",")
-    if unknown := set(asked) - set(run.models):
-        raise UserError(f"--models {min(unknown)}: there is none of this name; give some of {', '.join(run.models)}")
-    return list(dict.fromkeys(asked))
-
-
-def served(run: "Run", models: str | None) -> list[str]:
-    """The models asked for, or the recommended one, then the first of every other variant. Raises UserError."""
-    if models is not None:
-        return chosen(run, models)
-    first: dict[str, str] = {}
-    for name in (run.recommended, *run.models):
-        first.setdefault(ModelName.parse(name).variant, name)
-    return list(first.values())
-
-
-def _show(found: Mapping[str, "list[Hit]"]) -> None:
+def _show(found: Mapping[str, list[Hit]]) -> None:
     table = Table("rank", *(column for name in found for column in (name, "score")))
     for row in zip(*found.values(), strict=True):
         table.add_row(str(row[0].rank), *(cell for hit in row for cell in (hit.key, f"{hit.score:.3f}")))
     answers.print(table)
 
 
-def _page(run: "Run", image: str, text: str, found: Mapping[str, "list[Hit]"]) -> str:
+def _page(run: Run, image: str, text: str, found: Mapping[str, list[Hit]]) -> str:
     """One HTML file that holds its pictures."""
-    import jinja2
-
     folder = Path(__file__).parents[1]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined)
-    pictures = {hit.image_id: _data(run.thumbnails.get(hit.image_id, b"")) for hits in found.values() for hit in hits}
+    pictures = {hit.image_id: data_uri(run.thumbnails.get(hit.image_id, b"")) for hits in found.values() for hit in hits}
     return environment.get_template("serve/answer.html.j2").render(
-        reference=_data(_reference(run, image)), image=Path(image).name, text=text, found=found, pictures=pictures
+        reference=data_uri(_reference(run, image)), image=Path(image).name, text=text, found=found, pictures=pictures
     )
 
 
-def _reference(run: "Run", image: str) -> bytes:
-    from cir.index import thumbnail
-
+def _reference(run: Run, image: str) -> bytes:
     if Path(image).is_file():
         return thumbnail(Path(image).read_bytes())
     return run.thumbnails.get(run.searcher.image_id(image), b"")
-
-
-def _data(content: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
 
 
 @app.command()
@@ -139,7 +108,7 @@ def serve(
 
     token = read_token(host, token_file)
     run = open_run(config, assignments)
-    app = local_app(run, served(run, models), [host, *names], token, author or getpass.getuser())
+    app = local_app(run, run.served(models), [host, *names], token, author or getpass.getuser())
     serve_forever(app, host, port, token)
 
 
@@ -150,8 +119,6 @@ def labels(
     assignments: Set = [],  # noqa: B006
 ) -> None:
     """What people said on the page of `vdg serve`: of the generator's deltas, and of search results."""
-    from cluster.app.labels import Labelling, Store, freeze
-
     run = open_run(config, assignments)
     if action == "list":
         for label in Store(run).last().values():

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from cluster.app.commands.options import Config, Set
+from cluster.app.sweep import cross_validate
 from cluster.driver.progress import answers
 from cluster.errors import UserError
 
@@ -23,8 +24,6 @@ def sweep(
     metric: Annotated[str, typer.Option(help="metric on the held-out triplets")] = "val_mrr",
 ) -> None:
     """A table of a metric over a grid, by cross-validation on the training triplets."""
-    from cluster.app.sweep import cross_validate
-
     points = list(itertools.product(*(_axis(axis) for axis in grid)))
     table = Table(
         *(axis.partition("=")[0] for axis in grid), metric, "folds", title=f"{variant}, {folds}-fold cross-validation"

@@ -6,6 +6,7 @@ import typer
 
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
+from cluster.app.graph import Graph
 from cluster.driver.progress import console
 from cluster.errors import UserError
 
@@ -22,7 +23,6 @@ def fetch_weights(
     every_node: Annotated[bool, typer.Option("--every-node", help="on each node of resources.ray.address")] = False,
 ) -> None:
     """Fetch the hub weights that a config names, and check that its packages and folders are there."""
-    from cluster.app.graph import Graph
     from cluster.driver import fetch, session
 
     loaded = configs.load(config, assignments)

@@ -1,17 +1,15 @@
 """What the report shows, collected from a run's outputs: tables column-wise and in samples, images by id."""
 
-import base64
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
 
+from cir.index import data_uri, thumbnail
 from cir.train import MODEL, ModelName
 from cluster.app.config import PRESETS, RunConfig, load
 from cluster.app.graph import Graph
@@ -23,7 +21,6 @@ from cluster.artifacts import MANIFEST, Output, below, filesystem, hidden, witho
 from cluster.stage import Stage
 from cluster.training.loop import METRICS, reports_of
 from mining.gallery import read_images
-from mining.images import decode
 
 THUMBNAIL = 144  # pixels of the longer side
 
@@ -205,15 +202,7 @@ def _thumbnails(run: _Run, image_ids: list[int]) -> dict[int, str]:
     """JPEG data URIs of some images of the mined gallery and of the evaluated one."""
     names = {f"ingest:{run.config.mine.gallery}", "ingest:evaluate"} & set(run.stages)
     found = read_images([run.output(name) for name in sorted(names)], image_ids) if image_ids else {}
-    return {image: _thumbnail(content) for image, content in found.items()}
-
-
-def _thumbnail(content: bytes) -> str:
-    image = decode(content)
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    stream = BytesIO()
-    image.save(stream, "JPEG", quality=78, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return {image: data_uri(thumbnail(content, THUMBNAIL)) for image, content in found.items()}
 
 
 def _curves(run: _Run) -> Curves:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from cir.config import VariantConfig
 from cluster.app.config import RunConfig
@@ -12,7 +12,6 @@ from cluster.app.report import words
 
 Role = Literal["baseline", "semi", "labelled", "shuffled", "control", "reference"]
 HEADLINES = ("mAP@", "R@", "Rs@", "Avg")
-ENOUGH = 3  # generators: their own spread is as wide as the interval over queries
 BANDS: list[tuple[str, tuple[Role, ...]]] = [
     ("", ("baseline", "labelled", "semi")),
     ("Controls", ("shuffled", "control")),
@@ -71,6 +70,8 @@ class Results:
     `protocol` says how an official benchmark is scored; None for triplets of one's own.
     """
 
+    enough: ClassVar[int] = 3  # generators, to claim a gain: their own spread is as wide as the interval over queries
+
     metric: str
     rows: list[Row]
     labelled: int
@@ -99,14 +100,9 @@ class Results:
         return max((row.gain.generators for row in self.rows if row.gain), default=1)
 
     @property
-    def enough(self) -> int:
-        """Generators that it takes to claim a gain."""
-        return ENOUGH
-
-    @property
     def is_enough(self) -> bool:
         """Whether there are generators enough to claim a gain."""
-        return self.generators >= ENOUGH
+        return self.generators >= self.enough
 
     @property
     def baseline(self) -> Row | None:

@@ -251,12 +251,8 @@ def _add_search(app: FastAPI, service: Service) -> None:
         if unknown := set(asked.models) - set(service.models):
             raise HTTPException(404, f"{min(unknown)}: no such model; there are {', '.join(service.models)}")
         _check(asked.reference)
-        try:
+        with _answering("the reference is not in the gallery, nor among the last uploads"):
             return service.search(asked)
-        except KeyError as error:
-            raise HTTPException(404, "the reference is not in the gallery, nor among the last uploads") from error
-        except UserError as error:
-            raise HTTPException(422, str(error)) from error
 
 
 def _add_explain(app: FastAPI, service: Service) -> None:
@@ -266,12 +262,19 @@ def _add_explain(app: FastAPI, service: Service) -> None:
         _check(pair.reference)
         if service.run.pseudo_triplets is None:
             raise HTTPException(404, "this run has no generator: none of its models was trained on pseudo triplets")
-        try:
+        with _answering("one of the two is not in the gallery, nor among the last uploads", 409):
             return service.explain(pair)
-        except KeyError as error:
-            raise HTTPException(404, "one of the two is not in the gallery, nor among the last uploads") from error
-        except UserError as error:
-            raise HTTPException(409, str(error)) from error
+
+
+@contextmanager
+def _answering(unknown: str, wrong: int = 422) -> Iterator[None]:
+    """What is `unknown` is 404, a user's mistake the status `wrong`."""
+    try:
+        yield
+    except KeyError as error:
+        raise HTTPException(404, unknown) from error
+    except UserError as error:
+        raise HTTPException(wrong, str(error)) from error
 
 
 def _check(reference: From) -> None:
@@ -323,12 +326,8 @@ def _add_results(app: FastAPI, teaching: Teaching, author: str) -> None:
     @app.post("/v1/labels/results", status_code=201)
     def teach(found: Found) -> Label:
         """Call a result right, or take it back: a triplet to train on. The same one again gives the same answer."""
-        try:
+        with _answering("one of the two is not in the gallery"):
             return teaching.judge(found, author)
-        except KeyError as error:
-            raise HTTPException(404, "one of the two is not in the gallery") from error
-        except UserError as error:
-            raise HTTPException(422, str(error)) from error
 
 
 def _add_labels(app: FastAPI, service: Service, labelling: Labelling, author: str) -> None:
@@ -347,12 +346,8 @@ def _add_labels(app: FastAPI, service: Service, labelling: Labelling, author: st
     @app.post("/v1/labels", status_code=201)
     def judge(judged: Judged) -> Label:
         """Keep a label. The same one again gives the same answer."""
-        try:
+        with _answering("no such triplet"):
             return labelling.judge(judged, author)
-        except KeyError as error:
-            raise HTTPException(404, "no such triplet") from error
-        except UserError as error:
-            raise HTTPException(422, str(error)) from error
 
     @app.get("/v1/labels/summary")
     def summary() -> dict[str, Any]:

@@ -18,7 +18,6 @@ from ray.serve.handle import DeploymentHandle
 from cir.search import Reference
 from cluster.app import config as configs
 from cluster.app.api import Run
-from cluster.app.commands.search import served
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
 from cluster.app.serve.app import Uploads
@@ -62,7 +61,7 @@ def app(arguments: Arguments) -> serve.Application:
 def application(config: RunConfig, options: Options) -> serve.Application:
     """A run's models on as many replicas as `resources.serve` says. Raises UserError."""
     run, resources = Run(Graph(config)), config.resources.serve
-    models = served(run, options.models)
+    models = run.served(options.models)
     assert run.thumbnails  # made once, before several replicas would make them
     digest = run.graph.evaluation.digest  # a replica that starts again serves what the others do
     deployment: Any = serve.deployment(serve.ingress(_builder(config, digest, models, options))())
