@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageEnhance, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 from mining.config import TowerConfig, ViewsConfig
 
@@ -106,7 +107,7 @@ def _loaded(image: Image.Image) -> Image.Image:
 
 def _scale_clear(image: Image.Image) -> None:
     """Of a PNG of 2 or 4 bits a grey that is clear is meant as it is stored; Pillow scales the pixels alone."""
-    bits = {"L;2": 2, "L;4": 4}.get(str(image.tile[0].args)) if image.format == "PNG" and image.tile else None
+    bits = {"L;2": 2, "L;4": 4}.get(str(image.tile[0].args)) if isinstance(image, PngImageFile) and image.tile else None
     if bits and isinstance(clear := image.info.get("transparency"), int):
         image.info["transparency"] = clear * 255 // (2**bits - 1)
 
@@ -141,7 +142,7 @@ def _is_signed_byte(image: Image.Image) -> bool:
 
 
 def _of_depth(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, or with a sign, as 8 bits: 16 are all used; of 32 and floats white is that of the range they fill.
+    """Grey of more than 8 bits, or signed, as 8 bits: 16 are all used; of 32 and floats white is that of the range they fill.
 
     A range is filled where the values come near its white: what a filter throws a little over it is clipped.
     """
