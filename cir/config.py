@@ -1,13 +1,14 @@
 """Config of the composed-retrieval stages: train, score, select and evaluate."""
 
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.config import FOLDER, PARTIAL, Section, TrainingConfig, validate
+from cluster.config import FOLDER, PARTIAL, Section, Seed, TrainingConfig, validate
 from mining.config import TextTower
 
+_Rank = Annotated[int, Field(ge=1)]
 Scorer = Literal["log_probability", "agreement", "round_trip"]
 
 
@@ -27,7 +28,7 @@ class PseudoSelection(Section):
     )
     groups: int | None = Field(None, gt=0, description="number of whole groups (paper: 3345 for CIRR)")
     ratio: float | None = Field(None, gt=0, description="pseudo images / labelled images (paper: best at 1)")
-    seed: int = Field(0, description="of the drawn groups, and of the permutation of `shuffle_deltas`")
+    seed: Seed = Field(0, description="of the drawn groups, and of the permutation of `shuffle_deltas`")
 
     @model_validator(mode="after")
     def _one_amount(self) -> Self:
@@ -167,7 +168,14 @@ class TrainConfig(VariantConfig):
         json_schema_extra={**PARTIAL, "additionalProperties": {"anyOf": [{"type": "object"}, {"type": "null"}]}},
         description="name -> fields that differ from the base recipe; null switches off one of a config that is extended",
     )
-    seeds: list[int] = Field([0], min_length=1, description="each variant is trained once with each")
+    seeds: list[Seed] = Field([0], min_length=1, description="each variant is trained once with each")
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"found {seeds}: a model that is counted twice tells nothing new; give each seed once")
+        return seeds
 
     @field_validator("variants", mode="before")
     @classmethod
@@ -209,7 +217,7 @@ class ScoreConfig(Section):
 class RoundsConfig(Section):
     """Further rounds of the generator, which learns from its own confident deltas too. Beyond the paper."""
 
-    count: int = Field(1, ge=1, description="1: the paper's single pass")
+    count: int = Field(1, ge=1, le=20, description="1: the paper's single pass")
     judge: str = Field("semi", description="variant whose first seed, trained on a round's deltas, scores them for the next")
     selection: PseudoSelection = Field(
         PseudoSelection(scorers=("log_probability", "round_trip"), top_fraction=0.5),
@@ -233,8 +241,8 @@ class EvaluateConfig(Section):
     own_deltas: bool = Field(
         False, description="the queries' texts are the generator's deltas of their pairs, which has seen the targets"
     )
-    recalls: list[int] = Field([1, 5, 10], min_length=1, description="K of Recall@K of 'triplets'")
-    subset_recalls: list[int] = Field(
+    recalls: list[_Rank] = Field([1, 5, 10], min_length=1, description="K of Recall@K of 'triplets'")
+    subset_recalls: list[_Rank] = Field(
         [1, 2, 3], description="K of the recall among the other members of a query's group, where the triplets list them"
     )
     batch_size: int = Field(256, gt=0, description="queries a forward pass")
@@ -244,6 +252,7 @@ class EvaluateConfig(Section):
     folds: int = Field(
         0,
         ge=0,
+        le=20,
         description="recommend a model by cross-validation on the labelled triplets, each fold with a generator that has not "
         "seen it, in so many more trainings; 0: by the evaluation itself",
     )

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -21,6 +21,8 @@ from pydantic.fields import FieldInfo
 
 from cluster.errors import UserError, shown
 
+Seed = Annotated[int, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 FOLDER = r"\w[\w-]{0,63}"  # a name that becomes a part of a folder's
 CONTENT = "content"  # context of a dump that decides a digest
 # `json_schema_extra` of a field: it never decides what comes out, it holds a path, or both
@@ -32,7 +34,7 @@ PARTIAL: dict[str, Any] = {"partial": True}  # it maps names to fields of the se
 class Section(BaseModel):
     """A part of a config. Unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
@@ -213,7 +215,7 @@ class TrainingConfig(Section):
         "cosine", description="of the learning rate: constant, a cosine down to 0, or a tenth from half of the steps on"
     )
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly")
-    betas: tuple[float, float] = Field((0.9, 0.99), description="of AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="of AdamW")
     weight_decay: float = Field(0.05, ge=0, description="of AdamW")
     gradient_clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: any")
     precision: Literal["fp32", "bf16", "auto"] = Field("fp32", description="auto: bf16 where the processor is fast at it")

@@ -66,49 +66,44 @@ class _Walk:
     followed: set[str] = field(default_factory=set)  # real paths that links led to
 
     def files(self) -> Iterator[File]:
-        yield from self._folder(self.base, linked=False)
+        yield from self._below(self.base, linked=False)
         while self.links:
-            yield from self._link(self.links.pop(0))
+            path = self.links.pop(0)
+            if is_hidden(os.path.relpath(path, self.base)):
+                yield self._file(path, aside="hidden links")
+            else:
+                yield from self._below(path, linked=True)
 
     def _file(self, path: str, **why: str) -> File:
         return File(path, os.path.relpath(path, self.base), **why)  # type: ignore[arg-type]
 
-    def _folder(self, folder: str, linked: bool) -> Iterator[File]:
-        try:
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError as error:
-            yield self._file(folder, broken=str(error.strerror))
-            return
+    def _below(self, top: str, linked: bool) -> Iterator[File]:
+        """What lies at a path that is no link, or at a link's end, and below it: deeper than calls may be nested."""
+        waiting = [top]
+        while waiting:
+            path = waiting.pop()
+            if linked and self._is_listed(real := os.path.realpath(path)):
+                yield self._file(path, aside=AGAIN)
+                continue
+            try:
+                found = os.stat(path)
+                waiting += self._entries(path) if stat.S_ISDIR(found.st_mode) else []
+            except OSError as error:
+                yield self._file(path, broken=str(error.strerror))
+                continue
+            if linked:
+                self.followed.add(real)
+            if stat.S_ISREG(found.st_mode):
+                yield File(path, os.path.relpath(path, self.base), found.st_size, found.st_mtime_ns)
+            elif not stat.S_ISDIR(found.st_mode):
+                yield self._file(path, aside=SPECIAL)
+
+    def _entries(self, folder: str) -> list[str]:
+        """Paths in a folder, the first one last; links are kept for later."""
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
         self.links += [entry.path for entry in entries if entry.is_symlink()]
-        for entry in entries:
-            if not entry.is_symlink():
-                yield from self._entry(entry.path, linked)
-
-    def _entry(self, path: str, linked: bool) -> Iterator[File]:
-        """What lies at a path that is no link, or at a link's end."""
-        if linked and self._is_listed(real := os.path.realpath(path)):
-            yield self._file(path, aside=AGAIN)
-            return
-        try:
-            found = os.stat(path)
-        except OSError as error:
-            yield self._file(path, broken=str(error.strerror))
-            return
-        if linked:
-            self.followed.add(real)
-        if stat.S_ISDIR(found.st_mode):
-            yield from self._folder(path, linked)
-        elif stat.S_ISREG(found.st_mode):
-            yield File(path, os.path.relpath(path, self.base), found.st_size, found.st_mtime_ns)
-        else:
-            yield self._file(path, aside=SPECIAL)
-
-    def _link(self, path: str) -> Iterator[File]:
-        if is_hidden(os.path.relpath(path, self.base)):
-            yield self._file(path, aside="hidden links")
-        else:
-            yield from self._entry(path, linked=True)
+        return [entry.path for entry in reversed(entries) if not entry.is_symlink()]
 
     def _is_listed(self, real: str) -> bool:
         inside = os.path.relpath(real, os.path.realpath(self.base))

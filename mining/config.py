@@ -1,12 +1,14 @@
 """Config of the mining stages: ingest, embed, exclude, neighbours, mine."""
 
 from fnmatch import fnmatch
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from cluster.config import NOT_CONTENT, Section, path_field
 from cluster.weights import Pretrained, Weights
+
+_Positive = Annotated[float, Field(gt=0)]
 
 
 def _listed(paths: str | list[str] | None) -> list[str]:
@@ -89,7 +91,9 @@ class TowerConfig(Pretrained):
     mean: tuple[float, float, float] | None = Field(
         None, description="of the pixels, 0 to 1; None: the library's for this model"
     )
-    std: tuple[float, float, float] | None = Field(None, description="of the pixels; None: the library's for this model")
+    std: tuple[_Positive, _Positive, _Positive] | None = Field(
+        None, description="of the pixels; None: the library's for this model"
+    )
     precision: Literal["fp32", "bf16", "auto"] = Field("auto", description="auto: bf16 where the processor is fast at it")
 
     @model_validator(mode="after")
@@ -158,8 +162,8 @@ class ViewsConfig(Section):
 
     count: int = Field(1, ge=1, description="cached views an image, the plain one included")
     online: bool = Field(False, description="cache the plain view alone and run the tower while training")
-    crop: tuple[float, float] = Field((0.5, 1.0), description="share of the area")
-    aspect: tuple[float, float] = Field((0.8, 1.25), description="width by height")
+    crop: tuple[_Positive, _Positive] = Field((0.5, 1.0), description="share of the area, from and to")
+    aspect: tuple[_Positive, _Positive] = Field((0.8, 1.25), description="width by height, from and to")
     flip: float = Field(0.3, ge=0, le=1, description="probability of a mirrored view")
     jitter: float = Field(0.1, ge=0, description="strength of brightness, contrast and saturation changes")
     rand_augment: tuple[int, int] | None = Field(
@@ -170,6 +174,8 @@ class ViewsConfig(Section):
     def _check(self) -> Self:
         if self.online and self.count > 1:
             raise ValueError("online views are not cached: set count to 1")
+        if not (self.crop[0] <= self.crop[1] <= 1 and self.aspect[0] <= self.aspect[1]):
+            raise ValueError("crop and aspect are ranges, the smaller value first, and crop is at most 1")
         if self.rand_augment is not None and not (self.rand_augment[0] > 0 and 0 <= self.rand_augment[1] <= 10):
             raise ValueError("rand_augment takes at least one operation and a magnitude of 0 to 10")
         return self

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageEnhance, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 from mining.config import TowerConfig, ViewsConfig
 
@@ -97,10 +98,18 @@ def _opened(content: bytes, max_pixels: int | None, formats: list[str] | tuple[s
 
 def _loaded(image: Image.Image) -> Image.Image:
     try:
+        _scale_clear(image)
         image.load()
         return _upright(_to_rgb(image), _orientation(image))
     except Exception as error:
         raise BadImage("truncated", str(error)) from error
+
+
+def _scale_clear(image: Image.Image) -> None:
+    """Of a PNG of 2 or 4 bits a grey that is clear is meant as it is stored; Pillow scales the pixels alone."""
+    bits = {"L;2": 2, "L;4": 4}.get(str(image.tile[0].args)) if isinstance(image, PngImageFile) and image.tile else None
+    if bits and isinstance(clear := image.info.get("transparency"), int):
+        image.info["transparency"] = clear * 255 // (2**bits - 1)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -116,7 +125,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+    if image.mode in ("I", "F") or image.mode.startswith("I;") or _is_signed_byte(image):
         return _of_depth(image).convert("RGB")
     if image.mode == "La":  # premultiplied, as RGBa, but Pillow knows only one way out of it
         image = image.convert("LA")
@@ -127,8 +136,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return ground.convert("RGB")
 
 
+def _is_signed_byte(image: Image.Image) -> bool:
+    """Whether a TIFF's 8 bits of grey have a sign, which Pillow does not say."""
+    return image.mode == "L" and getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _SIGNED
+
+
 def _of_depth(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as 8 bits: 16 bits are all used; of 32 bits and floats white is that of the range they fill.
+    """Grey of more than 8 bits, or signed, as 8 bits: 16 are all used; of 32 and floats white is that of the range they fill.
 
     A range is filled where the values come near its white: what a filter throws a little over it is clipped.
     """
@@ -136,6 +150,8 @@ def _of_depth(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "I" and tags.get(_SAMPLE_FORMAT, (2,))[0] == _UNSIGNED:
         values = values.view(np.uint32)
+    elif image.mode == "L":
+        values = values.view(np.int8)
     shown = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     black = min(shown.min(), 0.0)
     white = shown.max() if black < 0 else _white(image, tags) or _filled(shown.max(), _RANGES[image.mode])

@@ -6,27 +6,31 @@ import csv
 import io
 import json
 import tarfile
+import tokenize
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cluster.artifacts import filesystem
-from cluster.errors import UserError
+from cluster.errors import UserError, shown
 from cluster.files import File, files_below, is_hidden, is_text
 from mining import tables
 from mining.images import BadImage, without_suffix
 from mining.sources import is_textual, normal, read_file, read_json, reject, texts
-from mining.tars import CAPTION_SUFFIXES, naming, read_members
+from mining.tars import CAPTION_SUFFIXES, naming, read_members, resolve
 
 _Row = dict[str, Any]
 csv.field_size_limit(2**31 - 1)  # a long caption is a caption, not the end of its file
-_BROKEN = (OSError, ValueError, MemoryError, pa.ArrowException, tarfile.TarError)
+_BROKEN = (OSError, ValueError, MemoryError, OverflowError, pa.ArrowException, tarfile.TarError)
 _ENDS = ".?, "  # of a caption, where it becomes part of a longer text
 Text = Annotated[str, Field(coerce_numbers_to_str=False, strict=True)]  # a number is no caption
 
@@ -124,33 +128,47 @@ def _rows_in(system: pafs.FileSystem, path: str) -> list[_Row]:
 
 def _parquet_rows(file: pq.ParquetFile) -> list[_Row]:
     """Rows of image and caption; where there is a `key`, it names the image, and `image` is its bytes, which are not read."""
-    names = file.schema_arrow.names
-    image = "key" if "key" in names else "image"
-    caption = "caption" if "caption" in names else "text"
-    if not {image, caption} <= set(names):
-        raise ValueError(f"expected the columns image (or key) and caption (or text), found {names}")
-    if pa.types.is_struct(file.schema_arrow.field(image).type):
+    schema = file.schema_arrow
+    _check_once(schema.names)
+    image = "key" if "key" in schema.names else "image"
+    caption = "caption" if "caption" in schema.names else "text"
+    if not {image, caption} <= set(schema.names):
+        raise ValueError(f"expected the columns image (or key) and caption (or text), found {schema.names}")
+    if pa.types.is_struct(kind := schema.field(image).type):
+        if kind.get_field_index("path") < 0:
+            raise ValueError(f"expected the image's name as its path, found {kind}")
         image = f"{image}.path"
-    read = (file.read(columns=[column]).column(0) for column in (image, caption))
-    named, said = ([value.get("path") if isinstance(value, dict) else value for value in _values(column)] for column in read)
-    return [{"image": name, "caption": text} for name, text in zip(named, said, strict=True)]
+    named, said = (_values(file.read(columns=[column]).column(0)) for column in (image, caption))
+    names = (value["path"] if isinstance(value, dict) else value for value in named)
+    return [{"image": name, "caption": text} for name, text in zip(names, said, strict=True)]
+
+
+def _check_once(names: Sequence[str]) -> None:
+    """Raises ValueError where a column comes twice: one of both would be lost."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the column {shown(twice[0])!r} comes twice")
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
     """Of a column: texts that are not UTF-8 hold surrogates, which rejects their row alone."""
-    return texts(column) if is_textual(column.type) and not pa.types.is_integer(column.type) else column.to_pylist()
+    kind = column.type
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and is_textual(kind.value_type):
+        inner, lengths = iter(_values(pc.list_flatten(column))), pc.list_value_length(column).to_pylist()
+        return [None if length is None else list(islice(inner, length)) for length in lengths]
+    return texts(column) if is_textual(kind) and not pa.types.is_integer(kind) else column.to_pylist()
 
 
 def _tar_rows(stream: Any) -> list[Any]:
     """A WebDataset's rows: a member's key names the image, its .txt (else its .json's "caption" or "text") is the caption."""
     found = read_members(stream)
-    members = [(name, offset, size) for name, offset, size in found.files if not is_hidden(name)]
+    linked, _ = resolve(found)
+    members = [(name, offset, size) for name, offset, size in [*found.files, *linked] if not is_hidden(name)]
     key_of, captions = naming(name for name, _, _ in members), dict[str, str]()
     for name, offset, size in members:
         if (suffix := PurePosixPath(name).suffix.lower()) in CAPTION_SUFFIXES:
             content = stream.read_at(size, offset)
             if suffix == ".txt":
-                captions[key_of(name)] = content.decode("utf-8", "surrogateescape")
+                captions[key_of(name)] = content.decode("utf-8-sig", "surrogateescape")
             else:
                 captions.setdefault(key_of(name), _json_caption(content))
     rows: list[Any] = [{"image": key, "caption": text} for key, text in captions.items()]
@@ -251,12 +269,12 @@ def _line(line: bytes) -> Any:
 
 def _read_csv(file: str) -> list[Any]:
     """Rows of a CSV file, whichever of comma, semicolon and tab stands between its cells; empty cells are absent."""
-    text = read_file(file, "CSV").decode("utf-8-sig", "surrogateescape")
-    header = text.partition("\n")[0]
+    text = read_file(file, "CSV").decode("utf-8-sig", "surrogateescape").lstrip("\r\n")
+    header, source = text.partition("\n")[0], io.StringIO(text, newline="")
+    lines = csv.DictReader(source, delimiter=max(",;\t", key=header.count), skipinitialspace=True, strict=True)
     try:
-        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-        rows = list(lines)
-    except csv.Error as error:
+        _check_once(lines.fieldnames or ())
+    except (csv.Error, ValueError) as error:
         raise UserError(f"{file}: cannot be read as CSV: {error}") from error
     if not {"reference", "candidate", "image", "key"} & set(lines.fieldnames or ()):
         found = str(lines.fieldnames)[:200]
@@ -264,7 +282,18 @@ def _read_csv(file: str) -> list[Any]:
             f"{file}: cannot be read as captions or triplets: found the columns {found}, expected reference, target "
             "and caption, or image and caption"
         )
-    return [_cells(row) for row in rows]
+    return list(_lines(lines))
+
+
+def _lines(lines: "csv.DictReader[str]") -> Iterator[Any]:
+    """Rows; what a quote that is not closed swallows is one reject."""
+    while True:
+        try:
+            yield _cells(next(lines))
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield BadImage("malformed_row", f"up to line {lines.reader.line_num}: {error}")
 
 
 def _cells(row: dict[Any, Any]) -> Any:
@@ -274,23 +303,33 @@ def _cells(row: dict[Any, Any]) -> Any:
 
 
 def _cell(value: str) -> Any:
-    """A list or an object where a cell holds one, as JSON or as Python (and pandas) writes it."""
+    """A list or an object where a cell holds one, as JSON or as Python, pandas and NumPy write it."""
     if value[0] not in "[{":
         return value
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, _literal):
         try:
             return read(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
             continue
     return value
+
+
+def _literal(text: str) -> Any:
+    """NumPy puts nothing between an array's texts, which Python would join to one."""
+    tokens, between = list(tokenize.generate_tokens(io.StringIO(text).readline)), list[str]()
+    said = [token for token in tokens if token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER)]
+    for token, following in pairwise([*said, tokens[-1]]):
+        between += [token.string, ", " if token.type == following.type == tokenize.STRING else " "]
+    return ast.literal_eval("".join(between))
 
 
 def _read_parquet(file: str) -> list[_Row]:
     try:
         system, path = filesystem(file)
         with system.open_input_file(path) as stream:
-            table = pq.read_table(stream)
-        columns = {name: _values(table[name]) for name in dict.fromkeys(table.column_names)}
+            table = pq.ParquetFile(stream).read()
+        _check_once(table.column_names)
+        columns = {name: _values(table[name]) for name in table.column_names}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     except _BROKEN as error:
         raise UserError(f"{file}: cannot be read as a Parquet table: {error}") from error

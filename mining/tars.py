@@ -27,17 +27,27 @@ class Members:
 
 def read_members(stream: pa.NativeFile) -> Members:
     """The members of a tar: a header may claim more than there is, or be broken, and the members before it are still good."""
-    found = Members()
+    found, read = Members(), -1
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has seen
+                if member.size < 0 or archive.offset <= read:  # it would lead back, and round and round
+                    raise tarfile.ReadError(f"the header of {member.name} says a negative size")
                 _keep(member, stream.size(), found)
+                read = archive.offset
             if stream.read_at(tarfile.BLOCKSIZE, archive.offset).strip(tarfile.NUL):  # a broken header is taken for the end
                 raise tarfile.ReadError(f"the header at byte {archive.offset} is broken")
+            if _goes_on(stream, archive.offset):
+                raise tarfile.ReadError("it goes on behind its end, as joined tars do: give each as a file of its own")
     except (OSError, ValueError, MemoryError, OverflowError, tarfile.TarError) as error:
         found.error = str(error).strip() or type(error).__name__
     return found
+
+
+def _goes_on(stream: pa.NativeFile, end: int) -> bool:
+    """Whether anything but the zeros that fill a tar up stands behind its end."""
+    return any(stream.read_at(1 << 20, at).strip(tarfile.NUL) for at in range(end, stream.size(), 1 << 20))
 
 
 def _keep(member: tarfile.TarInfo, size: int, found: Members) -> None:

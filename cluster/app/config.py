@@ -3,7 +3,7 @@
 import re
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,7 @@ from cluster.config import (
     DecodeResources,
     EmbedResources,
     Section,
+    Seed,
     TaskResources,
     WorkerResources,
     in_folder,
@@ -56,7 +57,7 @@ class InstructSection(InstructConfig):
     """Stage 2 of the generator."""
 
     triplets: str = Field(description="name of a file of ingest.triplets")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+    seeds: list[Seed] = Field(
         [0],
         min_length=1,
         json_schema_extra=NOT_CONTENT,
@@ -120,7 +121,7 @@ class ReportConfig(Section):
     """How much the report shows."""
 
     examples: int = Field(8, gt=0, description="pseudo triplets and retrieval examples shown")
-    seed: int = Field(0, description="of the examples drawn")
+    seed: Seed = Field(0, description="of the examples drawn")
     attributes: str | None = _path(
         "JSON of key to attributes of mine.gallery's photos, by which the precision of the deltas is told; nothing else sees it"
     )
@@ -157,7 +158,7 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^\w[\w.-]*$", max_length=64, description="names the folder of the report and the MLflow run")
     root: str = path_field("folder or URI that holds every output", "outputs")
-    seed: int = Field(0, ge=0, description="of mining; generators have instruct.seeds, retrieval models train.seeds")
+    seed: Seed = Field(0, description="of mining; generators have instruct.seeds, retrieval models train.seeds")
     ingest: IngestConfig
     embed: EmbedConfig
     mine: MineConfig

@@ -266,10 +266,14 @@ class Rounds:
 
     def __init__(self, config: RunConfig, sources: Sources, generator: Generator, pairs: Mine) -> None:
         self.config, self.sources, self.generator, self.pairs = config, sources, generator, pairs
+        self._trained: dict[int, Instruct] = {}  # else each round would ask several times for the one before it
 
     def vdg(self, round_: int) -> Instruct:
         """The generator of a round."""
-        return self.generator.trained(round_, self.generator.labelled if round_ == 1 else self._confident(round_ - 1))
+        if round_ not in self._trained:
+            triplets = self.generator.labelled if round_ == 1 else self._confident(round_ - 1)
+            self._trained[round_] = self.generator.trained(round_, triplets)
+        return self._trained[round_]
 
     def pseudo_triplets(self, round_: int) -> Generate:
         """`generate:<gallery>`."""

@@ -12,6 +12,10 @@ class Inner(Section):
     batch_size: int = Field(gt=0)
 
 
+class Rated(Section):
+    rate: float
+
+
 class Outer(Section):
     name: str
     train: Inner
@@ -41,6 +45,12 @@ def test_unknown_key_and_negative_batch_size_are_named() -> None:
     assert "train.batch_size" in message
     assert "'-2'" in message
     assert "train.bathc" in message
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_numbers_are_finite(value: float) -> None:
+    with pytest.raises(UserError, match="rate: Input should be a finite number"):
+        validate(Rated, {"rate": value}, "run.yaml")
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -178,6 +179,8 @@ def test_a_tiff_says_how_many_bits_are_used() -> None:
     signed = np.rint(RAMP * 32767).astype("<i2").tobytes()
     for content in (tiff(twelve, 12, 1), tiff(signed, 16, 2)):
         assert np.asarray(decode(content))[..., 0] == pytest.approx(255 * RAMP, abs=1.01)
+    positive = tiff(np.rint(RAMP * 127).astype("i1").tobytes(), 8, 2)
+    assert np.asarray(decode(positive))[..., 0] == pytest.approx(255 * RAMP, abs=2.01)
 
 
 def test_a_little_over_white_is_clipped() -> None:
@@ -193,7 +196,8 @@ def test_unsigned_signed_and_broken_numbers() -> None:
     signed = Image.fromarray((2 * RAMP - 1).astype(np.float32))
     tag = struct.pack("<HHII", 339, 3, 1, 2)  # the samples' format, which Pillow writes as signed
     unsigned_file = encoded(unsigned, "TIFF").replace(tag, struct.pack("<HHII", 339, 3, 1, 1))
-    for content in (unsigned_file, encoded(signed, "TIFF")):
+    signed_byte = tiff(np.rint(255 * RAMP - 128).astype("i1").tobytes(), 8, 2)
+    for content in (unsigned_file, encoded(signed, "TIFF"), signed_byte):
         assert np.asarray(decode(content))[..., 0] == pytest.approx(255 * RAMP, abs=1.01)
     holes = RAMP.astype(np.float32)
     holes[0, 0], holes[1, 0], holes[2, 0] = np.nan, np.inf, -np.inf
@@ -225,6 +229,20 @@ def test_a_clear_colour_is_white(mode: str, clear: Any) -> None:
     pixels = np.asarray(decode(encoded(image, "PNG", transparency=clear)))
     assert (pixels[:, :8] == 255).all()
     assert (pixels[:, 8:] == (255 if mode == "1" else 90)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_clear_grey_of_few_bits_is_white(bits: int) -> None:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0)
+    row = b"\0" + int("".join(f"{x % 2:0{bits}b}" for x in range(8)), 2).to_bytes(bits)
+    for clear in (0, 1):
+        chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">H", clear)), (b"IDAT", zlib.compress(2 * row)), (b"IEND", b"")]
+        content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*given) for given in chunks)
+        shades = [255 if x % 2 == clear else x % 2 * 255 // (2**bits - 1) for x in range(8)]
+        assert np.asarray(decode(content))[0, :, 0].tolist() == shades
 
 
 MODES = (

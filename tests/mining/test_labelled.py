@@ -232,6 +232,8 @@ def test_one_parquet_file_is_gallery_and_captions(tmp_path: Path, photos: list[t
         ("t.csv", 'reference,target,captions\r\ndev-0.jpg,dev-1.jpg,"[""x""]"\r\nghost,dev-1,x\r\n'),
         ("t.tsv", "reference\ttarget\ttext\ndev-0\tdev-1\tx\ndev-0\tdev-0\tx\n"),
         ("t.json", '[{"reference": "dev-0", "target": "dev-1", "caption": "x"}, null]'),
+        ("t.csv", '\n\nreference, target, caption\ndev-0, dev-1, "x"\ndev-0, ghost, x\n'),
+        ("t.csv", 'reference,target,caption\ndev-0,dev-1,x\ndev-0,dev-1,"y\ndev-2,dev-3,z\n'),
     ],
 )
 def test_the_forms_of_labels(tmp_path: Path, name: str, content: str) -> None:
@@ -239,6 +241,55 @@ def test_the_forms_of_labels(tmp_path: Path, name: str, content: str) -> None:
     triplets, _, rejects = read_triplets(str(tmp_path / name), KNOWN)
     assert [(row["reference_id"], row["target_id"], row["deltas"]) for row in triplets] == [(0, 1, ["x"])]
     assert len(rejects) == 1
+
+
+@pytest.mark.parametrize("cell", ["['x y' 'z']", "['x y'\n 'z']", "['x y', 'z']", '["x y", "z"]', """["x y" 'z']"""])
+def test_a_cell_is_the_list_that_pandas_numpy_or_json_wrote(tmp_path: Path, cell: str) -> None:
+    quoted = cell.replace('"', '""')
+    (tmp_path / "t.csv").write_text(f'reference,target,captions\ndev-0,dev-1,"{quoted}"\n')
+    triplets, *_ = read_triplets(str(tmp_path / "t.csv"), KNOWN)
+    assert triplets[0]["deltas"] == ["x y", "z"]
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("reference,target,caption,caption\ndev-0,dev-1,x,y\n")
+    names = ["image", "reference", "target", "caption", "caption"]
+    columns = [pa.array([text]) for text in ("dev-0", "dev-0", "dev-1", "x", "y")]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "t.parquet")
+    for read in (
+        lambda: read_triplets(str(tmp_path / "t.csv"), KNOWN),
+        lambda: read_triplets(str(tmp_path / "t.parquet"), KNOWN),
+        lambda: read_captions(str(tmp_path / "t.parquet"), KNOWN, None),
+    ):
+        with pytest.raises(UserError, match=r"t\.\w+: cannot be read as .*: the column 'caption' comes twice"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [pa.array([2**31 - 1], pa.date32()), pa.array([2**62], pa.duration("s")), pa.array([1], pa.timestamp("us", "Mars/X"))],
+)
+def test_values_that_python_does_not_know_are_one_message(tmp_path: Path, odd: pa.Array) -> None:
+    pq.write_table(
+        pa.table({"reference": ["dev-0"], "target": ["dev-1"], "caption": ["x"], "when": odd}), tmp_path / "t.parquet"
+    )
+    with pytest.raises(UserError, match=r"t\.parquet: cannot be read as a Parquet table"):
+        read_triplets(str(tmp_path / "t.parquet"), KNOWN)
+
+
+def test_an_image_without_a_path_names_none(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [{"bytes": b"x"}], "caption": ["x"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="expected the image's name as its path"):
+        captions_of(tmp_path / "c.parquet")
+
+
+def test_linked_captions_and_marks_of_windows_in_a_tar(tmp_path: Path) -> None:
+    with tarfile.open(tar(tmp_path / "a.tar", {"dev-0.txt": b"\xef\xbb\xbfred"}), "a") as archive:
+        for name, kind in (("dev-1.txt", tarfile.LNKTYPE), ("dev-2.txt", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "dev-0.txt"
+            archive.addfile(link)
+    assert captions_of(tmp_path / "a.tar") == ({0: "red", 1: "red", 2: "red"}, [])
 
 
 def test_labels_in_another_encoding_are_rejected_row_by_row(tmp_path: Path) -> None:
@@ -256,6 +307,12 @@ def test_pandas_categories_and_bad_texts_of_a_parquet_file(tmp_path: Path) -> No
     )
     triplets, _, rejects = read_triplets(str(tmp_path / "t.parquet"), KNOWN)
     assert ([row["deltas"] for row in triplets], [row["reason"] for row in rejects]) == ([["x"]], ["not_utf8"])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, None, 2], pa.int32()), texts)
+    table = pa.table({"reference": ["dev-0"] * 3, "target": ["dev-1"] * 3, "captions": lists})
+    pq.write_table(table, tmp_path / "t.parquet")
+    triplets, _, rejects = read_triplets(str(tmp_path / "t.parquet"), KNOWN)
+    assert [row["deltas"] for row in triplets] == [["x"]]
+    assert [row["reason"] for row in rejects] == ["not_utf8", "empty_delta"]
 
 
 def test_numbers_and_hugging_faces_path_name_images(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import gzip
+import inspect
 import json
 import os
+import sys
 import tarfile
 import unicodedata
 from collections.abc import Callable
@@ -294,6 +296,40 @@ def test_one_bad_member_is_one_reject(tmp_path: Path) -> None:
     assert keys == ["a"]
     assert ("a.tar b\\udcff.jpg", "not_utf8") in rejects
     assert ("a.tar c.jpg", "unreadable") in rejects
+
+
+@pytest.mark.parametrize("size", ["-512", "-1536", "-4096"])
+def test_a_member_of_negative_size_is_no_endless_loop(tmp_path: Path, size: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member(archive, "a.jpg")
+        member(archive, "b.jpg", pax_headers={"size": size})
+        member(archive, "c.jpg")
+    keys, rejects, _ = listed(tmp_path)
+    assert keys == ["a"]
+    assert rejects == [("a.tar", "unreadable")]
+
+
+def test_a_tar_that_goes_on_behind_its_end_says_so(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            member(archive, name)
+    (tmp_path / "a.jpg.tar").write_bytes(b"".join(path.read_bytes() for path in sorted(tmp_path.iterdir())))
+    (tmp_path / "b.jpg.tar").unlink()
+    index, rejects, _ = list_images(GalleryConfig(images=str(tmp_path)), "images")
+    assert index["key"].to_pylist() == ["a"]
+    assert "it goes on behind its end" in rejects[0]["detail"]
+
+
+def test_folders_may_be_nested_deeper_than_calls(tmp_path: Path) -> None:
+    (folder := tmp_path.joinpath(*["d"] * 400)).mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"x")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 200)
+    try:
+        keys, *_ = listed(tmp_path)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert keys == ["d/" * 400 + "a"]
 
 
 def _header(name: str, size: int) -> bytes:

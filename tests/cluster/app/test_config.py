@@ -47,6 +47,34 @@ def test_what_a_config_extends(extends: str, said: str, tmp_path: Path, monkeypa
         content_of("a.yaml")
 
 
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "train.training.betas=[-1, 0.99]",
+        "train.training.betas=[0.9, 1]",
+        "train.training.learning_rate=.inf",
+        "train.seeds=[-1]",
+        "train.seeds=[0, 0]",
+        "report.seed=-1",
+        "rounds.selection.seed=-1",
+        "rounds.count=1000000",
+        "evaluate.folds=1000000",
+        "evaluate.recalls=[0]",
+        "evaluate.subset_recalls=[-1]",
+        "embed.views.crop=[0.9, 0.5]",
+        "embed.views.crop=[0, 1]",
+        "embed.views.crop=[0.5, 2]",
+        "embed.views.aspect=[2, 1]",
+        "embed.views.aspect=[-1, 1]",
+        "embed.towers.photo.std=[0.2, 0.2, 0]",
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(assignment: str) -> None:
+    field = assignment.partition("=")[0]
+    with pytest.raises(UserError, match=rf"{field.rpartition('.')[0]}(.|\n)*{field.rpartition('.')[2]}"):
+        load("grocery", [assignment])
+
+
 @pytest.mark.parametrize("name", ["../../../evil", "", "a/b", "a b", ".", "a\n", "a" * 65])
 def test_names_of_folders_are_checked(name: str) -> None:
     content = content_of("demo")

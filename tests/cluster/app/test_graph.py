@@ -146,6 +146,11 @@ def test_one_round_is_the_paper_s_and_a_variant_may_stay_in_it() -> None:
     assert parents(two["train:supervised.s0"]) == parents(plain["train:supervised.s0"])
 
 
+def test_many_rounds_are_planned_at_once() -> None:
+    twenty = Graph(grocery("rounds.count=20"))  # each generator was built for every path that leads to it: for ever
+    assert {f"instruct:vdg.r{n}" for n in range(2, 21)} < {stage.instance for stage in twenty.stages}
+
+
 def test_own_deltas_are_written_for_the_labelled_pairs() -> None:
     graph = Graph(grocery("train.variants.semi.own_deltas=true"))
     (extended,) = [stage for stage in graph["train:semi.s0"].parents.values() if stage.kind == "select"]
