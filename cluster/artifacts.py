@@ -266,8 +266,11 @@ class Output:
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None while the stage has not finished. Raises UserError when it is not this output's, as written."""
-        if not self.exists(MANIFEST):
+        found = filesystem(self.uri)[0].get_file_info(self.path(MANIFEST)).type
+        if found == pafs.FileType.NotFound:
             return None
+        if found != pafs.FileType.File:  # a pipe would be waited for
+            raise self.damaged(MANIFEST, ValueError("it is no file"))
         content = self.read_json(MANIFEST)
         try:
             manifest = parse(content)

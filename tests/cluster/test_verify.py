@@ -1,6 +1,7 @@
 """Damage to a finished output is a message that names it before anybody works on it; a part that does not open is remade."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -276,6 +277,15 @@ def test_a_manifest_says_sizes_and_a_seal(root: Path) -> None:
     }
     assert Path(output.path(LARGE)).stat().st_size > verifying.HASHED
     assert parse(manifest)["rows"] == sum(ROWS.values())
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_no_manifest(root: Path, put: Callable[[Path], None]) -> None:
+    path = Path(made().output(str(root)).path(MANIFEST))
+    path.unlink()
+    put(path)
+    with pytest.raises(UserError, match=r"manifest\.json: is damaged \(it is no file\)"):
+        made().output(str(root)).manifest()
 
 
 def test_half_a_manifest_of_a_killed_driver_is_none(root: Path) -> None:
