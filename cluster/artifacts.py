@@ -8,7 +8,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -62,7 +62,10 @@ def below(root: str, path: str) -> str:
 
 DATABASES = ("postgresql", "mysql", "mariadb", "mssql", "oracle")  # their passwords may have slashes
 NAMED = (*DATABASES, "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # their user belongs to the address, and is no secret
-SECRET = re.compile(r"passw|pwd|secret|token|signature|^sig$|(api|access|account)[_-]?key|odbc_connect", re.IGNORECASE)
+SECRET = re.compile(
+    r"passw|pwd|secret|token|signature|credential|^(sig|auth|key|session)$|(api|access|account)[_-]?key|odbc_connect",
+    re.IGNORECASE,
+)
 
 
 def without_user(text: str) -> str:
@@ -79,9 +82,19 @@ def _without_secrets(scheme: str, text: str) -> str:
     authority = re.split("[/?#]", uri, maxsplit=1)[0]
     end = max(authority.rfind("@"), uri.find("@") if name in DATABASES else -1)
     user = re.split("[:@]", uri[: end + 1], maxsplit=1)[0] if name in NAMED else ""
-    place, mark, query = uri[end + 1 :].partition("?")
-    kept = [field for field in query.split("&") if not SECRET.search(field.partition("=")[0][:100])]
-    return "".join([user, "@" if user else "", place, mark if kept else "", "&".join(kept), rest])
+    place, *fields = re.split("([?&;#])", uri[end + 1 :])
+    return "".join([user, "@" if user else "", place, *_open_fields(fields), rest])
+
+
+def _open_fields(fields: Sequence[str]) -> Iterator[str]:
+    """Of marks and the fields behind them those that hold no secret; the mark of one left out is the next one's."""
+    left = ""
+    for mark, field in zip(fields[::2], fields[1::2], strict=True):
+        name, given, _ = field.partition("=")
+        mark = left if left and mark == "&" else mark
+        left = mark if given and SECRET.search(name[:100]) else ""
+        if not left:
+            yield mark + field
 
 
 def hidden(node: Any) -> Any:

@@ -21,12 +21,26 @@ FORMS = {
     "abfs://:secret@account/x": "abfs://account/x",
     "abfs://account/x?client_secret=secret&sig=secret&tenant_id=1": "abfs://account/x?tenant_id=1",
     "https://h/x?X-Amz-Signature=secret&X-Amz-Security-Token=secret": "https://h/x",
+    "http://h/x?auth=secret&key=secret&b=1#c": "http://h/x?b=1#c",
+    "http://h/x?session=secret#access_token=secret&b=1": "http://h/x#b=1",
+    "mssql://h;Database=d;PWD=secret;Timeout=1": "mssql://h;Database=d;Timeout=1",
+    "https://h/x?X-Amz-Credential=secret&X-Amz-Date=1": "https://h/x?X-Amz-Date=1",
     "no https://a:secret@b, then http://c:secret@d/e: why?": "no https://b, then http://d/e: why?",
     "https://a:secret@b,https://c:secret@d": "https://d",
     "'http://a:secret@b/c'": "'http://b/c'",
 }
 PLAIN = ["gs://anonymous@bucket/x", "hdfs://me@host:8020/x", "http://host:80/a@b", "sqlite:////a b@c/mlflow.db", "red: a@b"]
-PLAIN += ["s3://bucket/x?region=eu&scheme=http", "is it? token=1", "", "://", "postgresql://host/db?options=a@b", "a://b?"]
+PLAIN += [
+    "s3://b/a;secret.jpg",
+    "file:///a#token/b?",
+    "http://h/?a=1;b=2&c&&d=#e",
+    "s3://bucket/x?region=eu&scheme=http",
+    "is it? token=1",
+    "",
+    "://",
+    "postgresql://host/db?options=a@b",
+    "a://b?",
+]
 
 
 @pytest.mark.parametrize("text", FORMS)

@@ -62,6 +62,7 @@ def test_a_generator_of_pixels_needs_no_embeddings() -> None:
         (["vdg.backbone=chooser"], "text: backbone 'chooser' needs it"),
         (["generate.samples=3", "generate.views=true", "embed.views.count=1"], "the plain view alone is cached"),
         (["vdg.tower=none"], "'none' is not defined"),
+        (["vdg.tower=''"], "'' is not defined"),
     ],
 )
 def test_what_does_not_fit_the_backbone_is_refused(assignments: list[str], message: str) -> None:
