@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticSerializationError
 
 from cluster.errors import UserError, shown
 
@@ -35,6 +36,15 @@ class Section(BaseModel):
     """A part of a config. Unknown keys are errors, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def model_dump(self, **options: Any) -> dict[str, Any]:
+        """As pydantic's, which makes an error of its own of a Ctrl-C that comes meanwhile."""
+        try:
+            return super().model_dump(**options)
+        except PydanticSerializationError as error:
+            if "KeyboardInterrupt" in str(error):
+                raise KeyboardInterrupt from error
+            raise
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:

@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_serializer
 
 from cluster.config import PARTIAL, Section, in_folder, override, path_field, read_yaml, validate
 from cluster.errors import UserError
@@ -51,6 +51,21 @@ def test_unknown_key_and_negative_batch_size_are_named() -> None:
 def test_numbers_are_finite(value: float) -> None:
     with pytest.raises(UserError, match="rate: Input should be a finite number"):
         validate(Rated, {"rate": value}, "run.yaml")
+
+
+class Interrupted(Section):
+    @model_serializer()
+    def _stop(self) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+
+class Holder(Section):
+    section: Interrupted = Interrupted()
+
+
+def test_an_interrupt_while_a_config_is_written_is_one() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Holder().model_dump(mode="json")
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
