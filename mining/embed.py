@@ -41,7 +41,7 @@ class Embed(Stage):
     only the new images go through the tower, and `reused.json` counts the others.
     """
 
-    version = 7
+    version = 8
     table = "embeddings"
     gallery: Stage
     tower: TowerConfig
