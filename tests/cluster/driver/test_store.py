@@ -49,8 +49,9 @@ def runs(path: Path) -> list[str]:
 
 
 def test_a_driver_killed_in_the_birth_leaves_nothing_half(tmp_path: Path) -> None:
+    """Nothing, or on a fast machine a whole one, as the file gets its name last."""
     path = tmp_path / "mlflow.db"
-    for pause in (0.0, 0.3, 0.8):
+    for pause in (0.0, 0.1, 0.3, 0.8):
         killed = driver(path)
         assert killed.stdout is not None
         killed.stdout.readline()
@@ -59,7 +60,9 @@ def test_a_driver_killed_in_the_birth_leaves_nothing_half(tmp_path: Path) -> Non
         time.sleep(pause)
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
-        assert not path.exists()
+        if path.exists():
+            connect(sqlite_uri(path))
+            path.unlink()
     Tracker(sqlite_uri(path), "vdg", "run", {})
     assert {name for name in os.listdir(tmp_path) if "new" in name} == set()
     assert runs(path) == ["RUNNING"]
