@@ -165,7 +165,8 @@ class Watched(InstructTask):
 
 
 @pytest.mark.workers
-@pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_workers_train_as_one(zero_stage, undrawn, vdg, tmp_path, monitor):
     """At stage 3 each holds half of the weights, the frozen ones too, from the moment they are loaded."""
     outputs = {name: Output(str(tmp_path / name)) for name in ("one", "two")}

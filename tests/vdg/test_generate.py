@@ -87,6 +87,7 @@ def test_a_second_run_makes_only_what_is_missing_and_makes_it_the_same(run, moni
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_a_killed_actor_is_replaced_and_the_deltas_are_the_same(embeddings, pairs, model, tmp_path, monitor):
     table = pairs.read_parts(tables.PAIRS)
     small, whole, broken = (Output(str(tmp_path / name)) for name in ("small", "whole", "broken"))

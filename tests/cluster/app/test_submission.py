@@ -56,7 +56,7 @@ def test_a_source_that_only_the_cluster_reaches_is_no_error_here(monkeypatch: py
     def out_of_reach(uri: str) -> None:
         raise OSError(f"AWS Error ACCESS_DENIED: {uri}")
 
-    monkeypatch.setattr("cluster.artifacts.fingerprint", out_of_reach)
+    monkeypatch.setattr("cluster.stage.fingerprint", out_of_reach)
     job, paths = prepare("grocery", ["root=/shared", "evaluate.images=s3://photos"], "ingest:evaluate", None, True, {})
     assert paths["evaluate.images"] == "s3://photos"
     assert job.outputs == ()

@@ -324,6 +324,7 @@ def test_a_users_mistake_reaches_the_driver_at_once(ray_session: None, tmp_path:
 
 
 @pytest.mark.workers
+@pytest.mark.slow
 def test_a_cut_off_run_goes_on_with_other_workers_from_the_weights_alone(
     ray_session: None, tmp_path: Path, monitor: Recorder
 ) -> None:
