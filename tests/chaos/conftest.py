@@ -92,8 +92,8 @@ def assert_same(found: Graph, expected: Graph) -> None:
         assert output.manifest() is not None
         assert lease.read(output) is None
     embeddings, pairs, deltas, model = (
-        (found.output(stage), expected.output(stage))
-        for stage in (found.embeddings("photo", "photos"), found.pairs, found.pseudo_triplets(), found.generator())
+        (found.output(found[instance]), expected.output(expected[instance]))
+        for instance in ("embed:photo.photos", "mine:photos", "generate:photos", "instruct:vdg")
     )
     assert_same_embeddings(*embeddings)
     assert_same_table(*pairs, tables.PAIRS, "pair_id")
