@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.config import FOLDER, PARTIAL, Section, Seed, TrainingConfig, validate
+from cluster.config import FOLDER, PARTIAL, Section, Seed, Seeds, TrainingConfig, validate
 from mining.config import TextTower
 
 _Rank = Annotated[int, Field(ge=1)]
@@ -168,14 +168,7 @@ class TrainConfig(VariantConfig):
         json_schema_extra={**PARTIAL, "additionalProperties": {"anyOf": [{"type": "object"}, {"type": "null"}]}},
         description="name -> fields that differ from the base recipe; null switches off one of a config that is extended",
     )
-    seeds: list[Seed] = Field([0], min_length=1, description="each variant is trained once with each")
-
-    @field_validator("seeds")
-    @classmethod
-    def _each_once(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"found {seeds}: a model that is counted twice tells nothing new; give each seed once")
-        return seeds
+    seeds: Seeds = Field([0], description="each variant is trained once with each")
 
     @field_validator("variants", mode="before")
     @classmethod

@@ -29,6 +29,7 @@ from mining.embeddings import INFO
 CONTROLS = "controls"  # folder of the control rows' rankings
 GIVEN = "embeddings"  # name of given embeddings among the variants
 SUBMISSIONS = "submissions"
+METRICS = "metrics.json"  # of an evaluation, and in the folder of the run that it is the last of
 FOLDS = "folds.json"
 RANKINGS = pa.schema(
     [
@@ -109,7 +110,7 @@ class Evaluate(Stage):
         trained: dict[str, Entrant] = {name: Trained(model, embeddings, gallery) for name, model in models.items()}
         inputs = _Inputs(output, benchmark, Embedded(embeddings), self.config.batch_size)
         found, extra = _figures(inputs, trained, {} if benchmark.hidden else rows, self.resources, run.monitor)
-        output.write_json("metrics.json", figures.by_variant(found))
+        output.write_json(METRICS, figures.by_variant(found))
         output.write_json("gain.json", figures.gains(found, self.config, benchmark.classes_of_queries))
         output.write_json(FOLDS, _validated({name: run.output(model) for name, model in self.folds.items()}))
         _write_controls(output, extra, left_out)
@@ -141,7 +142,7 @@ class EvaluateGiven(Stage, kind="evaluate"):
         rows, left_out = controls(None, given=True)
         inputs, entrant = _Inputs(output, benchmark, vectors, self.config.batch_size), GivenQueries(vectors)
         found, extra = _figures(inputs, {GIVEN: entrant}, {} if benchmark.hidden else rows, self.resources, run.monitor)
-        output.write_json("metrics.json", {name: figures.summary([values]) for name, values in found.items()})
+        output.write_json(METRICS, {name: figures.summary([values]) for name, values in found.items()})
         output.write_json("gain.json", {})
         _write_controls(output, extra, left_out)
 

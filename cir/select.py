@@ -15,7 +15,7 @@ from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.stage import Run, Stage
 from mining import tables
-from mining.deltas import is_garbled
+from mining.deltas import are_garbled
 from mining.gallery import part_name
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def chosen(pseudo: Pseudo, labelled_images: int, config: PseudoSelection) -> tup
 
 def repeated(pseudo: pa.Table) -> np.ndarray:
     """bool [rows]: whether a delta repeats itself, or is no text."""
-    return np.array([is_garbled(deltas[0]) for deltas in pseudo["deltas"].to_pylist()], bool)
+    return np.array(are_garbled([deltas[0] for deltas in pseudo["deltas"].to_pylist()]), bool)
 
 
 def select(pseudo: pa.Table, scores: np.ndarray | None, labelled_images: int, config: PseudoSelection) -> pa.Table:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -23,6 +24,15 @@ from pydantic_core import PydanticSerializationError
 from cluster.errors import UserError, shown
 
 Seed = Annotated[int, Field(ge=0)]
+
+
+def _each_once(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"found {seeds}: what is counted twice tells nothing new; give each seed once")
+    return seeds
+
+
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_each_once)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FOLDER = r"\w[\w-]{0,63}"  # a name that becomes a part of a folder's
 CONTENT = "content"  # context of a dump that decides a digest

@@ -1,6 +1,7 @@
 """What can be said of a delta by its words alone."""
 
 import re
+from collections.abc import Sequence
 
 RUN = 5  # words in a row that no labelled text says twice
 
@@ -14,3 +15,9 @@ def is_garbled(text: str) -> bool:
     if len(set(runs)) < len(runs):
         return True
     return re.search(r"(.{1,8}?)\1{9}", text) is not None  # in one word, or without any
+
+
+def are_garbled(texts: Sequence[str]) -> list[bool]:
+    """As `is_garbled`, of each: a generator says the same of many pairs, and each text is looked at once."""
+    known = {text: is_garbled(text) for text in set(texts)}
+    return [known[text] for text in texts]

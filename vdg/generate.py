@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from cluster.parts import run_actors
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import stable_seed
 from mining import tables
-from mining.deltas import is_garbled
+from mining.deltas import are_garbled
 from vdg.agreement import medoid
 from vdg.config import GenerateConfig
 from vdg.description import read_description
@@ -66,7 +67,7 @@ def _flag(output: Output, of_training: list[str]) -> None:
     Raises UserError when all of them are such, and the training of the generator was odd too.
     """
     deltas = [texts[0] for texts in output.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist()]
-    garbled = [text for text in deltas if is_garbled(text)]
+    garbled = list(compress(deltas, are_garbled(deltas)))
     often, count = Counter(deltas).most_common(1)[0] if deltas else ("", 0)
     output.write_json(GARBLED, {"deltas": len(deltas), "garbled": len(garbled), "most_frequent": count})
     said = []

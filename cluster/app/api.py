@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from cir.evaluate import METRICS
 from cir.index import Thumbnails
 from cir.search import Hits, Model, Reference, Searcher
 from cir.select import written_scores
@@ -37,8 +38,6 @@ from vdg.generate import Generate
 
 if TYPE_CHECKING:
     import pandas as pd
-
-METRICS = "metrics.json"  # of an evaluation, and in the folder of the run that it is the last of
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Run:
             name = "the image" if isinstance(image, bytes) else image
             raise UserError(f"{name}: cannot be read ({error}); give an image file or a key of the gallery") from error
 
-    @property
+    @cached_property
     def recommended(self) -> str:
         """The model to use unless another is asked for; without a baseline to compare with the first one."""
         found = recommend(self.graph)

@@ -16,6 +16,7 @@ from cluster.config import (
     EmbedResources,
     Section,
     Seed,
+    Seeds,
     TaskResources,
     WorkerResources,
     in_folder,
@@ -57,19 +58,11 @@ class InstructSection(InstructConfig):
     """Stage 2 of the generator."""
 
     triplets: str = Field(description="name of a file of ingest.triplets")
-    seeds: list[Seed] = Field(
+    seeds: Seeds = Field(
         [0],
-        min_length=1,
         json_schema_extra=NOT_CONTENT,
         description="a generator is trained with each, and with each generator every variant that uses one",
     )
-
-    @field_validator("seeds")
-    @classmethod
-    def _each_once(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"found {seeds}: a generator that is counted twice tells nothing new; give each seed once")
-        return seeds
 
 
 class TrainSection(TrainConfig):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from cir.evaluate import METRICS
 from cir.export import export_model
 from cir.train import ModelName
 from cluster.app.outputs import run_configs
@@ -83,11 +84,11 @@ def _recalls(lineage: Lineage, made: Made) -> list[str]:
     lines = []
     variant = made.instance.partition(":")[2].partition(".")[0]
     for role, near in lineage.below(made):
-        if near.manifest is None or not role.startswith("models.") or not near.output.exists("metrics.json"):
+        if near.manifest is None or not role.startswith("models.") or not near.output.exists(METRICS):
             continue
         models = [r.removeprefix("models.") for r in lineage.parents[near.name] if r.startswith(f"models.{variant}.")]
         place = sorted(models, key=ModelName.parse).index(role.removeprefix("models."))
-        row = near.output.read_json("metrics.json").get(variant, {})
+        row = near.output.read_json(METRICS).get(variant, {})
         lines += [f"{metric}: {value['seeds'][place]:.1f} ({near.name})" for metric, value in row.items()]
     return lines
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cir.evaluate import FOLDS
+from cir.evaluate import FOLDS, METRICS
 from cir.train import ModelName
 from cluster.app.graph import Graph
 
@@ -31,7 +31,7 @@ def recommend(graph: Graph) -> Recommendation | None:
         means = {name: float(np.mean(folds[name])) for name in config.rivals}
         metric, how = "MRR", f"by {config.evaluate.folds}-fold cross-validation, each fold held out of the generator too"
     else:
-        metrics, metric = output.read_json("metrics.json"), config.evaluate.headline
+        metrics, metric = output.read_json(METRICS), config.evaluate.headline
         means, how = {name: metrics[name][metric]["mean"] for name in config.rivals}, "by the evaluation's own queries"
     best = max(means, key=lambda name: (means[name], name == baseline))
     others = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items() if name != best)

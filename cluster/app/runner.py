@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from rich.text import Text
 
+from cir.evaluate import METRICS
 from cir.train import ModelName
 from cluster.app.checks import check
 from cluster.app.config import RunConfig
@@ -171,7 +172,7 @@ def write_results(graph: Graph) -> Output:
 
     verify(map(graph.output, graph.stages))
     folder = run_folder(graph.config)
-    folder.write_json("metrics.json", metrics_of(graph))
+    folder.write_json(METRICS, metrics_of(graph))
     if graph.config.evaluate.scores_models:
         write_report(graph, folder)
     return folder
@@ -180,7 +181,7 @@ def write_results(graph: Graph) -> Output:
 def record_results(graph: Graph, tracker: Any) -> None:
     """Tell MLflow: the files that were written, and of each model what was found."""
     folder = run_folder(graph.config)
-    for name in ("metrics.json", "report.html"):
+    for name in (METRICS, "report.html"):
         if folder.exists(name):
             tracker.keep(name, folder.read_bytes(name).decode())
     table, places = metrics_of(graph), Counter[str]()
@@ -215,7 +216,7 @@ def tracking_uri(config: RunConfig) -> str:
 
 def metrics_of(graph: Graph) -> dict[str, Any]:
     """variant -> metric -> {"mean", "seeds"}, of a finished evaluation."""
-    content: dict[str, Any] = graph.output(graph.evaluation).read_json("metrics.json")
+    content: dict[str, Any] = graph.output(graph.evaluation).read_json(METRICS)
     return content
 
 

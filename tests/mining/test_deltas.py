@@ -2,7 +2,7 @@
 
 import pytest
 
-from mining.deltas import is_garbled
+from mining.deltas import are_garbled, is_garbled
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,4 @@ from mining.deltas import is_garbled
 )
 def test_garbled_deltas(text: str, garbled: bool) -> None:
     assert is_garbled(text) == garbled
+    assert are_garbled([text, "in red", text]) == [garbled, False, garbled]

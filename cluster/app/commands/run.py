@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from cir.evaluate import METRICS
 from cluster.app import runner
 from cluster.app.checks import check
 from cluster.app.commands.options import Config, Set, graph_of
@@ -96,7 +97,7 @@ def _show_results(graph: Graph, folder: Output) -> None:
 def _show_metrics(graph: Graph) -> None:
     """A table for each variant of the protocol, the control rows last; and where submission files are."""
     output = graph.output(graph.evaluation)
-    rows, controls = output.read_json("metrics.json"), output.read_json("controls.json")
+    rows, controls = output.read_json(METRICS), output.read_json("controls.json")
     for protocol in output.read_json("protocols.json"):
         if rows:
             _show_protocol(protocol, rows, controls["metrics"])

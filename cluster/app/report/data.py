@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from cir.evaluate import METRICS
 from cir.index import data_uri, thumbnail
 from cir.train import MODEL, ModelName
 from cluster.app.config import PRESETS, RunConfig, load
@@ -19,7 +20,7 @@ from cluster.app.report.precision import Precision, collect_precision
 from cluster.app.report.results import Results, advice, collect_results, headline
 from cluster.artifacts import MANIFEST, Output, below, filesystem, hidden, without_user
 from cluster.stage import Stage
-from cluster.training.loop import METRICS, reports_of
+from cluster.training import loop
 from mining.gallery import read_images
 
 THUMBNAIL = 144  # pixels of the longer side
@@ -158,7 +159,7 @@ def _results(run: _Run) -> Results:
     pseudo = {name: model["pseudo_triplets"] for name, model in models.items()}
     official = run.config.evaluate.is_official
     protocol = evaluation.read_json("protocols.json")[0]["description"] if official else None
-    metrics, gains = evaluation.read_json("metrics.json"), evaluation.read_json("gain.json")
+    metrics, gains = evaluation.read_json(METRICS), evaluation.read_json("gain.json")
     return collect_results(run.config, metrics, gains, rows, pseudo, protocol)
 
 
@@ -206,7 +207,7 @@ def _thumbnails(run: _Run, image_ids: list[int]) -> dict[int, str]:
 
 
 def _curves(run: _Run) -> Curves:
-    logs = {i: _log(run.output(i)) for i in run.stages if run.output(i).exists(METRICS)}
+    logs = {i: _log(run.output(i)) for i in run.stages if run.output(i).exists(loop.METRICS)}
     variants: dict[str, list[dict[int, dict[str, float]]]] = defaultdict(list)
     for name, model in run.graph.models.items():
         variants[ModelName.parse(name).variant].append(logs[model.instance])
@@ -223,7 +224,7 @@ def _curves(run: _Run) -> Curves:
 
 def _log(output: Output) -> dict[int, dict[str, float]]:
     """Step -> metrics; of steps done again after a kill the later ones."""
-    return {int(report["step"]): report for report in reports_of(output)}
+    return {int(report["step"]): report for report in loop.reports_of(output)}
 
 
 def _curve(name: str, logs: list[dict[int, dict[str, float]]], metric: str) -> Curve:
