@@ -22,14 +22,10 @@ def load_cir(model: Output) -> "Retrieval":
 
     from cluster.training.checkpoints import WEIGHTS, load_trained
 
-    module = _untrained(model)
+    config = _config(model)
+    module: Retrieval = TASKS[config.model].untrained(model.read_json(MODEL), config)
     load_trained(module, load(model.read_bytes(WEIGHTS)))
     return module.eval()
-
-
-def _untrained(model: Output) -> "Retrieval":
-    config = _config(model)
-    return TASKS[config.model].untrained(model.read_json(MODEL), config)
 
 
 def _config(model: Output) -> VariantConfig:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from cir.benchmarks.benchmark import Query
-from cir.compose import Composer, target_side
+from cir.compose import Composer
 from cir.metrics import unit
 from cir.vectors import Given, Take
 from cluster.artifacts import Output
@@ -19,16 +19,6 @@ TEXT_LEFT_OUT = "the text encoder and the image tower are not the two sides of o
 GIVEN_TEXT_LEFT_OUT = "the file of embeddings has no vectors of the texts alone"
 
 
-class Entrant(Protocol):
-    """Something that is ranked. Travels to a Ray task."""
-
-    def compose(self, queries: tuple[Query, ...], take: Take, batch_size: int) -> tuple[np.ndarray, Prepare]:
-        """Query vectors float32 [queries, dim], and what makes a gallery's vectors comparable with them.
-
-        `take` gives the raw vectors of the images that the queries name.
-        """
-
-
 @dataclass(frozen=True)
 class Trained:
     """A trained model, and where the references' features and pixels are."""
@@ -38,10 +28,12 @@ class Trained:
     gallery: Output
 
     def compose(self, queries: tuple[Query, ...], take: Take, batch_size: int) -> tuple[np.ndarray, Prepare]:
-        """Images are centred where the model was trained on centred ones."""
-        texts = [query.text for query in queries]
+        """Query vectors float32 [queries, dim], and what makes a gallery's vectors comparable with them.
+
+        `take` gives the raw vectors of the images that the queries name.
+        """
         composer = Composer(self.model, self.embeddings, self.gallery)
-        return composer.queries(_references(queries), texts, batch_size), target_side(self.model)
+        return composer.queries(_references(queries), [query.text for query in queries], batch_size), composer.prepare
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class Control:
     text: TextTower | None = None
 
     def compose(self, queries: tuple[Query, ...], take: Take, batch_size: int) -> tuple[np.ndarray, Prepare]:
-        """Images are compared raw."""
+        """As `Trained`; images are compared raw."""
         composed = []
         if self.kind != "text_only":
             composed.append(unit(take(_references(queries))))
@@ -69,8 +61,11 @@ class GivenQueries:
     vectors: Given
 
     def compose(self, queries: tuple[Query, ...], take: Take, batch_size: int) -> tuple[np.ndarray, Prepare]:
-        """As they are."""
+        """As `Trained`; images are compared raw."""
         return self.vectors.queries([query.key for query in queries]), lambda values: values
+
+
+Entrant = Trained | Control | GivenQueries  # travels to a Ray task
 
 
 def controls(text: TextTower | None, given: bool = False) -> tuple[dict[str, Entrant], dict[str, str]]:

@@ -61,23 +61,22 @@ def gains(figures: dict[str, Figures], config: EvaluateConfig, classes: np.ndarr
     means = {variant: _by_generator(figures, variant, config.headline) for variant in _variants(figures)}
     if (baseline := means.pop(config.baseline, None)) is None:
         return {}
+
+    def gap(values: np.ndarray) -> dict[str, float] | None:
+        oracle = means.get(config.oracle)
+        found = None if oracle is None else metrics.gap_closed(values, baseline, oracle, classes, config.resamples)
+        return None if found is None else asdict(found)
+
     return {
         variant: {
             "baseline": config.baseline,
             "metric": config.headline,
             "generators": len(values),
             **asdict(metrics.paired_bootstrap(values, baseline, classes, config.resamples)),
-            "gap": _gap(values, baseline, means.get(config.oracle), classes, config.resamples),
+            "gap": gap(values),
         }
         for variant, values in means.items()
     }
-
-
-def _gap(
-    values: np.ndarray, baseline: np.ndarray, oracle: np.ndarray | None, classes: np.ndarray, resamples: int
-) -> dict[str, float] | None:
-    found = None if oracle is None else metrics.gap_closed(values, baseline, oracle, classes, resamples)
-    return None if found is None else asdict(found)
 
 
 def _variants(figures: dict[str, Figures]) -> list[str]:

@@ -135,9 +135,5 @@ def _mapped(index: Output, part: str) -> pa.ChunkedArray:
     """A part's pack from the node's disk; one in an object store is copied there once."""
     path = Path(index.path(_pack(part)))
     if "://" in index.uri:
-        path = shared(f"{index.uri}/{part}".encode(), ".arrow", lambda made: _write(made, index.read_bytes(_pack(part))))
+        path = shared(f"{index.uri}/{part}".encode(), ".arrow", lambda made: made.write_bytes(index.read_bytes(_pack(part))))
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["thumbnail"]
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from cir.config import VariantConfig
 from cir.select import Pseudo, pseudo_of, repeated
 from cir.tasks import TASKS
-from cir.tasks.triplets import Gallery, TripletTask
+from cir.tasks.triplets import Gallery
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
@@ -90,7 +90,8 @@ class Train(Stage):
         if config.text is not None and config.fusion == "combiner":
             _check_widths(config.text, info["dim"])
         gallery = self._gallery(run)
-        labelled, pseudo_triplets = _checked_rows(TASKS[config.model](features, triplets, pseudo, config, gallery), triplets)
+        # read on the driver, so that a mistake costs no worker
+        labelled, pseudo_triplets = TASKS[config.model](features, triplets, pseudo, config, gallery).check()
         content = {
             "version": self.version,
             "seed": self.seed,
@@ -141,13 +142,3 @@ def _check_widths(tower: TextTower, dim: int) -> None:
     width = text_width(tower)
     if width is not None:
         check_widths(dim, width)
-
-
-def _checked_rows(task: TripletTask, triplets: Output) -> tuple[int, int]:
-    """Numbers of labelled and pseudo triplets that are trained on. Read on the driver, so that a mistake costs no worker."""
-    validation = task.config.validation
-    if not task.size:
-        raise UserError(
-            f"train.validation: fold {validation.fold} of {validation.folds} holds out every triplet of {triplets.uri}"
-        )
-    return task.check()

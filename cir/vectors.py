@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,36 +24,23 @@ Take = Callable[[np.ndarray], np.ndarray]
 Blocks = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
-class Vectors(Protocol):
-    """One vector an image. Travels to the Ray tasks."""
-
-    def check(self, benchmark: Benchmark) -> None:
-        """Raises UserError when an image that the benchmark needs has no vector."""
-
-    def open(self, image_ids: np.ndarray) -> Take:
-        """A function from ids [n], all of them in `image_ids`, to float32 [n, dim]."""
-
-    def blocks(self) -> Blocks:
-        """(ids [m], float32 [m, dim]) of the whole gallery, part by part."""
-
-
 @dataclass(frozen=True)
 class Embedded:
-    """The plain view of a gallery that went through the embed stage."""
+    """The plain view of a gallery that went through the embed stage. Travels to the Ray tasks, as `Given` does."""
 
     embeddings: Output
 
     def check(self, benchmark: Benchmark) -> None:
-        """By ids alone."""
+        """Raises UserError when an image that the benchmark needs has no vector."""
         Features(self.embeddings).check(benchmark.images, benchmark.field)
 
     def open(self, image_ids: np.ndarray) -> Take:
-        """Memory-mapped, once a node."""
+        """What gives float32 [n, dim] of ids [n], all of them in `image_ids`. Memory-mapped, once a node."""
         source = Features(self.embeddings).open_plain(image_ids)
         return lambda ids: source.take(ids, np.zeros(len(ids), np.int64))[:, 0]
 
     def blocks(self) -> Blocks:
-        """A part of the output each."""
+        """(ids [m], float32 [m, dim]) of the whole gallery, part by part."""
         for part in plain_parts(self.embeddings):
             ids, values = read_part(self.embeddings, part)
             yield ids, values[:, 0].astype(np.float32)
@@ -70,7 +57,7 @@ class Given:
     file: str
 
     def check(self, benchmark: Benchmark) -> None:
-        """Also that vectors are finite, not zero, of one width, and that no key comes twice."""
+        """As `Embedded`; also that vectors are finite, not zero, of one width, and that no key comes twice."""
         keys: dict[str, Counter[str]] = {"query": Counter(), "gallery": Counter()}
         widths: set[int] = set()
         for batch in self._batches():
@@ -144,7 +131,7 @@ class Given:
         return np.stack([found[key] for key in keys])
 
     def open(self, image_ids: np.ndarray) -> Take:
-        """Of the images asked for, held in memory."""
+        """As `Embedded`, held in memory."""
         wanted = np.unique(image_ids)
         kept = [(ids[here], values[here]) for ids, values in self.blocks() if (here := np.isin(ids, wanted)).any()]
         ids, values = (np.concatenate(column) for column in zip(*kept, strict=True))
@@ -152,6 +139,9 @@ class Given:
         return lambda asked: values[order[np.searchsorted(ids, asked, sorter=order)]]
 
     def blocks(self) -> Blocks:
-        """Some rows of the file each."""
+        """As `Embedded`, some rows of the file each."""
         for keys, values in self._rows("gallery"):
             yield np.array([image_id(key) for key in keys], np.int64), values
+
+
+Vectors = Embedded | Given  # one vector an image

@@ -119,16 +119,23 @@ def content_of(section: BaseModel) -> dict[str, Any]:
     return section.model_dump(mode="json", context=CONTENT)
 
 
+Process = dict[str, float]  # what it takes, as Ray names it
+
+
 class Resources(Section):
     """What a stage may use. Never part of a digest: another cluster, the same outputs."""
 
-    def wanted(self) -> dict[str, float]:
-        """CPUs and GPUs that all of its processes take together, as Ray names them."""
+    def processes(self) -> list[Process]:
+        """What each of its processes takes."""
         raise NotImplementedError
 
-    def least(self) -> list[dict[str, float]]:
-        """What each of the processes takes that must be there at the same time, or the stage waits for ever."""
-        raise NotImplementedError
+    def wanted(self) -> Process:
+        """CPUs and GPUs of all of them together."""
+        return {name: sum(process.get(name, 0.0) for process in self.processes()) for name in ("CPU", "GPU")}
+
+    def least(self) -> list[Process]:
+        """Those that must be there at the same time, or the stage waits for ever: of a pool the others may come later."""
+        return self.processes()[:1]
 
 
 class TaskResources(Resources):
@@ -139,17 +146,8 @@ class TaskResources(Resources):
     memory_gb: float | None = Field(None, gt=0, description="memory a process, for Ray's placement")
     accelerator_type: str | None = Field(None, description="as Ray names it: A100, H100, L4")
 
-    @property
-    def processes(self) -> int:
-        """How many there are at a time."""
-        return 1
-
-    def wanted(self) -> dict[str, float]:
-        """As many for each process."""
-        return {"CPU": self.processes * self.cpus, "GPU": self.processes * self.gpus}
-
-    def least(self) -> list[dict[str, float]]:
-        """One process: of a pool the others may come later."""
+    def processes(self) -> list[Process]:
+        """One."""
         wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": (self.memory_gb or 0) * 2**30}
         return [wanted | ({f"accelerator_type:{self.accelerator_type}": 0.001} if self.accelerator_type else {})]
 
@@ -164,10 +162,9 @@ class ActorResources(TaskResources):
 
     actors: int = Field(1, ge=1, description="model actors")
 
-    @property
-    def processes(self) -> int:
+    def processes(self) -> list[Process]:
         """The actors."""
-        return self.actors
+        return self.actors * TaskResources.processes(self)
 
 
 class DecodeResources(Resources):
@@ -176,13 +173,9 @@ class DecodeResources(Resources):
     decode_cpus: float = Field(1.0, gt=0, description="CPUs a decode task")
     decode_tasks: int = Field(1, ge=1, description="decode tasks at a time, over the whole cluster")
 
-    def wanted(self) -> dict[str, float]:
-        """Of all decode tasks."""
-        return {"CPU": self.decode_tasks * self.decode_cpus, "GPU": 0.0}
-
-    def least(self) -> list[dict[str, float]]:
-        """One task."""
-        return [{"CPU": self.decode_cpus}]
+    def processes(self) -> list[Process]:
+        """The decode tasks."""
+        return self.decode_tasks * [{"CPU": self.decode_cpus}]
 
 
 class EmbedResources(ActorResources, DecodeResources):
@@ -190,14 +183,13 @@ class EmbedResources(ActorResources, DecodeResources):
 
     batch_size: int = Field(64, gt=0, description="images a forward pass")
 
-    def wanted(self) -> dict[str, float]:
-        """Of the actors and the decode tasks."""
-        actors, tasks = ActorResources.wanted(self), DecodeResources.wanted(self)
-        return {name: actors[name] + tasks[name] for name in actors}
+    def processes(self) -> list[Process]:
+        """The actors, then the decode tasks."""
+        return ActorResources.processes(self) + DecodeResources.processes(self)
 
-    def least(self) -> list[dict[str, float]]:
+    def least(self) -> list[Process]:
         """All actors, which never let go of their CPUs, and a task that feeds them."""
-        return self.actors * ActorResources.least(self) + DecodeResources.least(self)
+        return self.processes()[: self.actors + 1]
 
 
 class WorkerResources(TaskResources):
@@ -209,18 +201,17 @@ class WorkerResources(TaskResources):
         "error", description="resume with another number of workers: refuse, or go on from the weights alone"
     )
 
-    @property
-    def processes(self) -> int:
+    def processes(self) -> list[Process]:
         """The workers."""
-        return self.workers
+        return self.workers * super().processes()
 
-    def wanted(self) -> dict[str, float]:
+    def wanted(self) -> Process:
         """In the driver all threads that the machine has."""
         return super().wanted() if self.workers else {"CPU": math.inf, "GPU": 0.0}
 
-    def least(self) -> list[dict[str, float]]:
+    def least(self) -> list[Process]:
         """All workers, which start together."""
-        return self.workers * super().least()
+        return self.processes()
 
 
 class TrainingConfig(Section):

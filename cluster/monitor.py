@@ -1,10 +1,8 @@
 """What a running stage tells its driver: progress and metrics."""
 
-from typing import Protocol
 
-
-class Monitor(Protocol):
-    """Receives a stage's progress. The driver draws it and records it; tests may collect it."""
+class Monitor:
+    """Receives a stage's progress, and drops it; the driver's draw it and record it."""
 
     def start(self, total: int, unit: str, done: int = 0) -> None:
         """A stage of `total` units begins, `done` of them finished by an earlier run."""
@@ -16,14 +14,23 @@ class Monitor(Protocol):
         """Training metrics at an optimiser step."""
 
 
-class Silent:
-    """A monitor that drops everything."""
+class Several(Monitor):
+    """Tells all of some monitors."""
+
+    def __init__(self, *monitors: Monitor) -> None:
+        self.monitors = monitors
 
     def start(self, total: int, unit: str, done: int = 0) -> None:
-        """Dropped."""
+        """As `Monitor`."""
+        for monitor in self.monitors:
+            monitor.start(total, unit, done)
 
     def advance(self, count: int) -> None:
-        """Dropped."""
+        """As `Monitor`."""
+        for monitor in self.monitors:
+            monitor.advance(count)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Dropped."""
+        """As `Monitor`."""
+        for monitor in self.monitors:
+            monitor.metrics(step, values)

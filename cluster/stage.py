@@ -36,7 +36,7 @@ from cluster.artifacts import (
 from cluster.config import Resources, content_of
 from cluster.errors import UserError
 from cluster.manifest import Manifest, digest_of, sealed
-from cluster.monitor import Monitor
+from cluster.monitor import Monitor, Several
 from cluster.provenance import code
 from cluster.verify import described, differences, remove_broken, verify
 from cluster.weights import Pretrained, Weights, models_in
@@ -145,7 +145,8 @@ class Stage(ABC):
             if isinstance(value, Mapping):
                 yield from ((f"{one.name}.{key}", item, how) for key, item in value.items())
             elif isinstance(value, tuple) and any(isinstance(item, Stage | Source) for item in value):
-                yield from ((f"{one.name}.{_name(item)}", item, how) for item in value)
+                names = (item.name if isinstance(item, Stage) else item.field for item in value)
+                yield from ((f"{one.name}.{name}", item, how) for name, item in zip(names, value, strict=True))
             elif value is not None and value != () and one.name != "name":
                 yield one.name, value, how
 
@@ -250,10 +251,10 @@ class Stage(ABC):
             return done
         verify(parent.output(root) for parent in self.parents.values())
         remove_broken(output)
-        watched = _Timed(monitor)
-        self.work(output, Run(root, watched, groups))
+        clock = _Clock()
+        self.work(output, Run(root, Several(monitor, clock), groups))
         output.sweep()
-        manifest = self._describe(output, watched.seconds(), watched.startup)
+        manifest = self._describe(output, clock.seconds(), clock.startup)
         self._check_rejects(manifest, output)
         output.write_json(MANIFEST, manifest)
         return manifest
@@ -294,12 +295,11 @@ class Stage(ABC):
             )
 
 
-class _Timed:
-    """A monitor that passes on what it hears. `startup`: the seconds until the first unit of work was finished."""
+class _Clock(Monitor):
+    """`startup`: the seconds until the first unit of work was finished."""
 
-    def __init__(self, monitor: Monitor) -> None:
-        self.monitor, self.began, self.startup = monitor, time.monotonic(), 0.0
-        self.start, self.metrics = monitor.start, monitor.metrics
+    def __init__(self) -> None:
+        self.began, self.startup = time.monotonic(), 0.0
 
     def seconds(self) -> float:
         """Since the stage began."""
@@ -308,7 +308,6 @@ class _Timed:
     def advance(self, count: int) -> None:
         """The first one ends the start-up."""
         self.startup = self.startup or self.seconds()
-        self.monitor.advance(count)
 
 
 def _readable(output: Output) -> Manifest | None:
@@ -317,10 +316,6 @@ def _readable(output: Output) -> Manifest | None:
         return output.manifest()
     except UserError:
         return None
-
-
-def _name(item: Stage | Source) -> str:
-    return item.name if isinstance(item, Stage) else item.field
 
 
 def _content(value: Any) -> Any:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,20 +21,6 @@ from mining.scratch import new_array, shared
 
 ORIGIN = np.zeros(1, np.float32)  # what a raw cosine is centred by
 ONLINE_VIEWS = 2**15  # as many different views as the schema's int16 can name
-
-
-class FeatureSource(Protocol):
-    """Raw tower outputs of a set of images."""
-
-    tokens: int
-    dim: int
-    views: int  # number of different views, the plain one included
-
-    def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """`count` random views; 0 is the plain image."""
-
-    def take(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """Features float32 [count, tokens, dim] of one view of each image. Raises KeyError for an unknown image."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +54,14 @@ class Features:
     def _outputs(self) -> tuple[Output, ...]:
         return self.embeddings, *self.more
 
-    def open(self, image_ids: np.ndarray) -> FeatureSource:
+    def open(self, image_ids: np.ndarray) -> "FeatureSource":
         """Features of these images alone: nothing at gallery scale is held in memory."""
         ids = np.unique(image_ids)
         if self.online is not None:
             return OnlineFeatures(self.embeddings, self.online, ids)
         return CachedFeatures(self._outputs, ids, self.embeddings.read_json(INFO)["views"])
 
-    def open_plain(self, image_ids: np.ndarray) -> FeatureSource:
+    def open_plain(self, image_ids: np.ndarray) -> "CachedFeatures":
         """Plain features of these images alone, which are cached even where the tower runs online in training."""
         return CachedFeatures(self._outputs, np.unique(image_ids), views=1)
 
@@ -130,11 +116,11 @@ class CachedFeatures:
             raise _without_embeddings(self.image_ids[~found.all(axis=1)], "the rows of this stage", embeddings[0])
 
     def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Uniform over the cached views."""
+        """Uniform over the cached views, of which 0 is the plain one."""
         return rng.integers(self.views, size=count)
 
     def take(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """Rows of the memory-mapped array."""
+        """Features float32 [count, tokens, dim] of one view of each image. Raises KeyError for an unknown image."""
         return self._values[_places(self.image_ids, image_ids), views].astype(np.float32)
 
 
@@ -181,10 +167,13 @@ class OnlineFeatures:
         return self.pixels.draw_views(count, rng)
 
     def take(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """Decode, augment and run the tower."""
+        """As `CachedFeatures`; decodes, augments and runs the tower."""
         import torch
 
         return self._tower(torch.from_numpy(self.pixels.take(image_ids, views))).cpu().numpy()
+
+
+FeatureSource = CachedFeatures | OnlineFeatures  # raw tower outputs of some images
 
 
 def _without_embeddings(missing: np.ndarray, where: str, embeddings: Output) -> UserError:

@@ -100,7 +100,8 @@ def _loaded(image: Image.Image) -> Image.Image:
     try:
         _scale_clear(image)
         image.load()
-        return _upright(_to_rgb(image), _orientation(image))
+        turn, upright = _TURNS.get(_orientation(image)), _to_rgb(image)
+        return upright if turn is None else upright.transpose(turn)
     except Exception as error:
         raise BadImage("truncated", str(error)) from error
 
@@ -118,10 +119,6 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # of whatever class: the image itself is whole
         return 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, pairwise
@@ -73,7 +72,8 @@ class IngestGallery(Ingest):
             _LOG.info("%s: left out: %s", self.name, counted(left_out))
         if self.without is not None:
             index = index.filter(pc.invert(pc.is_in(index["key"], pa.array(list(read_names(self.without.path)), pa.string()))))
-        tables.check_unique((tables.stable_id(self.name, key) for key in _keys(index)), f"gallery {self.name}")
+        names = (key for block in index.to_batches(LISTED_ROWS) for key in block["key"].to_pylist())
+        tables.check_unique((tables.stable_id(self.name, key) for key in names), f"gallery {self.name}")
         starts = _starts(index["length"].to_numpy(), self.shard_rows, self.shard_bytes)
         shards = {part_name(i): index[first:last] for i, (first, last) in enumerate(pairwise(starts))}
         ingest = partial(
@@ -155,10 +155,6 @@ def _starts(lengths: np.ndarray, most_rows: int, most_bytes: int) -> list[int]:
         fitting = int(np.searchsorted(ends, ends[first] - lengths[first] + most_bytes, side="right"))
         starts.append(min(max(fitting, first + 1), first + most_rows, len(lengths)))
     return starts
-
-
-def _keys(index: pa.Table) -> Iterator[str]:
-    return (key for block in index.to_batches(LISTED_ROWS) for key in block["key"].to_pylist())
 
 
 def _ingest_shard(index: pa.Table, output: Output, gallery: str, copy_images: bool, max_pixels: int) -> dict[str, list[Any]]:

@@ -196,7 +196,8 @@ def _accepted(entries: Iterable[Any], make: Callable[[_Row, str], _Row]) -> tupl
         try:
             given = _given(entry)
             name = str(given.get("pairid", name))
-            _check_texts(given)
+            if bad := next((text for text in strings(given) if not is_text(text)), None):
+                raise BadImage("not_utf8", f"{bad[:80]!r} is not valid Unicode")
             rows.append(make(given, name))
         except BadImage as error:
             rejects.append(reject(name, error.reason, error.detail))
@@ -214,11 +215,6 @@ def _given(entry: Any) -> _Row:
     if not isinstance(entry, dict) or not all(isinstance(field, str) for field in entry):
         raise BadImage("malformed_row", f"found {str(entry)[:80]}, expected named fields")
     return {field: value for field, value in entry.items() if value is not None and value == value}  # a table has every field
-
-
-def _check_texts(entry: _Row) -> None:
-    if bad := next((text for text in strings(entry) if not is_text(text)), None):
-        raise BadImage("not_utf8", f"{bad[:80]!r} is not valid Unicode")
 
 
 def strings(node: Any) -> Iterator[str]:
@@ -342,11 +338,9 @@ def _group_id(group: str) -> int:
 def _found(name: str, known: Mapping[str, int]) -> int | None:
     """The id of an image by its key or its path, in whichever of Unicode's forms."""
     path = str(PurePosixPath(name))
-    return next((known[key] for form in (name, path, without_suffix(path)) for key in _forms(form) if key in known), None)
-
-
-def _forms(name: str) -> tuple[str, str, str]:
-    return name, normal(name), unicodedata.normalize("NFD", name)
+    names = (name, path, without_suffix(path))
+    forms = (form for name in names for form in (name, normal(name), unicodedata.normalize("NFD", name)))
+    return next((known[form] for form in forms if form in known), None)
 
 
 def _known(key: str, role: str, known: Mapping[str, int]) -> int:
@@ -428,12 +422,9 @@ class _TripletMaker:
         if triplet_id in self._ids:
             raise BadImage("duplicate_name", f"an earlier row has the pairid {name}")
         if triplet.group is not None and triplet.members:
-            self._keep_members(triplet.group, triplet)
+            if not {triplet.reference, triplet.target} <= set(triplet.members):
+                raise BadImage("malformed_row", "the members of its group lack the reference or the target")
+            if self.members.setdefault(triplet.group, triplet.members) != triplet.members:
+                raise BadImage("malformed_row", "an earlier row lists other members of its group")
         self._ids.add(triplet_id)
         return row
-
-    def _keep_members(self, group: str, triplet: _Triplet) -> None:
-        if not {triplet.reference, triplet.target} <= set(triplet.members):
-            raise BadImage("malformed_row", "the members of its group lack the reference or the target")
-        if self.members.setdefault(group, triplet.members) != triplet.members:
-            raise BadImage("malformed_row", "an earlier row lists other members of its group")

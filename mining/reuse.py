@@ -32,19 +32,14 @@ class Earlier:
         """Values float16 [tokens, dim] of those rows of a gallery table whose bytes are the same, by id in their order."""
         hashes = _hashes(images)
         known: dict[int, np.ndarray] = {}
-        for part in self._overlapping(images):
+        keys = pc.min_max(images["key"]).as_py() if len(images) else {"min": "", "max": ""}
+        for part in (part for part, first, last in self.ranges if first <= keys["max"] and keys["min"] <= last):
             rows = _hashes(self.gallery.read_table(part, tables.GALLERY, ["image_id", "sha256"]))
             same = {image_id for image_id, sha256 in rows.items() if hashes.get(image_id) == sha256}
             if same:
                 ids, values = read_part(self.embeddings, view_part(part, view))
                 known.update((i, v) for i, v in zip(ids.tolist(), values, strict=True) if i in same)
         return {image_id: known[image_id] for image_id in hashes if image_id in known}
-
-    def _overlapping(self, images: pa.Table) -> list[str]:
-        if not len(images):
-            return []
-        keys = pc.min_max(images["key"]).as_py()
-        return [part for part, first, last in self.ranges if first <= keys["max"] and keys["min"] <= last]
 
 
 def open_earlier(embeddings: Output, gallery: Output) -> Earlier:

@@ -21,7 +21,7 @@ LEAST = 2**20  # bytes that a disk with room has free: not every library says th
 UNUSED_SECONDS = 24 * 3600  # a file that nobody opened for so long is removed
 
 
-def shared(key: bytes, suffix: str, make: Callable[[Path], None]) -> Path:
+def shared(key: bytes, suffix: str, make: Callable[[Path], object]) -> Path:
     """The file or folder of this key, made by `make` where the node does not have it yet.
 
     They lie in a folder of this user in the temporary folder (TMPDIR): a disk of the node, where one can be chosen. What

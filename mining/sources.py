@@ -120,14 +120,13 @@ def read_names(file: str) -> dict[str, str | None]:
     """Names of a split file, each with its path where the file gives one."""
     content = read_json(file)
     paths = content.values() if isinstance(content, dict) else ()
-    if isinstance(content, list | dict) and all(map(_is_name, content)) and all(isinstance(path, str) for path in paths):
+    are_names = isinstance(content, list | dict) and all(
+        isinstance(name, int | str) and name != "" and is_text(str(name)) for name in content
+    )
+    if are_names and all(isinstance(path, str) for path in paths):
         found = content.items() if isinstance(content, dict) else ((name, None) for name in content)
         return {normal(str(name)): path for name, path in found}
     raise UserError(f"{file}: expected a list of names, or an object that maps each name to its path")
-
-
-def _is_name(name: Any) -> bool:
-    return isinstance(name, int | str) and name != "" and is_text(str(name))
 
 
 def normal(name: str) -> str:
@@ -238,7 +237,10 @@ def _rows(stream: pa.NativeFile, file: File, aside: _Aside) -> Iterator[_Image]:
     column = _key_column(parquet.schema_arrow, file.path)
     groups, rows = (parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)), max(parquet.metadata.num_rows, 1)
     length = sum(group.total_byte_size for group in groups) // rows  # the mean: the file does not list each one's
-    blocks = (texts(block[0]) for block in _key_blocks(parquet, column))
+    blocks = (
+        texts(block[0].field("path") if column == "image.path" else block[0])
+        for block in parquet.iter_batches(LISTED_ROWS, columns=[column])
+    )
     for row, key in enumerate(chain.from_iterable(blocks)):
         if not key:
             aside.rejects.append(reject(f"{file.relative} row {row}", "no_key", "its key is null or empty"))
@@ -246,11 +248,6 @@ def _rows(stream: pa.NativeFile, file: File, aside: _Aside) -> Iterator[_Image]:
             aside.rejects.append(reject(f"{file.relative} row {row}", "not_utf8", f"its key {key!r} is not UTF-8"))
         else:
             yield key, without_suffix(key), row, length
-
-
-def _key_blocks(parquet: pq.ParquetFile, column: str) -> Iterator[pa.RecordBatch]:
-    for block in parquet.iter_batches(LISTED_ROWS, columns=[column]):
-        yield pa.record_batch([block[0].field("path")], ["key"]) if column == "image.path" else block
 
 
 def texts(values: pa.Array | pa.ChunkedArray) -> list[str | None]:

@@ -38,16 +38,12 @@ def read_members(stream: pa.NativeFile) -> Members:
                 read = archive.offset
             if stream.read_at(tarfile.BLOCKSIZE, archive.offset).strip(tarfile.NUL):  # a broken header is taken for the end
                 raise tarfile.ReadError(f"the header at byte {archive.offset} is broken")
-            if _goes_on(stream, archive.offset):
+            behind = range(archive.offset, stream.size(), 1 << 20)
+            if any(stream.read_at(1 << 20, at).strip(tarfile.NUL) for at in behind):  # zeros fill a tar up
                 raise tarfile.ReadError("it goes on behind its end, as joined tars do: give each as a file of its own")
     except (OSError, ValueError, MemoryError, OverflowError, tarfile.TarError) as error:
         found.error = str(error).strip() or type(error).__name__
     return found
-
-
-def _goes_on(stream: pa.NativeFile, end: int) -> bool:
-    """Whether anything but the zeros that fill a tar up stands behind its end."""
-    return any(stream.read_at(1 << 20, at).strip(tarfile.NUL) for at in range(end, stream.size(), 1 << 20))
 
 
 def _keep(member: tarfile.TarInfo, size: int, found: Members) -> None:

@@ -63,13 +63,9 @@ def _check_projected(config: TowerConfig, found: Any) -> None:
     tokenizer_of(config.weights)  # that model reads the deltas too
 
 
-def _check_open_clip(config: TowerConfig) -> None:
-    open_clip_config(config.model, config.weights)
-
-
 # TowerConfig.library -> what raises UserError, or whatever the library does, for a tower that would not load
-CHECKS: dict[str, Callable[[TowerConfig], None]] = {
+CHECKS: dict[str, Callable[[TowerConfig], object]] = {
     "timm": _check_timm,
-    "open_clip": _check_open_clip,
+    "open_clip": lambda config: open_clip_config(config.model, config.weights),
     "transformers": _check_transformers,
 }

@@ -9,7 +9,7 @@ from safetensors.numpy import save
 
 from cluster.app.graph import FLOW
 from cluster.artifacts import Output
-from cluster.monitor import Monitor, Silent
+from cluster.monitor import Monitor
 from cluster.stage import Run, Source, Stage
 from mining.config import TowerConfig, ViewsConfig
 from mining.embeddings import MEAN, plain_parts, read_part
@@ -41,7 +41,7 @@ def maybe(output: Output | None) -> Given | None:
 
 
 def running(monitor: Monitor | None = None) -> Run:
-    return Run("no root", monitor or Silent())
+    return Run("no root", monitor or Monitor())
 
 
 def seen(images: ImageSource) -> dict[str, tuple[Stage, ...]]:

@@ -33,20 +33,13 @@ class Explainer:
         """Of two images as the backbone takes them: features float32 [tokens, dim], or RGB images."""
         with self._turn:
             if self._loaded is None:
-                self._loaded = self._load()
+                from vdg.backbones import load_generator
+
+                self._loaded = load_generator(self.model, self._config.precision)
             generator, inputs = self._loaded
             batch = inputs.pairs(_batch(reference), _batch(candidate))
             (delta,), (score,) = generator.generate(batch, self._config, seed=0)
         return Explanation(delta, score)
-
-    def _load(self) -> Any:
-        import torch
-
-        from cluster.devices import device, uses_bf16
-        from vdg.backbones import load_generator
-
-        dtype = torch.bfloat16 if uses_bf16(self._config.precision) else torch.float32
-        return load_generator(self.model, device(), dtype)
 
 
 def _batch(image: Any) -> Any:

@@ -107,9 +107,7 @@ class PartGenerator:
     """
 
     def __init__(self, job: Generation, cpus: float) -> None:
-        import torch
-
-        from cluster.devices import device, limit_threads, uses_bf16
+        from cluster.devices import limit_threads
         from cluster.provenance import record_environment
         from vdg.backbones import load_generator
 
@@ -117,8 +115,7 @@ class PartGenerator:
         self.job = job
         open_images = job.images.open if job.config.views else job.images.open_plain
         self.images = open_images(_image_ids(job.pairs))
-        dtype = torch.bfloat16 if uses_bf16(job.config.precision) else torch.float32
-        self.generator, self.inputs = load_generator(job.model, device(), dtype)
+        self.generator, self.inputs = load_generator(job.model, job.config.precision)
         record_environment(job.output, job.config.precision)
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -161,8 +158,9 @@ class PartGenerator:
             if reason := self._rejected(delta.text):
                 rejects.append(reject_row("generate", str(pair["pair_id"]), reason, f"the generator wrote {delta.text!r}"))
                 continue
-            triplets.append(_triplet(pair, delta.text))
-            triplet_id = triplets[-1]["triplet_id"]
+            triplet_id = tables.stable_id("vdg", pair["pair_id"])
+            carried = {name: pair[name] for name in ("pair_id", "group_id", "reference_id", "target_id")}
+            triplets.append({"triplet_id": triplet_id, **carried, "deltas": [delta.text], "source": "vdg"})
             scores += [{"triplet_id": triplet_id, "scorer": s, "value": value} for s, value in delta.scores.items()]
         self.job.output.write_rejects(name, rejects)
         self.job.output.write_table(f"scores/{name}", pa.Table.from_pylist(scores, tables.SCORES), tables.SCORES)
@@ -183,8 +181,3 @@ def _best(candidates: tuple[Delta, ...]) -> Delta:
 def _image_ids(pairs: Output) -> np.ndarray:
     """All images of all pairs: opened once, so that the actors of a node share one join of pairs and features."""
     return tables.images_of(pairs.read_parts(tables.PAIRS, ["reference_id", "target_id"]))
-
-
-def _triplet(pair: dict[str, Any], text: str) -> dict[str, Any]:
-    carried = {name: pair[name] for name in ("pair_id", "group_id", "reference_id", "target_id")}
-    return {"triplet_id": tables.stable_id("vdg", pair["pair_id"]), **carried, "deltas": [text], "source": "vdg"}

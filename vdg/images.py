@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -11,52 +10,27 @@ from PIL import Image
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.stage import Run, Stage
-from mining.features import Features, features_of
+from mining.features import Features, FeatureSource, features_of
 from mining.gallery import encoded_images, read_image_ids
 from mining.images import decode
 
 CROP, ASPECT = (0.8, 1.0), (0.9, 1.1)  # share of the area, and change of the aspect (paper, supplement)
 
 
-class OpenImages(Protocol):
-    """Some images, as the features of a tower or as pixels."""
-
-    views: int  # number of different views
-
-    def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """`count` random views; 0 is the plain image."""
-
-    def take(self, image_ids: np.ndarray, views: np.ndarray) -> Any:
-        """One view of each image, as the backbone's `Inputs` take them. Raises KeyError for an unknown image."""
-
-
-class ImageSource(Protocol):
-    """Where a generator's images come from: `mining.features.Features` or `Images`. Travels to the workers."""
-
-    def open(self, image_ids: np.ndarray) -> Any:
-        """These images alone, in every view."""
-
-    def open_plain(self, image_ids: np.ndarray) -> Any:
-        """These images alone, for view 0."""
-
-    def check(self, image_ids: np.ndarray, where: str) -> None:
-        """Raises UserError when an image named in `where` is missing, which no worker could go on without."""
-
-
 @dataclass(frozen=True)
 class Images:
-    """The pixels of galleries' images; `crop` draws random crops for training."""
+    """The pixels of galleries' images; `crop` draws random crops for training. Travels to the workers."""
 
     galleries: tuple[Output, ...]
     crop: bool = True
 
-    def open(self, image_ids: np.ndarray) -> "Pixels":
+    def open(self, image_ids: np.ndarray) -> "DecodedImages":
         """Plain images and, if `crop`, random crops."""
-        return Pixels(self.galleries, np.unique(image_ids), views=2**31 if self.crop else 1)
+        return DecodedImages(self.galleries, np.unique(image_ids), views=2**31 if self.crop else 1)
 
-    def open_plain(self, image_ids: np.ndarray) -> "Pixels":
+    def open_plain(self, image_ids: np.ndarray) -> "DecodedImages":
         """Plain images."""
-        return Pixels(self.galleries, np.unique(image_ids), views=1)
+        return DecodedImages(self.galleries, np.unique(image_ids), views=1)
 
     def check(self, image_ids: np.ndarray, where: str) -> None:
         """Raises UserError when an image named in `where` is in none of the galleries."""
@@ -70,15 +44,15 @@ class Images:
 
 def images_of(
     run: Run, embeddings: Sequence[Stage], galleries: Sequence[Stage], center: Stage | None, crop: bool = True
-) -> "Features | Images":
+) -> "ImageSource":
     """What a generator sees of some stages' images: their features where they were embedded, else their pixels."""
     if embeddings:
         return features_of(run, embeddings, galleries, center)
     return Images(tuple(map(run.output, galleries)), crop)
 
 
-class Pixels:
-    """Decoded images."""
+class DecodedImages:
+    """Some images as the model's processor takes them."""
 
     def __init__(self, galleries: tuple[Output, ...], image_ids: np.ndarray, views: int) -> None:
         self.galleries, self.image_ids, self.views = galleries, image_ids, views
@@ -99,6 +73,10 @@ class Pixels:
         for image_id, view in zip(image_ids, views, strict=True):
             image = decode(self._encoded[image_id])
             yield image if view == 0 else _random_crop(image, np.random.default_rng((image_id, view)))
+
+
+ImageSource = Features | Images  # where a generator's images come from
+OpenImages = FeatureSource | DecodedImages  # some of them, as the backbone's `Inputs` take them
 
 
 def _random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:

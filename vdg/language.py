@@ -57,17 +57,14 @@ def load_image_text_model(weights: Weights, dtype: torch.dtype, partitioned: boo
 
 def _load(kind: Any, weights: Weights, dtype: torch.dtype, partitioned: bool) -> PreTrainedModel:
     source = _source(weights)
-    zero3 = HfDeepSpeedConfig(_zero3(dtype)) if partitioned else None  # transformers partitions while this is alive
+    bf16 = {"enabled": dtype == torch.bfloat16}
+    shares = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": bf16}
+    zero3 = HfDeepSpeedConfig(shares) if partitioned else None  # transformers partitions while this is alive
     model: PreTrainedModel = kind.from_pretrained(dtype=dtype, **source)
     del zero3
     model.generation_config = GenerationConfig()
     model.requires_grad_(False)
     return model
-
-
-def _zero3(dtype: torch.dtype) -> dict[str, Any]:
-    bf16 = {"enabled": dtype == torch.bfloat16}
-    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": bf16}
 
 
 def load_tokenizer(weights: Weights) -> Any:

@@ -15,7 +15,7 @@ from cluster.errors import UserError
 from cluster.stage import Run, Source
 from mining import tables
 from mining.config import GalleryConfig
-from mining.excluded import LISTING
+from mining.exclude import LISTING
 from mining.gallery import part_name
 from mining.ingest import Ingest, IngestGallery
 from mining.sources import list_images

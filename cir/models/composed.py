@@ -92,12 +92,13 @@ def _combiner(config: VariantConfig, dim: int, text_width: int) -> nn.Module:
     return Combiner(dim, config.hidden, config.dropout)
 
 
-def _residual(config: VariantConfig, dim: int, text_width: int) -> nn.Module:
-    return ResidualFusion(dim, text_width, config.hidden, config.image_hidden, config.dropout)
-
-
 # VariantConfig.fusion -> what builds it, from the config and the widths of images and texts
-FUSIONS: dict[str, Callable[[VariantConfig, int, int], nn.Module]] = {"combiner": _combiner, "residual": _residual}
+FUSIONS: dict[str, Callable[[VariantConfig, int, int], nn.Module]] = {
+    "combiner": _combiner,
+    "residual": lambda config, dim, text_width: ResidualFusion(
+        dim, text_width, config.hidden, config.image_hidden, config.dropout
+    ),
+}
 
 
 def check_widths(dim: int, text_width: int) -> None:

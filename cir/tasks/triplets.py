@@ -160,8 +160,11 @@ class TripletTask(ABC):
     def check(self) -> tuple[int, int]:
         """Numbers of labelled and of pseudo triplets that are trained on.
 
-        Raises UserError when an image has no features, or all triplets have one target image: it is no query's negative.
+        Raises UserError when there is none, an image has no features, or all have one target image: it is no query's negative.
         """
+        held = self.config.validation
+        if not self.size:
+            raise UserError(f"train.validation: fold {held.fold} of {held.folds} holds out all triplets of {self.triplets.uri}")
         if not self.config.loss.reference_negative and len(np.unique(self._rows.target_ids)) == 1:
             raise UserError(
                 f"train.triplets: all {len(self._rows)} triplets have the same target image; label other targets too"

@@ -4,7 +4,6 @@ run = Run.open("outputs", "demo")
 run.search("photo.jpg", "the same in green", top=20)  # by the recommended model
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,9 +79,6 @@ class Run:
             graph.evaluation.recall(root, digest)
         return cls(graph)
 
-    def _output(self, role: str) -> Output:
-        return self.graph.output(self.graph.evaluation.parents[role])
-
     @cached_property
     def models(self) -> dict[str, Output]:
         """Every trained model, by its name (cir.train.ModelName)."""
@@ -91,9 +87,9 @@ class Run:
     @cached_property
     def searcher(self) -> Searcher:
         """All models over the gallery; each is loaded when it is first asked for."""
-        config = self.graph.config
-        tower = config.embed.towers[config.train.tower]
-        return Searcher(self.models, self._output("embeddings"), self._output("gallery"), tower)
+        config, parents = self.graph.config, self.graph.evaluation.parents
+        embeddings, gallery = (self.graph.output(parents[role]) for role in ("embeddings", "gallery"))
+        return Searcher(self.models, embeddings, gallery, config.embed.towers[config.train.tower])
 
     @cached_property
     def thumbnails(self) -> Thumbnails:
@@ -228,7 +224,8 @@ class Run:
             made = self.graph.output(stage)
             scores = written_scores(made).to_pylist()
             values = {r["triplet_id"]: r["value"] for r in scores if r["scorer"] == tables.SCORER}
-            names = self._names(stage)
+            galleries = [one for one in ancestors(stage) if isinstance(one, IngestGallery)]
+            names = {image_id: key for one in galleries for key, image_id in keys(self.graph.output(one)).items()}
             found += [
                 {
                     "stage": stage.instance,
@@ -249,11 +246,6 @@ class Run:
         self.searcher.composer(model)
         lineage, output = Lineage(self.graph.root), self.models[model]
         return export(lineage, next(made for made in lineage.made.values() if made.output == output), Path(folder))
-
-    def _names(self, stage: Stage) -> Mapping[int, str]:
-        """Keys of the images that a stage's ancestors ingested."""
-        galleries = [one for one in ancestors(stage) if isinstance(one, IngestGallery)]
-        return {image_id: key for one in galleries for key, image_id in keys(self.graph.output(one)).items()}
 
 
 def _last_evaluation(graph: Graph, folder: Output) -> str | None:

@@ -1,6 +1,7 @@
 """The config of a run: one section a stage, and a separate section for resources."""
 
 import re
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any, Self
@@ -184,18 +185,13 @@ class RunConfig(Section):
                 raise ValueError(f"{field}: {name!r} is not defined; known are {sorted(known)}")
         names = ["evaluate", "queries", *self.ingest.galleries, *self.ingest.triplets, *self.ingest.captions]
         names += [f"excluded-{benchmark}" for benchmark in self.mine.exclude]
-        for section, given in (("embed.towers", self.embed.towers), ("train.variants", self.train.variants)):
-            for name in given:
-                if not re.fullmatch(FOLDER, name):
-                    raise ValueError(
-                        f"{section}: the name {name!r} is part of a folder's name: use up to 64 letters, digits, '_' and '-'"
-                    )
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"ingest: two sources have the name '{name}' ('evaluate' and 'queries' are taken); rename one")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"ingest: two sources have the name '{twice[0]}' ('evaluate' and 'queries' are taken); rename one")
+        given = {"embed.towers": self.embed.towers, "train.variants": self.train.variants, "ingest": names}
+        for section, name in ((section, name) for section, names in given.items() for name in names):
             if not re.fullmatch(FOLDER, name):
                 raise ValueError(
-                    f"ingest: the name {name!r} is part of a folder's name: use up to 64 letters, digits, '_' and '-'"
+                    f"{section}: the name {name!r} is part of a folder's name: use up to 64 letters, digits, '_' and '-'"
                 )
         return self
 
@@ -245,26 +241,20 @@ class RunConfig(Section):
             return []
         return [name for name, one in variants.items() if one.triplets == baseline.triplets and not one.is_control]
 
-    def _galleries_named(self) -> list[tuple[str, str]]:
-        """(name of a file of triplets or captions, gallery it names)."""
-        triplets = [(name, source.gallery) for name, source in self.ingest.triplets.items()]
-        return triplets + [(name, source.gallery) for name, source in self.ingest.captions.items()]
-
-    def _references(self) -> list[tuple[str, str, Any]]:
+    def _references(self) -> Iterator[tuple[str, str, Any]]:
         """(field, name it gives, names it may give)."""
         galleries, triplets, towers = self.ingest.galleries, self.ingest.triplets, self.embed.towers
-        found: list[tuple[str, str, Any]] = []
-        for name, gallery in self._galleries_named():
-            found.append((f"ingest.{name}.gallery", gallery, galleries))
-        found += [("mine.gallery", self.mine.gallery, galleries), ("mine.tower", self.mine.tower, towers)]
-        found += [("train.tower", self.train.tower, towers), ("train.triplets", self.train.triplets, triplets)]
-        found += [("vdg.tower", self.vdg.tower, towers)] if self.vdg.tower is not None else []
-        found += [("instruct.triplets", self.instruct.triplets, triplets)]
-        found += [("mine.triplets", self.mine.triplets, triplets)] if self.mine.triplets is not None else []
-        found += [("align.captions", self.align.captions, self.ingest.captions)] if self.align else []
+        files = {**triplets, **self.ingest.captions}
+        yield from ((f"ingest.{name}.gallery", source.gallery, galleries) for name, source in files.items())
+        yield "mine.gallery", self.mine.gallery, galleries
+        named: list[tuple[str, str, Any]] = [("tower", one, towers) for one in ("mine", "train", "vdg")]
+        for field, one, known in [*named, *(("triplets", one, triplets) for one in ("train", "instruct", "mine"))]:
+            if (name := getattr(getattr(self, one), field)) is not None:
+                yield f"{one}.{field}", name, known
+        if self.align:
+            yield "align.captions", self.align.captions, self.ingest.captions
         for variant in self.train.variants:
-            found.append((f"train.variants.{variant}.triplets", self.train.variant(variant).triplets, triplets))
-        return found
+            yield f"train.variants.{variant}.triplets", self.train.variant(variant).triplets, triplets
 
 
 def load(config: str, assignments: list[str]) -> RunConfig:

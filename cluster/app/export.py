@@ -50,10 +50,8 @@ def tower_of(lineage: Lineage, made: Made) -> TowerConfig | None:
 
     A manifest says what its weights are, and the config of a run below the same root where they are: None without such a run.
     """
-    embeddings = [near for role, near in lineage.above(made) if role.startswith("embeddings") and near.manifest]
-    wanted = [
-        near.manifest["settings"]["tower"] for near in embeddings if near.manifest and "tower" in near.manifest["settings"]
-    ]
+    manifests = [near.manifest for role, near in lineage.above(made) if role.startswith("embeddings") and near.manifest]
+    wanted = [manifest["settings"]["tower"] for manifest in manifests if "tower" in manifest["settings"]]
     towers = (tower for config in run_configs(lineage.root) for tower in config.embed.towers.values())
     return next((tower for tower in towers if content_of(tower) in wanted), None)
 
@@ -103,7 +101,7 @@ def card(lineage: Lineage, made: Made, notes: list[str], folder: Path) -> str:
     sections = {
         "Use and limits": f"This model {USES[made.instance.partition(':')[0]]}",
         "Loading": _list(notes) + (f"\n\n{_snippet(folder)}" if (folder / TOWER).exists() else ""),
-        "Data": _list([f"{near.name}: {_rows(near)}, sources {_sources(near)}" for near in data]),
+        "Data": _list([f"{near.name}: {near.rows}, sources {_sources(near)}" for near in data]),
         "Made from": _list([f"{near.name}" for near in ancestors if near not in data]),
         "Metrics": "At the step whose weights are kept:\n\n" + _list([f"{name}: {value:g}" for name, value in metrics.items()]),
         "Evaluation": _list(_recalls(lineage, made)),
@@ -119,10 +117,6 @@ def card(lineage: Lineage, made: Made, notes: list[str], folder: Path) -> str:
 
 def _list(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines) or "- none"
-
-
-def _rows(made: Made) -> str:
-    return f"{made.manifest['rows']:,} rows" if made.manifest else "removed since"
 
 
 def _sources(made: Made) -> str:

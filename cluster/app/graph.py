@@ -326,7 +326,8 @@ class Rounds:
             triplets=self._with_own_deltas(variant) if variant.own_deltas else self.sources.triplets(variant.triplets),
             **self.sources.seen(config.train.tower, *galleries, pixels=TASKS[variant.model].sees_pixels),
             center=self.sources.center(config.train.tower, config.train.triplets),
-            **self._negatives(variant),
+            gallery=self.sources.embeddings(config.train.tower, config.mine.gallery) if variant.loss.unlabelled else None,
+            mineable=excluding(config, self.sources) if variant.loss.unlabelled else None,
             pseudo_triplets=self.pseudo_triplets(used) if variant.pseudo else None,
             scores=self._judged(used, variant) if variant.pseudo else None,
             config=variant,
@@ -341,13 +342,6 @@ class Rounds:
         if config.score.judge not in config.train.variants or not any(variant.pseudo for variant in variants):
             return None
         return self._scores(1, self.model(config.score.judge, config.train.seeds[0], 1))
-
-    def _negatives(self, variant: VariantConfig) -> dict[str, Stage | None]:
-        """Where a variant's unlabelled negatives are drawn from."""
-        if not variant.loss.unlabelled:
-            return {}
-        embeddings = self.sources.embeddings(self.config.train.tower, self.config.mine.gallery)
-        return {"gallery": embeddings, "mineable": excluding(self.config, self.sources)}
 
     def own_deltas(self, name: str, gallery: str) -> Generate:
         """`generate:<triplets>`: the generator's deltas of their pairs."""

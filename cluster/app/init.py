@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -114,18 +114,13 @@ def hold_out(rows: list[_Row], file: str) -> tuple[list[_Row], list[_Row]]:
 
 def _components(rows: list[_Row]) -> list[list[_Row]]:
     """Triplets that hang together by shared images."""
-    leader: dict[int, int] = {}
+    import networkx as nx
 
-    def find(image: int) -> int:
-        while leader.setdefault(image, image) != image:
-            leader[image] = image = leader[leader[image]]
-        return image
-
+    graph: nx.Graph = nx.Graph((row["reference_id"], row["target_id"]) for row in rows)
+    place = {image: i for i, images in enumerate(nx.connected_components(graph)) for image in images}
+    found: dict[int, list[_Row]] = defaultdict(list)
     for row in rows:
-        leader[find(row["reference_id"])] = find(row["target_id"])
-    found: dict[int, list[_Row]] = {}
-    for row in rows:
-        found.setdefault(find(row["reference_id"]), []).append(row)
+        found[place[row["reference_id"]]].append(row)
     return list(found.values())
 
 

@@ -247,13 +247,19 @@ def freeze(run: Run) -> list[Frozen]:
     config = run.graph.config
     names = dict.fromkeys([config.ingest.triplets[config.train.triplets].gallery, config.mine.gallery, "evaluate"])
     instances = {stage.instance: stage for stage in run.graph.stages}
-    galleries = {name: _Keys(run.graph.output(instances[f"ingest:{name}"])) for name in names if f"ingest:{name}" in instances}
+    hashes: dict[int, str] = {}  # of the bytes of every image
+    keys: dict[str, dict[str, str]] = {}  # gallery -> what its images are called, by hash
+    for name in (name for name in names if f"ingest:{name}" in instances):
+        gallery = run.graph.output(instances[f"ingest:{name}"])
+        table = gallery.read_parts(tables.GALLERY, ["image_id", "key", "sha256"]).to_pydict()
+        hashes |= zip(table["image_id"], table["sha256"], strict=True)
+        keys[name] = dict(zip(table["sha256"], table["key"], strict=True))
     rows: dict[str, list[dict[str, Any]]] = {}
     for _, label in sorted(Store(run).last().items()):
-        images = [_first(gallery.digests.get(label[role]) for gallery in galleries.values()) for role in _ROLES]
-        holder = _first(name for name, gallery in galleries.items() if set(images) <= gallery.names.keys())
+        images = [hashes.get(label["reference_id"]), hashes.get(label["target_id"])]
+        holder = next((name for name, known in keys.items() if set(images) <= known.keys()), None)
         if holder is not None and label["verdict"] in ("right", "edited"):
-            reference, target = (galleries[holder].names[image] for image in images)
+            reference, target = (keys[holder][image or ""] for image in images)
             row = {"reference": reference, "target": target, "captions": [label["text"]], "author": label["author"]}
             rows.setdefault(holder, []).append(row)
     if not rows:
@@ -261,22 +267,6 @@ def freeze(run: Run) -> list[Frozen]:
             f"{Store(run).folder.uri}: no delta or result of this run was judged right; `vdg serve` has a tab for it"
         )
     return [_write(run, gallery, found) for gallery, found in rows.items()]
-
-
-_ROLES: tuple[Literal["reference_id", "target_id"], ...] = ("reference_id", "target_id")
-
-
-class _Keys:
-    """What a gallery's images are called, by the hash of their bytes."""
-
-    def __init__(self, gallery: Output) -> None:
-        table = gallery.read_parts(tables.GALLERY, ["image_id", "key", "sha256"]).to_pydict()
-        self.digests = dict(zip(table["image_id"], table["sha256"], strict=True))
-        self.names = dict(zip(table["sha256"], table["key"], strict=True))
-
-
-def _first(found: Iterable[Any]) -> Any:
-    return next((one for one in found if one is not None), None)
 
 
 def _write(run: Run, gallery: str, rows: list[dict[str, Any]]) -> Frozen:

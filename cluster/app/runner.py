@@ -26,7 +26,7 @@ from cluster.driver.progress import RunProgress, StageProgress, console
 from cluster.driver.schedule import Room, Schedule
 from cluster.driver.store import sqlite_uri
 from cluster.errors import UserError
-from cluster.monitor import Monitor
+from cluster.monitor import Several
 from cluster.stage import Stage
 from cluster.training.groups import Groups
 from cluster.verify import verify
@@ -131,7 +131,7 @@ class _Driver:
             record = self.tracker.begin(stage, root)
         try:
             with StageProgress(stage.instance, self.progress.bars) as progress, lease.hold(stage.output(root)):
-                manifest = stage.run(root, _Both(progress, record), self.groups)
+                manifest = stage.run(root, Several(progress, record), self.groups)
         except BaseException as error:
             with self.recording:
                 record.fail("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
@@ -145,25 +145,6 @@ class _Driver:
         console.print(f"  {stage.instance}-{stage.digest}: {counts}{rejects} in {manifest['seconds']:.0f} s{startup}")
         for warning in manifest.get("warnings", ()):
             console.print(Text(f"  {stage.instance}: {warning}", style="yellow"))
-
-
-class _Both:
-    """Progress goes to the terminal and to MLflow."""
-
-    def __init__(self, *monitors: Monitor) -> None:
-        self.monitors = monitors
-
-    def start(self, total: int, unit: str, done: int = 0) -> None:
-        for monitor in self.monitors:
-            monitor.start(total, unit, done)
-
-    def advance(self, count: int) -> None:
-        for monitor in self.monitors:
-            monitor.advance(count)
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        for monitor in self.monitors:
-            monitor.metrics(step, values)
 
 
 def write_results(graph: Graph) -> Output:

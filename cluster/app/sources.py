@@ -1,14 +1,13 @@
 """What enters a run from outside, and what the image towers make of it: ingest, embed and center, where the graph begins."""
 
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from cir.benchmarks.official import Annotations, IngestExcluded, IngestExcludedNames, IngestImages, IngestQueries
 from cluster.app.config import RunConfig
-from cluster.config import DecodeResources
 from cluster.errors import UserError
 from cluster.stage import Limit, Source, Stage
 from mining.center import Center
-from mining.config import CaptionsConfig, ExcludeConfig, TripletsConfig, ViewsConfig
+from mining.config import ExcludeConfig, TripletsConfig, ViewsConfig
 from mining.embed import Embed
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets
 
@@ -20,16 +19,6 @@ class Seen(TypedDict):
 
     embeddings: tuple[Stage, ...]
     galleries: tuple[Stage, ...]
-
-
-class Checks(TypedDict):
-    """How a gallery's images are checked, and in which parts they are kept."""
-
-    shard_rows: int
-    shard_bytes: int
-    max_pixels: int
-    max_reject_fraction: Limit
-    resources: DecodeResources
 
 
 class Sources:
@@ -50,44 +39,23 @@ class Sources:
         source, field = self.ingest.galleries[name], f"ingest.galleries.{name}"
         images = Source(f"{field}.images", source.images, kept=not source.copy_images)
         without = None if source.without is None else Source(f"{field}.without", source.without)
-        return self._gallery(name, images, _each(f"{field}.split", source.splits), without)
+        splits = _each(f"{field}.split", source.splits)
+        return self._once(IngestGallery(name=name, images=images, splits=splits, without=without, **self._checks))
 
     @property
-    def _checks(self) -> Checks:
-        options, resources = self.ingest, self.config.resources.ingest
-        return Checks(
-            shard_rows=options.shard_rows,
-            shard_bytes=options.shard_bytes,
-            max_pixels=options.max_pixels,
-            max_reject_fraction=self.limit,
-            resources=resources,
-        )
-
-    def _gallery(self, name: str, images: Source, splits: tuple[Source, ...], without: Source | None = None) -> Stage:
-        return self._once(
-            IngestGallery(
-                name=name,
-                images=images,
-                splits=splits,
-                without=without,
-                **self._checks,
-            )
-        )
+    def _checks(self) -> dict[str, Any]:
+        """How a gallery's images are checked, and in which parts they are kept."""
+        options = {name: getattr(self.ingest, name) for name in ("shard_rows", "shard_bytes", "max_pixels")}
+        return {**options, "max_reject_fraction": self.limit, "resources": self.config.resources.ingest}
 
     def _evaluated(self) -> Stage:
-        section = self.evaluate
+        section, field = self.evaluate, "evaluate.images"
         assert section.images is not None
-        if not section.is_official:
-            split = () if section.split is None else (Source("evaluate.split", section.split),)
-            return self._gallery("evaluate", Source("evaluate.images", section.images), split)
-        return self._once(
-            IngestImages(
-                name="evaluate",
-                images=Source("evaluate.images", section.images, kept=True),
-                annotations=self._annotations,
-                **self._checks,
-            )
-        )
+        if section.is_official:
+            images = Source(field, section.images, kept=True)
+            return self._once(IngestImages(name="evaluate", images=images, annotations=self._annotations, **self._checks))
+        split = () if section.split is None else (Source("evaluate.split", section.split),)
+        return self._once(IngestGallery(name="evaluate", images=Source(field, section.images), splits=split, **self._checks))
 
     @property
     def _annotations(self) -> Annotations:
@@ -106,33 +74,18 @@ class Sources:
             return self._once(IngestQueries(name=name, annotations=self._annotations, max_reject_fraction=self.limit))
         if name == "queries":
             assert self.evaluate.triplets is not None
-            source = TripletsConfig(gallery="evaluate", file=self.evaluate.triplets)
-            files = _each("evaluate.triplets", source.files)
+            source, field = TripletsConfig(gallery="evaluate", file=self.evaluate.triplets), "evaluate.triplets"
         else:
-            source = self.ingest.triplets[name]
-            files = _each(f"ingest.triplets.{name}.file", source.files)
-        return self._once(
-            IngestTriplets(
-                name=name,
-                gallery=self.gallery(source.gallery),
-                files=files,
-                join=source.join,
-                max_reject_fraction=self.limit,
-            )
-        )
+            source, field = self.ingest.triplets[name], f"ingest.triplets.{name}.file"
+        gallery, files = self.gallery(source.gallery), _each(field, source.files)
+        limit = self.limit
+        return self._once(IngestTriplets(name=name, gallery=gallery, files=files, join=source.join, max_reject_fraction=limit))
 
     def captions(self, name: str) -> Stage:
         """`ingest:<captions>`."""
-        source: CaptionsConfig = self.ingest.captions[name]
-        return self._once(
-            IngestCaptions(
-                name=name,
-                gallery=self.gallery(source.gallery),
-                file=Source(f"ingest.captions.{name}.file", source.file),
-                until=source.until,
-                max_reject_fraction=self.limit,
-            )
-        )
+        source, limit = self.ingest.captions[name], self.limit
+        gallery, file = self.gallery(source.gallery), Source(f"ingest.captions.{name}.file", source.file)
+        return self._once(IngestCaptions(name=name, gallery=gallery, file=file, until=source.until, max_reject_fraction=limit))
 
     def excluded(self, benchmark: str, source: ExcludeConfig) -> Stage:
         """`ingest:excluded-<benchmark>`: a benchmark's val and test images, and train's where the config says so.
@@ -143,14 +96,8 @@ class Sources:
         annotations = Annotations(f"{field}.annotations", source.annotations, benchmark=benchmark, train=source.train)
         if source.images is None:
             return self._once(IngestExcludedNames(name=name, annotations=annotations, max_reject_fraction=self.limit))
-        return self._once(
-            IngestExcluded(
-                name=name,
-                images=Source(f"{field}.images", source.images, kept=True),
-                annotations=annotations,
-                **self._checks,
-            )
-        )
+        images = Source(f"{field}.images", source.images, kept=True)
+        return self._once(IngestExcluded(name=name, images=images, annotations=annotations, **self._checks))
 
     def embeddings(self, tower: str, gallery: str) -> Stage:
         """`embed:<tower>.<gallery>`; images to search in are embedded plain, training images in every cached view."""
@@ -159,25 +106,13 @@ class Sources:
 
     def embed(self, tower: str, name: str, gallery: Stage, views: ViewsConfig) -> Stage:
         """`embed:<tower>.<name>` of these images and views."""
-        return self._once(
-            Embed(
-                name=f"{tower}.{name}",
-                gallery=gallery,
-                tower=self.config.embed.towers[tower],
-                views=views,
-                resources=self.config.resources.embed,
-            )
-        )
+        config, resources = self.config.embed.towers[tower], self.config.resources.embed
+        return self._once(Embed(name=f"{tower}.{name}", gallery=gallery, tower=config, views=views, resources=resources))
 
     def center(self, tower: str, triplets: str) -> Center:
         """`center:<tower>.<triplets>`: one for all models that see labelled images through this tower."""
-        return self._once(
-            Center(
-                name=f"{tower}.{triplets}",
-                triplets=self.triplets(triplets),
-                embeddings=self.embeddings(tower, self.ingest.triplets[triplets].gallery),
-            )
-        )
+        embeddings = self.embeddings(tower, self.ingest.triplets[triplets].gallery)
+        return self._once(Center(name=f"{tower}.{triplets}", triplets=self.triplets(triplets), embeddings=embeddings))
 
     def seen(self, tower: str | None, *galleries: str, pixels: bool = False) -> Seen:
         """What a tower, or without one a model of its own, sees of some galleries; with `pixels` the images too.
@@ -189,19 +124,14 @@ class Sources:
         if tower is None:
             return Seen(embeddings=(), galleries=images)
         online = pixels or self.config.embed.views_of(tower, names[0]).online
-        if not online:
-            self._check_views(tower, names)
+        views = {name: self.config.embed.views_of(tower, name).count for name in names}
+        if not online and (fewer := [name for name in names if views[name] < views[names[0]]]):
+            raise UserError(
+                f"embed.views_for: '{tower}.{names[0]}' and '{tower}.{fewer[0]}', which a stage reads together, have "
+                f"{views[names[0]]} and {views[fewer[0]]} cached views; give '{tower}.{fewer[0]}' as many"
+            )
         embeddings = tuple(self.embeddings(tower, name) for name in names)
         return Seen(embeddings=embeddings, galleries=images if online else ())
-
-    def _check_views(self, tower: str, galleries: list[str]) -> None:
-        first, *others = (self.config.embed.views_of(tower, name).count for name in galleries)
-        for name, count in zip(galleries[1:], others, strict=True):
-            if count < first:
-                raise UserError(
-                    f"embed.views_for: '{tower}.{galleries[0]}' and '{tower}.{name}', which a stage reads together, have "
-                    f"{first} and {count} cached views; give '{tower}.{name}' as many"
-                )
 
 
 def _each(field: str, paths: list[str]) -> tuple[Source, ...]:

@@ -32,7 +32,11 @@ def prepare(
     graph = Graph(_placed(configs.load(config, assignments), local))
     command, stages = _command(graph, only, until)
     written = override(configs.content_of(config), assignments)
-    paths = _paths(graph.config, stages) | _weight_folders(written)
+    paths = {"root": graph.config.root} | {field: source.path for stage in stages for field, source in stage.sources.items()}
+    if (tracking := graph.config.tracking.uri or "").startswith("sqlite:///"):
+        paths["tracking.uri"] = tracking.removeprefix("sqlite:///")
+    # of folders of weights as they are written: a loaded config has them absolute, in this machine's terms
+    paths |= {field: text for field, text in _texts(written) if field.endswith(".folder")}
     check_paths(paths, local)
     tracking_uri(graph.config)  # refuses here what the job would refuse there
     sent = graph.config.model_dump(mode="json")
@@ -73,20 +77,6 @@ def _command(graph: Graph, only: str | None, until: str | None) -> tuple[list[st
         raise UserError(f"--only {only}: begin with a stage, such as 'train:semi.*'; stages are {', '.join(KINDS)}")
     pattern = [] if kind == "evaluate" else ["--only", only]
     return [kind, CONFIG, *pattern], graph.select(kind, only, None)
-
-
-def _paths(config: RunConfig, stages: list[Stage]) -> dict[str, str]:
-    """Everything that the job reads or writes by path, by config field."""
-    paths = {"root": config.root} | {field: source.path for stage in stages for field, source in stage.sources.items()}
-    tracking = config.tracking.uri or ""
-    if tracking.startswith("sqlite:///"):
-        paths["tracking.uri"] = tracking.removeprefix("sqlite:///")
-    return paths
-
-
-def _weight_folders(written: dict[str, Any]) -> dict[str, str]:
-    """Folders of weights, by field, as they are written: a loaded config has them absolute, in this machine's terms."""
-    return {field: text for field, text in _texts(written) if field.endswith(".folder")}
 
 
 def _texts(node: Any, field: str = "") -> Iterator[tuple[str, str]]:

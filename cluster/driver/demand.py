@@ -5,12 +5,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
-from cluster.config import Resources
+from cluster.config import Process, Resources
 from cluster.driver.session import RayConfig
 from cluster.errors import UserError
 from cluster.stage import Stage
 
-Process = dict[str, float]  # what it takes, as Ray names it
 Node = defaultdict[str, float]  # what it has
 MANAGED = "ray.io/node-group"  # Ray's label of nodes that KubeRay or Ray's cluster launcher made, and may make more of
 

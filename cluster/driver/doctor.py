@@ -83,11 +83,9 @@ def gpus() -> Finding:
     """The GPUs that torch sees."""
     import torch
 
-    names = [
-        f"{properties.name} ({properties.total_memory / GIGABYTE:.0f} GB)"
-        for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    ]
-    return Finding("GPUs", "ok", ", ".join(names) or "none: models run on the CPU")
+    there = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    names = ", ".join(f"{gpu.name} ({gpu.total_memory / GIGABYTE:.0f} GB)" for gpu in there)
+    return Finding("GPUs", "ok", names or "none: models run on the CPU")
 
 
 def cuda() -> Finding:
@@ -95,24 +93,15 @@ def cuda() -> Finding:
     import torch
 
     built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-    has_driver = Path("/proc/driver/nvidia/version").exists()
-    if not has_driver:
+    if not Path("/proc/driver/nvidia/version").exists():
         return Finding("CUDA", "ok", f"{built}; no NVIDIA driver here")
     if not torch.cuda.is_available():
-        return Finding(
-            "CUDA",
-            "blocker",
-            f"{built}; there is an NVIDIA driver, but torch cannot use it",
-            "`nvidia-smi` names the newest CUDA of the driver: install a torch built for it or an older one",
-        )
-    known = set(torch.cuda.get_arch_list())
-    major = {name.partition("_")[2][:-1] for name in known}  # code of a major version runs on its later minor ones
-    foreign = [
-        torch.cuda.get_device_name(i)
-        for i in range(torch.cuda.device_count())
-        if str(torch.cuda.get_device_capability(i)[0]) not in major
-    ]
-    if foreign:
+        advice = "`nvidia-smi` names the newest CUDA of the driver: install a torch built for it or an older one"
+        return Finding("CUDA", "blocker", f"{built}; there is an NVIDIA driver, but torch cannot use it", advice)
+    # code of a major version runs on its later minor ones
+    major = {name.partition("_")[2][:-1] for name in torch.cuda.get_arch_list()}
+    here = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    if foreign := [gpu.name for gpu in here if str(gpu.major) not in major]:
         return Finding("CUDA", "blocker", f"{built}; it has no code for {', '.join(foreign)}", "install a torch for this GPU")
     return Finding("CUDA", "ok", built)
 
@@ -152,8 +141,7 @@ def mlflow_store(uri: str | None) -> Finding:
     if uri is None:
         return Finding("MLflow", "ok", found)
     if uri.startswith("sqlite:///"):
-        problem = _unwritable(Path(uri.removeprefix("sqlite:///")).parent)
-        if problem:
+        if problem := _unwritable(Path(uri.removeprefix("sqlite:///")).parent):
             return Finding("MLflow", "blocker", f"{found}; {problem}", "correct tracking.uri or root")
         return Finding("MLflow", "ok", f"{found}; {uri}")
     if not uri.startswith(("http://", "https://")):
@@ -163,9 +151,8 @@ def mlflow_store(uri: str | None) -> Finding:
         with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=TIMEOUT):
             return Finding("MLflow", "ok", f"{found}; the server at {address} answers")
     except urllib.error.HTTPError as error:  # it answers, and may ask for a password
-        return Finding(
-            "MLflow", "warning", f"{found}; {address} answers {error.code}", "set MLFLOW_TRACKING_USERNAME and _PASSWORD"
-        )
+        advice = "set MLFLOW_TRACKING_USERNAME and _PASSWORD"
+        return Finding("MLflow", "warning", f"{found}; {address} answers {error.code}", advice)
     except (OSError, ValueError, http.client.HTTPException) as error:
         advice = "start it (`mlflow server`), or correct tracking.uri"
         return Finding("MLflow", "blocker", f"{found}; {address} cannot be reached ({error!r})", advice)
@@ -194,9 +181,8 @@ def shared_memory(folder: Path) -> Finding:
     import psutil
 
     if not folder.is_dir():
-        return Finding(
-            "shared memory", "warning", f"{folder} does not exist: Ray's object store is slow", "mount a tmpfs there"
-        )
+        found = f"{folder} does not exist: Ray's object store is slow"
+        return Finding("shared memory", "warning", found, "mount a tmpfs there")
     wanted, total = 0.3 * psutil.virtual_memory().total / GIGABYTE, shutil.disk_usage(folder).total / GIGABYTE
     found = f"{shutil.disk_usage(folder).free / GIGABYTE:.1f} of {total:.1f} GB free in {folder}"
     if total < wanted:

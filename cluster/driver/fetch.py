@@ -54,11 +54,10 @@ def _places(task: ray.ObjectRef, count: int) -> list[str]:
 
 @ray.remote
 def _fetch_all(sources: list[Weights], cache: str | None) -> list[str]:
-    return [_attempt(source, cache) for source in sources]
-
-
-def _attempt(source: Weights, cache: str | None) -> str:
-    try:
-        return fetch(source, cache)
-    except UserError as error:
-        return f"error: {error}"
+    found = []
+    for source in sources:
+        try:
+            found.append(fetch(source, cache))
+        except UserError as error:
+            found.append(f"error: {error}")
+    return found

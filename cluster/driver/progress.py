@@ -13,6 +13,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from cluster.artifacts import without_user
+from cluster.monitor import Monitor
 
 # what a terminal obeys rather than shows, but line feeds and tabs; marks that turn the order of a text; what is not UTF-8
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -71,7 +72,7 @@ class RunProgress:
         self.bars.stop()
 
 
-class StageProgress:
+class StageProgress(Monitor):
     """The monitor of one running stage: its bar, while the block runs. One that ends well ends whole."""
 
     def __init__(self, instance: str, bars: Progress) -> None:

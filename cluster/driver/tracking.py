@@ -19,6 +19,7 @@ from cluster.artifacts import hidden, without_user
 from cluster.driver import records
 from cluster.driver.store import connect, reason, said, sqlite_file
 from cluster.errors import UserError
+from cluster.monitor import Monitor
 from cluster.provenance import git_commit
 from cluster.stage import Stage
 from cluster.training.loop import METRICS, reports_of
@@ -177,7 +178,7 @@ def _artifacts_beside(uri: str) -> str | None:
     return (path.parent / "mlartifacts").as_uri() if path is not None else None
 
 
-class StageRun:
+class StageRun(Monitor):
     """The child run of one stage; a monitor that records training metrics.
 
     What is written while the stage runs is for those who watch: `complete` writes all that is missing at the end.
@@ -219,9 +220,6 @@ class StageRun:
     def start(self, total: int, unit: str, done: int = 0) -> None:
         """How much there was to do."""
         self.client.log_batch(self.run_id, tags=[RunTag("total", f"{total} {unit}s"), RunTag("resumed_from", str(done))])
-
-    def advance(self, count: int) -> None:
-        """Progress is not recorded."""
 
     @_tolerant
     def metrics(self, step: int, values: dict[str, float]) -> None:

@@ -48,6 +48,8 @@ def build_engine(module: Any, config: TrainingConfig, world: int) -> Any:
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
+    # the gradients' norm is only for clipping; ZeRO-3 cannot do without
+    norm = {} if config.gradient_clip or config.zero_stage == 3 else {"compute_grad_norm": False}
     micro, accumulation = config.accumulation(world)
     # on CPU gloo does the same work: DeepSpeed's own shared-memory op would be compiled for a minute first
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -60,7 +62,7 @@ def build_engine(module: Any, config: TrainingConfig, world: int) -> Any:
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": config.gradient_clip,
-            "zero_optimization": {"stage": config.zero_stage, **_norm(config)},
+            "zero_optimization": {"stage": config.zero_stage, **norm},
             "zero_allow_untested_optimizer": True,
             # looking for an overflow tensor by tensor takes longer than the rest of a step's update; the loop looks at the loss
             "bf16": {"enabled": uses_bf16(config.precision), "check_grad_overflow": False},
@@ -68,11 +70,6 @@ def build_engine(module: Any, config: TrainingConfig, world: int) -> Any:
         },
     )
     return engine
-
-
-def _norm(config: TrainingConfig) -> dict[str, bool]:
-    """The gradients' norm is only for clipping; ZeRO-3 cannot do without."""
-    return {} if config.gradient_clip or config.zero_stage == 3 else {"compute_grad_norm": False}
 
 
 def learning_rate_factor(config: TrainingConfig, step: int) -> float:
@@ -87,11 +84,8 @@ def learning_rate_factor(config: TrainingConfig, step: int) -> float:
 
 def forward_backward(engine: Any, batch: dict[str, Any]) -> dict[str, float]:
     """Train on one micro-batch. Returns its losses."""
-    losses = engine(_to(batch, engine.device))
+    here = {n: value.to(engine.device, non_blocking=True) if hasattr(value, "to") else value for n, value in batch.items()}
+    losses = engine(here)
     engine.backward(losses["loss"])
     engine.step()
     return {name: float(value.detach()) for name, value in losses.items()}
-
-
-def _to(batch: dict[str, Any], device: Any) -> dict[str, Any]:
-    return {name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()}

@@ -14,7 +14,7 @@ from cluster.artifacts import Output
 from cluster.config import EmbedResources
 from cluster.devices import limit_threads
 from cluster.driver import session
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from mining.config import GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
 from mining.images import render
 from tests.mining.stages import embed_gallery, ingest_gallery
@@ -24,7 +24,7 @@ PROCESSES, SHARD, VIEWS = 2, 128, 1
 RESOURCES = EmbedResources(actors=PROCESSES, cpus=0.75, decode_cpus=0.25, decode_tasks=2)
 
 
-class Clock(Silent):
+class Clock(Monitor):
     """When each part was finished, and its rows."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ def stage_rate(tower: TowerConfig, folder: str) -> float:
     session.start(session.RayConfig(num_cpus=2), Path(folder) / "log.txt")
     gallery, clock = Output(f"{folder}/gallery"), Clock()
     options = IngestConfig(galleries={}, triplets={}, shard_rows=SHARD)
-    ingest_gallery(gallery, "bench", GalleryConfig(images=str(PHOTOS)), options, RESOURCES, Silent())
+    ingest_gallery(gallery, "bench", GalleryConfig(images=str(PHOTOS)), options, RESOURCES, Monitor())
     embed_gallery(Output(f"{folder}/embed"), gallery, tower, ViewsConfig(count=VIEWS), RESOURCES, clock)
     return clock.rate()
 

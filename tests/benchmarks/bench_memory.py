@@ -28,7 +28,7 @@ from safetensors.torch import save
 from cluster.artifacts import Output
 from cluster.config import ActorResources, EmbedResources, TaskResources, TrainingConfig, WorkerResources
 from cluster.driver import session
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from cluster.training.checkpoints import WEIGHTS
 from mining import tables
 from mining.config import GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig, WalkConfig
@@ -72,17 +72,17 @@ def _stages(source: Path, work: Path) -> Iterator[tuple[str, Callable[[], None]]
     tower = TowerConfig(library="timm", model="test_efficientnet", image_size=64, precision="fp32")
     mine = MineConfig(gallery="large", tower="tiny", walk=WalkConfig(max_slots=2, max_similarity=1.0, spacing=0.0))
 
-    ingest = GalleryConfig(images=str(source)), options, resources, Silent()
+    ingest = GalleryConfig(images=str(source)), options, resources, Monitor()
     yield "ingest", lambda: ingest_gallery(gallery, "large", *ingest)
     yield "embed", lambda: embed_gallery(embeddings, gallery, tower, ViewsConfig(), resources)
-    yield "mine", lambda: mine_pairs(mined, embeddings, None, None, mine, 0, TaskResources(), Silent())
+    yield "mine", lambda: mine_pairs(mined, embeddings, None, None, mine, 0, TaskResources(), Monitor())
     _sample(mined, sample)
     pseudo, model = Output(str(work / "pseudo")), _generator(embeddings, work)
-    how = GenerateConfig(max_new_tokens=8, batch_size=32), 0, ActorResources(), Silent()
+    how = GenerateConfig(max_new_tokens=8, batch_size=32), 0, ActorResources(), Monitor()
     yield "generate", lambda: generate(pseudo, centred_by_own(embeddings), sample, model, *how)
     labelled, seen = _labelled(mined, Output(str(work / "labelled"))), Images((gallery,))
     vdg = VdgConfig(backbone="image_text", language_model=_made(image_text_model, "llava", work / "llava"), lora_rank=4)
-    fit = 0, WorkerResources(), Silent()
+    fit = 0, WorkerResources(), Monitor()
     instructed = Output(str(work / "instructed"))
     yield "instruct", lambda: instruct(instructed, seen, labelled, None, vdg, InstructConfig(training=TRAINING), *fit)
     views = ViewsConfig(online=True)

@@ -12,7 +12,7 @@ from cluster.app.config import load
 from cluster.artifacts import Output
 from cluster.config import EmbedResources
 from cluster.driver import session
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from mining.config import GalleryConfig, IngestConfig, ViewsConfig
 from mining.embed import Embed
 from tests.mining.stages import ingest_gallery
@@ -30,13 +30,13 @@ def main() -> None:
         session.start(session.RayConfig(num_cpus=2), Path(folder) / "log.txt")
         gallery = Output(f"{folder}/gallery")
         options = IngestConfig(galleries={}, triplets={}, shard_rows=SHARD)
-        ingest_gallery(gallery, "bench", GalleryConfig(images=str(PHOTOS)), options, RESOURCES, Silent())
+        ingest_gallery(gallery, "bench", GalleryConfig(images=str(PHOTOS)), options, RESOURCES, Monitor())
         tower = load("grocery", []).embed.towers["photo"]
         stage = Embed(name="photo.bench", gallery=given(gallery), tower=tower, views=VIEWS, resources=RESOURCES)
 
         def seconds() -> float:
             began = time.perf_counter()
-            stage.run(folder, Silent())
+            stage.run(folder, Monitor())
             return time.perf_counter() - began
 
         whole, output = seconds(), stage.output(folder)

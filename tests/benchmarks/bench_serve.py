@@ -34,7 +34,7 @@ from cir.metrics import unit
 from cluster.app.api import Run
 from cluster.app.serve.local import local_app, serve_forever
 from cluster.artifacts import Output
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from cluster.stage import Run as At
 from mining import tables
 from mining.embeddings import INFO, plain_parts, read_part
@@ -187,7 +187,7 @@ def latency(what: str, request: Callable[[int], object], rate: float, goals: dic
 
 def check_equal(run: Run) -> None:
     """Every query of every model: the ids that evaluate ranked."""
-    queries = run.graph.evaluation.benchmark(At(run.graph.root, Silent())).queries
+    queries = run.graph.evaluation.benchmark(At(run.graph.root, Monitor())).queries
     for name in run.models:
         ranking = run.graph.output(run.graph.evaluation).read_table(f"rankings/{name}.parquet", RANKINGS)
         asked = [(run.searcher.known(query.reference), query.text) for query in queries]
@@ -289,7 +289,7 @@ def large_gallery(root: str, name: str, run: Run, rows: int) -> None:
 
 def composed(run: Run) -> np.ndarray:
     """Queries of MODEL: the references and texts of the evaluation."""
-    asked = run.graph.evaluation.benchmark(At(run.graph.root, Silent())).queries[:QUERIES]
+    asked = run.graph.evaluation.benchmark(At(run.graph.root, Monitor())).queries[:QUERIES]
     own = Run(run.graph).searcher
     composer = own.composer(MODEL)
     references = composer.prepare(np.stack([own.known(query.reference).vector for query in asked]))

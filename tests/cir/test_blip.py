@@ -23,7 +23,7 @@ from cir.tasks import TASKS
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
 from cluster.errors import UserError
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from cluster.weights import Weights
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
@@ -186,7 +186,7 @@ def train(folder: Path, features: Features, config: VariantConfig) -> Output:
     output = Output(str(folder / "model"))
     labelled = world.triplets(folder / "labelled", world.triplet_rows(60, 0))
     pseudo = Pseudo(world.triplets(folder / "pseudo", world.triplet_rows(80, 1, grouped=5)))
-    train_cir(output, features, labelled, pseudo, config, 0, WorkerResources(workers=0), Silent())
+    train_cir(output, features, labelled, pseudo, config, 0, WorkerResources(workers=0), Monitor())
     return output
 
 
@@ -265,7 +265,7 @@ def test_a_trained_model_is_evaluated_on_cached_features(pictures: Features, tmp
     output, config = Output(str(tmp_path / "evaluation")), EvaluateConfig(resamples=100)
     models = {"blip.s0": model}
     benchmark = triplets.load(queries, gallery, None, config)
-    evaluate(output, benchmark, pictures.embeddings, gallery, models, None, config, ActorResources(), Silent())
+    evaluate(output, benchmark, pictures.embeddings, gallery, models, None, config, ActorResources(), Monitor())
     found = output.read_json("metrics.json")["blip"]
     assert 0 <= found["R@1"]["mean"] <= found["R@10"]["mean"] <= 100
     rows = queries.read_parts(tables.TRIPLETS)

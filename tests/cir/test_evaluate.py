@@ -17,7 +17,7 @@ from cir.select import Pseudo
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
 from cluster.errors import UserError
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from mining import tables
 from mining.config import TextTower
 from mining.gallery import GROUPS
@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: dict[str, Any], ray
     models = {}
     for variant, seed in (("supervised", 0), ("semi", 0), ("semi", 1)):
         models[f"{variant}.s{seed}"] = model = Output(str(folder / f"{variant}{seed}"))
-        train_cir(model, features, triplets, pseudo, variants[variant], seed, WorkerResources(workers=0), Silent())
+        train_cir(model, features, triplets, pseudo, variants[variant], seed, WorkerResources(workers=0), Monitor())
     (folder / "attributes.json").write_text(json.dumps(world.attributes()))
     return {
         "embeddings": features.embeddings,
@@ -61,7 +61,7 @@ def score(folder: Path, arguments: dict[str, Any], **fields: Any) -> Output:
     benchmark = triplets.load(arguments["queries"], arguments["gallery"], arguments["attributes"], config)
     embeddings, gallery, models = (arguments[name] for name in ("embeddings", "gallery", "models"))
     text, resources = arguments.get("text"), ActorResources(actors=2)
-    evaluate(output, benchmark, embeddings, gallery, models, text, config, resources, Silent(), arguments.get("deltas"))
+    evaluate(output, benchmark, embeddings, gallery, models, text, config, resources, Monitor(), arguments.get("deltas"))
     return output
 
 
@@ -161,7 +161,7 @@ def test_models_are_scored_on_an_official_benchmark(run: dict[str, Any], tiny_cl
     embeddings.write_json("info.json", {"tokens": 1, "dim": world.DIM, "views": 1})
     embeddings.write_bytes("mean.safetensors", save({"mean": np.zeros(world.DIM, np.float32)}))
     output, config = Output(str(tmp_path / "evaluation")), EvaluateConfig(benchmark="cirr", resamples=50)
-    evaluate(output, benchmark, embeddings, run["gallery"], run["models"], None, config, ActorResources(actors=2), Silent())
+    evaluate(output, benchmark, embeddings, run["gallery"], run["models"], None, config, ActorResources(actors=2), Monitor())
     metrics = output.read_json("metrics.json")
     assert list(metrics) == ["supervised", "semi"]
     assert len(metrics["semi"]["R@50"]["seeds"]) == 2
@@ -174,7 +174,9 @@ def test_models_are_scored_on_an_official_benchmark(run: dict[str, Any], tiny_cl
     rejected = embeddings.read_table("part-00000.v0.parquet", schema).slice(1)
     embeddings.write_table("part-00000.v0.parquet", rejected, schema)
     with pytest.raises(UserError, match=r"evaluate\.annotations: 1 image.* have no embeddings"):
-        evaluate(output, benchmark, embeddings, run["gallery"], run["models"], None, config, ActorResources(actors=2), Silent())
+        evaluate(
+            output, benchmark, embeddings, run["gallery"], run["models"], None, config, ActorResources(actors=2), Monitor()
+        )
 
 
 def test_queries_are_asked_in_a_generators_deltas(run: dict[str, Any], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from cir.config import ScoreConfig
 from cir.score import Scoring
 from cluster.artifacts import Output
 from cluster.config import ActorResources, WorkerResources
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from mining import tables
 from mining.features import Features
 from tests.cir import world
@@ -26,7 +26,7 @@ def judged(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_ber
     labelled = world.triplets(folder / "labelled", world.triplet_rows(60, 0))
     training = {"steps": 60, "batch_size": 32, "learning_rate": 3e-3}
     config = world.variant(tiny_bert, training=training)
-    train_cir(model, features, labelled, None, config, 0, WorkerResources(workers=0), Silent())
+    train_cir(model, features, labelled, None, config, 0, WorkerResources(workers=0), Monitor())
     rows = world.triplet_rows(40, 1)
     for row, other in zip(rows[1::2], world.COLOURS * 4, strict=False):
         row["deltas"] = [f"make it {other}"]
@@ -35,7 +35,7 @@ def judged(ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_ber
 
 
 def scores(job: Scoring) -> np.ndarray:
-    score_round_trip(job, ActorResources(), Silent())
+    score_round_trip(job, ActorResources(), Monitor())
     table = job.output.read_parts(tables.SCORES)
     assert table["triplet_id"].to_pylist() == job.pseudo.read_parts(tables.TRIPLETS)["triplet_id"].to_pylist()
     assert set(table["scorer"].to_pylist()) == {tables.ROUND_TRIP}

@@ -14,7 +14,7 @@ from cir.vectors import Embedded
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from mining.images import decode
 from mining.search import Exact, Lists
 from tests.cir import world
@@ -38,7 +38,7 @@ def searcher(tmp_path_factory: pytest.TempPathFactory, tiny_bert: dict[str, Any]
     models = {}
     for name, variant in variants.items():
         models[f"{name}.s0"] = model = Output(str(folder / name))
-        train_cir(model, features, triplets, None, variant, 0, WorkerResources(workers=0), Silent())
+        train_cir(model, features, triplets, None, variant, 0, WorkerResources(workers=0), Monitor())
     return Searcher(models, features.embeddings, world.gallery(folder / "gallery"), tower)
 
 

@@ -11,7 +11,7 @@ from cir.config import PseudoSelection
 from cir.select import Pseudo, chosen, select
 from cluster.artifacts import Output
 from cluster.errors import UserError
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from mining import tables
 from tests.cir import world
 from tests.cir.stages import select_confident, with_own_deltas
@@ -133,7 +133,7 @@ def test_own_deltas_join_the_captions_of_their_pairs(tmp_path: Path) -> None:
     labelled = world.triplets(tmp_path / "labelled", rows)
     own = [{**rows[1], "triplet_id": 1, "deltas": ["turn it red"], "source": "vdg"}]
     output = Output(str(tmp_path / "select"))
-    with_own_deltas(output, labelled, world.triplets(tmp_path / "generated", own), Silent())
+    with_own_deltas(output, labelled, world.triplets(tmp_path / "generated", own), Monitor())
     found = output.read_parts(tables.TRIPLETS).to_pylist()
     assert found == [rows[0], {**rows[1], "deltas": [*rows[1]["deltas"], "turn it red"]}, rows[2]]
 
@@ -143,7 +143,7 @@ def test_own_deltas_stand_alone_and_pairs_without_one_are_left_out(tmp_path: Pat
     labelled = world.triplets(tmp_path / "labelled", rows)
     own = [{**rows[1], "triplet_id": 1, "deltas": ["turn it red"], "source": "vdg"}]
     output = Output(str(tmp_path / "select"))
-    with_own_deltas(output, labelled, world.triplets(tmp_path / "generated", own), Silent(), alone=True)
+    with_own_deltas(output, labelled, world.triplets(tmp_path / "generated", own), Monitor(), alone=True)
     assert output.read_parts(tables.TRIPLETS).to_pylist() == [{**rows[1], "deltas": ["turn it red"]}]
 
 
@@ -151,7 +151,7 @@ def test_confident_triplets_join_the_labelled(tmp_path: Path) -> None:
     rows = world.triplet_rows(6, 1)
     pseudo = scored(tmp_path, rows, log_probability=[0, 1, 2, 3, 4, 5])
     labelled, output = world.triplets(tmp_path / "labelled", world.triplet_rows(3, 2)), Output(str(tmp_path / "select"))
-    select_confident(output, pseudo, labelled, PseudoSelection(top_fraction=0.5), Silent())
+    select_confident(output, pseudo, labelled, PseudoSelection(top_fraction=0.5), Monitor())
     found = output.read_parts(tables.TRIPLETS)["triplet_id"].to_pylist()
     assert found == [row["triplet_id"] for row in [*world.triplet_rows(3, 2), *rows[3:]]]
 

@@ -15,7 +15,7 @@ from cir.select import Pseudo
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from mining.features import Features, read_mean
 from tests.cir import world
 from tests.cir.stages import train_cir
@@ -36,7 +36,7 @@ class Trainer:
     def __call__(self, config: VariantConfig, name: str = "model", resources: WorkerResources = LOCAL, **inputs: Any) -> Output:
         output = Output(str(self.folder / name))
         given = {"features": self.features, "triplets": self.triplets, "pseudo": self.pseudo, **inputs}
-        train_cir(output, **given, config=config, seed=0, resources=resources, monitor=Silent())
+        train_cir(output, **given, config=config, seed=0, resources=resources, monitor=Monitor())
         return output
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.artifacts import MANIFEST, REUSED, Output
-from cluster.monitor import Monitor, Silent
+from cluster.monitor import Monitor
 from cluster.stage import Stage
 from tests.stages import simple
 
@@ -23,7 +23,7 @@ def test_only_the_same_instance_and_settings_of_other_parents(tmp_path: Path) ->
     source.write_text("one")
     first = stage(source, {"crop": (1, 2)})
     assert first.earlier(root) is None
-    manifest = first.run(root, Silent())
+    manifest = first.run(root, Monitor())
     assert manifest["reused"] == {"t.g-0": 3}
     assert first.earlier(root) is None  # its own
     source.write_text("two images")
@@ -43,7 +43,7 @@ def test_the_newest_is_taken_and_an_unfinished_one_is_not(tmp_path: Path) -> Non
     for index, content in enumerate(("a", "bb", "ccc")):
         source.write_text(content)
         made = stage(source, {})
-        made.run(root, Silent())
+        made.run(root, Monitor())
         outputs.append(made.output(root))
         os.utime(made.output(root).path(MANIFEST), (index, index))
     Path(outputs[2].path(MANIFEST)).unlink()

@@ -19,7 +19,7 @@ from cluster import verify as verifying
 from cluster.artifacts import MANIFEST, Output
 from cluster.errors import UserError
 from cluster.manifest import parse, sealed
-from cluster.monitor import Monitor, Silent
+from cluster.monitor import Monitor
 from cluster.stage import Stage
 from cluster.verify import differences, verify
 from tests.stages import simple
@@ -60,7 +60,7 @@ def child(work: Callable[[Output, Monitor], None]) -> Stage:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The root of the finished parent."""
     root = tmp_path_factory.mktemp("finished")
-    made().run(str(root), Silent())
+    made().run(str(root), Monitor())
     return root
 
 
@@ -113,7 +113,7 @@ def test_a_damaged_parent_stops_a_stage_before_its_work(root: Path, name: str, k
         raise AssertionError("worked on a damaged parent")
 
     with pytest.raises(UserError) as found:
-        child(never).run(str(root), Silent())
+        child(never).run(str(root), Monitor())
     said = str(found.value)
     assert f"{name} {'is missing' if kind == 'gone' else 'has changed'}" in said
     assert "bring back what was there, or remove" in said
@@ -125,7 +125,7 @@ def test_a_byte_in_the_middle_of_a_large_part_is_found_when_it_is_read(root: Pat
     flipped(0.5)(Path(output.path(LARGE)))
     verify([output])
     with pytest.raises(UserError, match=rf"{LARGE}: is damaged \(.*CRC.*remove"):
-        child(lambda _, __: output.read_parts(SCHEMA) and None).run(str(root), Silent())
+        child(lambda _, __: output.read_parts(SCHEMA) and None).run(str(root), Monitor())
 
 
 def test_a_table_that_the_manifest_does_not_name(root: Path) -> None:
@@ -159,7 +159,7 @@ def test_what_was_compared_is_compared_again_only_when_it_has_changed(root: Path
 
 def test_every_bit_of_a_manifest_is_as_it_was_written_or_it_is_refused(tmp_path: Path) -> None:
     stage = simple("mine:a", settings={"k": 1.5}, work=lambda output, _: output.write_json("info.json", {"tokens": 1}))
-    stage.run(str(tmp_path), Silent())
+    stage.run(str(tmp_path), Monitor())
     output = stage.output(str(tmp_path))
     path = Path(output.path(MANIFEST))
     content, whole = path.read_bytes(), output.manifest()
@@ -191,7 +191,7 @@ MANIFESTS: dict[str, Any] = {
 def test_a_manifest_that_is_none(root: Path, content: bytes) -> None:
     output = made().output(str(root))
     Path(output.path(MANIFEST)).write_bytes(content)
-    for use in (lambda: made().run(str(root), Silent()), lambda: child(write).run(str(root), Silent())):
+    for use in (lambda: made().run(str(root), Monitor()), lambda: child(write).run(str(root), Monitor())):
         with pytest.raises(UserError, match=r"manifest\.json: is damaged .* remove .*the same command then makes it anew"):
             use()
 
@@ -243,7 +243,7 @@ def test_a_damaged_manifest_of_an_earlier_state_is_no_earlier_state(tmp_path: Pa
         return simple("embed:t.g", work=write, parents={"gallery": parent}, max_reject_fraction=0.1)
 
     first = stage()
-    first.run(str(tmp_path), Silent())
+    first.run(str(tmp_path), Monitor())
     source.write_text("two images")
     assert stage().earlier(str(tmp_path)) is not None
     without_a_row(Path(first.output(str(tmp_path)).path(SMALL)))
@@ -260,7 +260,7 @@ def test_an_unfinished_stage_remakes_a_part_that_does_not_open(root: Path, name:
     assert whole is not None
     Path(output.path(MANIFEST)).unlink()
     damage(Path(output.path(name)))
-    again = made().run(str(root), Silent())
+    again = made().run(str(root), Monitor())
     assert (again["rows"], again["rejects"], again["parts"], again["files"]) == (
         whole["rows"],
         whole["rejects"],
@@ -294,5 +294,5 @@ def test_half_a_manifest_of_a_killed_driver_is_none(root: Path) -> None:
     Path(output.path(MANIFEST)).unlink()
     Path(output.path(f".{MANIFEST}.{'0' * 32}")).write_bytes(content[:50])
     assert output.manifest() is None
-    assert made().run(str(root), Silent())["rows"] == sum(ROWS.values())
+    assert made().run(str(root), Monitor())["rows"] == sum(ROWS.values())
     assert not list(Path(output.uri).glob(".*"))

@@ -17,7 +17,7 @@ from cir.benchmarks.official import OFFICIAL, Annotations
 from cir.config import VariantConfig
 from cir.models import composed
 from cir.select import SCORERS, Pseudo
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from cluster.stage import Stage
 from mining import tables, towers
 from mining.config import TowerConfig
@@ -71,14 +71,14 @@ def test_a_stage(tmp_path: Path) -> None:
             output.write_table("part-00000.parquet", pa.Table.from_pylist(rows, tables.PAIRS), tables.PAIRS)
 
     thin, mined = run("A stage")["Thin"], Mined(name="photos")
-    mined.run(str(tmp_path), Silent())
+    mined.run(str(tmp_path), Monitor())
     made = {most: thin(name="photos", pairs=mined, most=most) for most in (1, 2)}
     assert made[1].instance == "thin:photos"
     assert made[1].digest != made[2].digest
-    manifest = made[2].run(str(tmp_path), Silent())
+    manifest = made[2].run(str(tmp_path), Monitor())
     assert manifest["parents"] == {"pairs": {"instance": "mined:photos", "digest": mined.digest}}
     assert made[2].output(str(tmp_path)).read_parts(tables.PAIRS)["pair_id"].to_pylist() == [1, 2, 3]
-    assert made[2].run(str(tmp_path), Silent()) == manifest
+    assert made[2].run(str(tmp_path), Monitor()) == manifest
 
 
 def test_a_tower_library(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from cluster.monitor import Monitor
 from cluster.stage import Limit, Source
 from mining.config import CaptionsConfig, GalleryConfig, IngestConfig, MineConfig, TowerConfig, ViewsConfig
 from mining.embed import Embed
-from mining.exclude import Exclude
-from mining.excluded import Excluded
+from mining.exclude import Exclude, Excluded
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets
 from mining.mine import Mine
 from mining.neighbours import Neighbours

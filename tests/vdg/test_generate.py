@@ -125,7 +125,7 @@ def test_the_models_own_mean_centres_another_gallery(embeddings, pairs, model, t
     asked = pairs.read_table(PARTS[0], tables.PAIRS)
     source = centred_by_own(embeddings).open(np.arange(12))
     images = [source.take(asked[name].to_numpy(), np.zeros(7, int)) for name in ("reference_id", "target_id")]
-    generator, inputs = load_generator(model, dtype=actor.generator.projection.weight.dtype)
+    generator, inputs = load_generator(model, actor.job.config.precision)
     texts, _ = generator.generate(inputs.pairs(*images), job.config, 0)
     made = job.output.read_table(PARTS[0], tables.TRIPLETS)["deltas"].to_pylist()
     assert [deltas[0] for deltas in made] == [text for text in texts if text]

@@ -6,7 +6,7 @@ from safetensors.torch import load
 
 from cluster.artifacts import Output
 from cluster.config import TrainingConfig
-from cluster.devices import uses_bf16
+from cluster.devices import device, uses_bf16
 from cluster.training.checkpoints import WEIGHTS, load_trained
 from mining.embeddings import MEAN
 from mining.features import read_mean
@@ -34,17 +34,17 @@ def make_inputs(description: Description, mean: np.ndarray | None = None, max_to
     return BACKBONES[description.vdg.backbone].inputs(description, mean, max_tokens)
 
 
-def load_generator(model: Output, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Backbone, Inputs]:
-    """A trained generator, its LoRA merged, ready to generate, and what makes its batches.
+def load_generator(model: Output, precision: str = "fp32") -> tuple[Backbone, Inputs]:
+    """A trained generator on this process's device, its LoRA merged, ready to generate, and what makes its batches.
 
     Raises UserError when `model` holds no trained generator.
     """
-    description = read_description(model)
+    description, dtype = read_description(model), torch.bfloat16 if uses_bf16(precision) else torch.float32
     generator = build(description, dtype)
     load_trained(generator, load(model.read_bytes(WEIGHTS)))
     generator.merge()
     mean = read_mean(model) if model.exists(MEAN) else None
-    return generator.to(device, dtype).eval(), make_inputs(description, mean)
+    return generator.to(device(), dtype).eval(), make_inputs(description, mean)
 
 
 def build_for_training(description: Description, training: TrainingConfig) -> Backbone:

@@ -1,4 +1,4 @@
-"""`vdg sweep`: a metric over a grid of a config's fields."""
+"""`vdg sweep`: a metric over a grid of a config's fields, by cross-validation on the labelled triplets."""
 
 import itertools
 from typing import Annotated
@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cluster.app.commands.options import Config, Set
-from cluster.app.sweep import cross_validate
+from cir.train import RESULT
+from cluster.app import runner
+from cluster.app.commands.options import Config, Set, graph_of
 from cluster.driver.progress import answers
 from cluster.errors import UserError
 
@@ -25,11 +26,10 @@ def sweep(
 ) -> None:
     """A table of a metric over a grid, by cross-validation on the training triplets."""
     points = list(itertools.product(*(_axis(axis) for axis in grid)))
-    table = Table(
-        *(axis.partition("=")[0] for axis in grid), metric, "folds", title=f"{variant}, {folds}-fold cross-validation"
-    )
+    title = f"{variant}, {folds}-fold cross-validation"
+    table = Table(*(axis.partition("=")[0] for axis in grid), metric, "folds", title=title)
     for point in points:
-        values = cross_validate(config, [*assignments, *point], variant, folds, metric)
+        values = [v for fold in range(folds) for v in _held_out(config, [*assignments, *point], variant, folds, fold, metric)]
         cells = [assignment.partition("=")[2] for assignment in point]
         table.add_row(*cells, f"{sum(values) / len(values):.4f}", " ".join(f"{value:.3f}" for value in values))
     answers.print(table)
@@ -40,3 +40,16 @@ def _axis(text: str) -> list[str]:
     if not separator:
         raise UserError(f"--grid {text}: expected section.field=a,b,c")
     return [f"{field}={value}" for value in values.split(",")]
+
+
+def _held_out(config: str, assignments: list[str], variant: str, folds: int, fold: int, metric: str) -> list[float]:
+    """The metric on one fold, for every seed of the config; finished trainings are not repeated."""
+    graph = graph_of(config, [*assignments, f"train.validation.folds={folds}", f"train.validation.fold={fold}"])
+    train = graph.config.train
+    if variant not in train.variants:
+        raise UserError(f"--variant {variant}: the config has {sorted(train.variants)}")
+    runner.run(graph, graph.select("train", f"train:{variant}.s*", None))
+    results = [graph.output(graph[f"train:{variant}.s{seed}"]).read_json(RESULT) for seed in train.seeds]
+    if metric not in results[0]:
+        raise UserError(f"--metric {metric}: the trainings report {sorted(results[0])}")
+    return [result[metric] for result in results]

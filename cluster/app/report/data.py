@@ -15,11 +15,18 @@ from cir.train import MODEL, ModelName
 from cluster.app.config import PRESETS, RunConfig, load
 from cluster.app.graph import Graph
 from cluster.app.recommend import Recommendation, recommend
-from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
+from cluster.app.report.examples import (
+    FinishedRun,
+    Generated,
+    Mined,
+    Retrieval,
+    collect_generated,
+    collect_mined,
+    collect_retrieval,
+)
 from cluster.app.report.precision import Precision, collect_precision
-from cluster.app.report.results import Results, advice, collect_results, headline
+from cluster.app.report.results import Results, advice, collect_results
 from cluster.artifacts import MANIFEST, Output, below, filesystem, hidden, without_user
-from cluster.stage import Stage
 from cluster.training import loop
 from mining.gallery import read_images
 
@@ -46,19 +53,6 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a stage instance's manifest says."""
-
-    instance: str
-    digest: str
-    rows: int
-    rejects: dict[str, int]
-    seconds: float
-    startup_seconds: float
-    warnings: list[str]
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything on the page. `images` maps an image id to a JPEG data URI."""
 
@@ -69,70 +63,21 @@ class Report:
     generated: Generated | None
     retrieval: Retrieval | None
     curves: Curves
-    records: list[Record]
+    manifests: list[Mapping[str, Any]]  # of every stage instance
     command: str
     config: str
     images: dict[int, str]
     recommendation: Recommendation | None
+    advice: str
     precision: list[Precision]
-
-    @property
-    def headline(self) -> str:
-        """The result in one sentence."""
-        return headline(self.results)
-
-    @property
-    def warnings(self) -> list[tuple[str, str]]:
-        """(instance, what its stage found odd)."""
-        return [(record.instance, said) for record in self.records for said in record.warnings]
-
-    @property
-    def advice(self) -> str:
-        """What to use and to try where pseudo triplets do not help; empty where they do."""
-        return advice(self.results, self.recommendation)
-
-    @property
-    def seconds(self) -> float:
-        """Time of all stages together."""
-        return sum(record.seconds for record in self.records)
-
-    @property
-    def startup_seconds(self) -> float:
-        """Of these the time before a first part or step was done."""
-        return sum(record.startup_seconds for record in self.records)
-
-
-def _record(manifest: Mapping[str, Any]) -> Record:
-    """Not every manifest has warnings, and an older version's does not tell its start-up."""
-    known = {"startup_seconds": 0.0, "warnings": [], **manifest}
-    return Record(**{name: known[name] for name in Record.__dataclass_fields__})
-
-
-class _Run:
-    """A graph whose stages are finished."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.config = graph, graph.config
-        self.stages = {stage.instance: stage for stage in graph.stages}
-        self.manifests: dict[str, Mapping[str, Any]] = {
-            instance: graph.output(stage).manifest() or {} for instance, stage in self.stages.items()
-        }
-
-    def find(self, kind: str) -> Stage | None:
-        """The first round's instance of a kind, or None where the run has none."""
-        name = self.config.mine.gallery if kind in ("mine", "generate") else "vdg"
-        return self.stages.get(f"{kind}:{name}")
-
-    def output(self, instance: str) -> Output:
-        """The output of an instance."""
-        return self.graph.output(self.stages[instance])
 
 
 def collect(graph: Graph) -> Report:
     """Everything that the page shows. Reads the images shown and no others."""
-    run = _Run(graph)
+    run = FinishedRun(graph)
     results = _results(run)
-    mined, generated, retrieval = _mined(run), _generated(run, results), _retrieval(run, results)
+    mined, generated, retrieval = collect_mined(run), collect_generated(run, results), collect_retrieval(run, results)
+    recommended = recommend(graph)
     shown = [image for section in (mined, generated, retrieval) if section for image in section.image_ids()]
     return Report(
         name=run.config.name,
@@ -142,16 +87,17 @@ def collect(graph: Graph) -> Report:
         generated=generated,
         retrieval=retrieval,
         curves=_curves(run),
-        records=[_record(manifest) for manifest in run.manifests.values()],
+        manifests=list(run.manifests.values()),
         command=_command(run.config),
         config=yaml.safe_dump(hidden(run.config.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
         images=_thumbnails(run, shown),
-        recommendation=recommend(graph),
+        recommendation=recommended,
+        advice=advice(results, recommended),
         precision=collect_precision(graph),
     )
 
 
-def _results(run: _Run) -> Results:
+def _results(run: FinishedRun) -> Results:
     evaluation = run.output("evaluate:all")
     rows = {instance: manifest["rows"] for instance, manifest in run.manifests.items()}
     seed = run.config.train.seeds[0]
@@ -163,50 +109,14 @@ def _results(run: _Run) -> Results:
     return collect_results(run.config, metrics, gains, rows, pseudo, protocol)
 
 
-def _rng(run: _Run, section: int) -> np.random.Generator:
-    return np.random.default_rng([run.config.report.seed, section])
-
-
-def _mined(run: _Run) -> Mined | None:
-    if (stage := run.find("mine")) is None:
-        return None
-    total, at_random = run.manifests[stage.instance]["rows"], run.config.mine.method == "random"
-    return collect_mined(run.graph.output(stage), total, at_random, run.config.report.examples, _rng(run, 0))
-
-
-def _generated(run: _Run, results: Results) -> Generated | None:
-    if (stage := run.find("generate")) is None:
-        return None
-    train = run.config.train
-    selection = train.variant(results.best.name).selection if results.best else train.selection
-    return collect_generated(
-        run.graph.output(stage),
-        run.output(f"ingest:{run.config.instruct.triplets}"),
-        run.manifests[stage.instance],
-        selection,
-        run.config.report.examples,
-        _rng(run, 1),
-    )
-
-
-def _retrieval(run: _Run, results: Results) -> Retrieval | None:
-    """With the first seed's models."""
-    before, after = results.baseline, results.best
-    if before is None or after is None:
-        return None
-    seed, count = run.config.train.seeds[0], run.config.report.examples
-    models = before.name, after.name
-    return collect_retrieval(run.output("evaluate:all"), run.output("ingest:queries"), models, seed, count, _rng(run, 2))
-
-
-def _thumbnails(run: _Run, image_ids: list[int]) -> dict[int, str]:
+def _thumbnails(run: FinishedRun, image_ids: list[int]) -> dict[int, str]:
     """JPEG data URIs of some images of the mined gallery and of the evaluated one."""
     names = {f"ingest:{run.config.mine.gallery}", "ingest:evaluate"} & set(run.stages)
     found = read_images([run.output(name) for name in sorted(names)], image_ids) if image_ids else {}
     return {image: data_uri(thumbnail(content, THUMBNAIL)) for image, content in found.items()}
 
 
-def _curves(run: _Run) -> Curves:
+def _curves(run: FinishedRun) -> Curves:
     logs = {i: _log(run.output(i)) for i in run.stages if run.output(i).exists(loop.METRICS)}
     variants: dict[str, list[dict[int, dict[str, float]]]] = defaultdict(list)
     for name, model in run.graph.models.items():

@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cir.config import PseudoSelection
 from cir.evaluate import RANKINGS
 from cir.select import repeated
+from cluster.app.graph import Graph
+from cluster.app.report.results import Results
 from cluster.artifacts import Output
+from cluster.stage import Stage
 from mining import tables
 from mining.pairs.similarities import SIMILARITIES
 
@@ -20,6 +22,31 @@ SAMPLE_ROWS = 20_000  # of a large table: whole parts, drawn by seed
 GROUP_SIZE = 6
 TOP = 5
 OFTEN = 6
+
+
+class FinishedRun:
+    """A graph whose stages are finished."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.config = graph, graph.config
+        self.stages = {stage.instance: stage for stage in graph.stages}
+        unsaid = {"startup_seconds": 0.0, "warnings": []}  # not every manifest has warnings, or an older one its start-up
+        self.manifests: dict[str, Mapping[str, Any]] = {
+            instance: {**unsaid, **(graph.output(stage).manifest() or {})} for instance, stage in self.stages.items()
+        }
+
+    def find(self, kind: str) -> Stage | None:
+        """The first round's instance of a kind, or None where the run has none."""
+        name = self.config.mine.gallery if kind in ("mine", "generate") else "vdg"
+        return self.stages.get(f"{kind}:{name}")
+
+    def output(self, instance: str) -> Output:
+        """The output of an instance."""
+        return self.graph.output(self.stages[instance])
+
+    def rng(self, section: int) -> np.random.Generator:
+        """What draws a section's examples."""
+        return np.random.default_rng([self.config.report.seed, section])
 
 
 def sample(output: Output, read: Callable[[str], pa.Table], rng: np.random.Generator) -> pa.Table:
@@ -62,13 +89,17 @@ class Mined:
         return (member.image_id for strip in self.strips for member in strip)
 
 
-def collect_mined(pairs: Output, total: int, at_random: bool, count: int, rng: np.random.Generator) -> Mined:
-    """Strips drawn from a mine output: `count` pairs, or half as many groups."""
+def collect_mined(run: FinishedRun) -> Mined | None:
+    """Strips drawn from a mine output: as many pairs as the config says, or half as many groups."""
+    if (stage := run.find("mine")) is None:
+        return None
+    pairs, count, rng = run.output(stage.instance), run.config.report.examples, run.rng(0)
     columns = ["group_id", "reference_id", "target_id", "reference_rank", "target_rank", "similarity"]
     table = sample(pairs, lambda part: pairs.read_table(part, tables.PAIRS, columns), rng)
     grouped = table["group_id"].null_count < len(table)
     strips = _groups(table, (count + 1) // 2, rng) if grouped else _pairs(table, count, rng)
-    return Mined(total, grouped, at_random, strips, pairs.read_json(SIMILARITIES))
+    at_random = run.config.mine.method == "random"
+    return Mined(run.manifests[stage.instance]["rows"], grouped, at_random, strips, pairs.read_json(SIMILARITIES))
 
 
 def _pairs(table: pa.Table, count: int, rng: np.random.Generator) -> list[list[Member]]:
@@ -153,10 +184,14 @@ class Generated:
         return (image for one in shown for image in (one.reference_id, one.target_id))
 
 
-def collect_generated(
-    pseudo: Output, human: Output, manifest: Mapping[str, Any], selection: PseudoSelection, count: int, rng: np.random.Generator
-) -> Generated:
+def collect_generated(run: FinishedRun, results: Results) -> Generated | None:
     """Examples and statistics of a generate output, beside the human deltas that the generator learned from."""
+    if (stage := run.find("generate")) is None:
+        return None
+    train, count, rng = run.config.train, run.config.report.examples, run.rng(1)
+    selection = train.variant(results.best.name).selection if results.best else train.selection
+    pseudo, human = run.output(stage.instance), run.output(f"ingest:{run.config.instruct.triplets}")
+    manifest = run.manifests[stage.instance]
     drawn = sample(pseudo, lambda part: _with_scores(pseudo, part), rng)
     table = drawn.filter(pa.array(~repeated(drawn))) if selection.drop_repeated else drawn
     top_fraction, alone = selection.top_fraction, selection.scorers == (tables.SCORER,)
@@ -233,10 +268,12 @@ class Retrieval:
             yield from (hit.image_id for hit in (*case.before, *case.after))
 
 
-def collect_retrieval(
-    evaluation: Output, queries: Output, models: tuple[str, str], seed: int, count: int, rng: np.random.Generator
-) -> Retrieval:
-    """Half of the cases gained, a quarter lost, a quarter right in both, drawn from all such queries."""
+def collect_retrieval(run: FinishedRun, results: Results) -> Retrieval | None:
+    """By the first seed's models: half of the cases gained, a quarter lost, a quarter right in both, of all such queries."""
+    if results.baseline is None or results.best is None:
+        return None
+    seed, count, rng = run.config.train.seeds[0], run.config.report.examples, run.rng(2)
+    models, evaluation = (results.baseline.name, results.best.name), run.output("evaluate:all")
     names = [f"rankings/{model}.s{seed}.parquet" for model in models]
     before, after = (_first_right(evaluation, name) for name in names)
     rows = {"gained": ~before & after, "lost": before & ~after, "both": before & after, "neither": ~before & ~after}
@@ -246,7 +283,7 @@ def collect_retrieval(
     rankings = [
         evaluation.read_table(name, RANKINGS, ["triplet_id", "image_ids", "correct"]).take(places).to_pylist() for name in names
     ]
-    asked = _asked(queries, [ranking["triplet_id"] for ranking in rankings[0]])
+    asked = _asked(run.output("ingest:queries"), [ranking["triplet_id"] for ranking in rankings[0]])
     cases = [
         Case(outcome, *asked[first["triplet_id"]], _hits(first), _hits(second))
         for (outcome, _), first, second in zip(drawn, *rankings, strict=True)

@@ -13,7 +13,7 @@ from cir.benchmarks.triplets import check_attributes
 from cir.select import chosen, pseudo_of, repeated
 from cir.train import Train
 from cluster.app.graph import Graph
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from cluster.stage import Run
 from mining import tables
 from mining.gallery import keys
@@ -37,7 +37,7 @@ class Precision:
 
 def collect_precision(graph: Graph) -> list[Precision]:
     """Of each generator all deltas, those that are no repeats, and what each variant selects; none without attributes."""
-    path, run = graph.config.report.attributes, Run(graph.root, Silent())
+    path, run = graph.config.report.attributes, Run(graph.root, Monitor())
     if path is None:
         return []
     content, ids = check_attributes(path, "report.attributes"), keys(run.output(graph[f"ingest:{graph.config.mine.gallery}"]))

@@ -40,7 +40,7 @@ class Gain:
     low: float
     high: float
     generators: int = 1  # over which it is the mean
-    gap: tuple[float, float, float] | None = None  # share that it closes of the oracle's gain, with its interval
+    gap: Mapping[str, float] | None = None  # share that it closes of the oracle's gain: mean, low and high
 
     @property
     def verdict(self) -> Literal["up", "down", "unclear"]:
@@ -125,6 +125,28 @@ class Results:
         """A row's mean in the metric of the gains."""
         return row.values[self.metric].mean
 
+    @property
+    def headline(self) -> str:
+        """The result in one sentence; a loss, or a gain whose interval covers 0, is called what it is."""
+        best, baseline, metric = self.best, self.baseline, self.metric
+        if best is None:
+            shown = baseline or self.rows[0]
+            return (
+                f"The {shown.name} model reaches {metric} {self.score(shown):.1f} with {self.labelled:,} labelled triplets; "
+                "no generated ones were used"
+            )
+        after, generated = self.score(best), f"{self.labelled:,} labelled triplets and {best.pseudo:,} generated ones"
+        if baseline is None or best.gain is None:
+            return (
+                f"The {best.name} model reaches {metric} {after:.1f} with {generated}; there is no supervised model to compare"
+            )
+        gain, change = best.gain, f"{metric} from {self.score(baseline):.1f} to {after:.1f}"
+        span = f"{words.signed(gain.mean)}, 95 % interval {words.interval(gain.low, gain.high)}"
+        if gain.verdict == "unclear":
+            return f"No clear gain: pseudo triplets move {change} ({span}, which covers 0) with {generated}"
+        verb = "raise" if gain.verdict == "up" else "lower"
+        return f"Pseudo triplets {verb} {change} ({span}) with {generated}"
+
 
 def collect_results(
     config: RunConfig,
@@ -139,39 +161,22 @@ def collect_results(
     """
     baseline = config.evaluate.baseline
     labels = config.train.variant(baseline).triplets if baseline in config.train.variants else config.train.triplets
+
+    def row(name: str, table: dict[str, Any]) -> Row:
+        variant, gain = config.train.variant(name), gains.get(name)
+        note = words.recipe(variant, rows[f"ingest:{variant.triplets}"], variant.triplets != labels)
+        values = {metric: Value(**value) for metric, value in table.items()}
+        found = gain and Gain(gain["mean"], gain["low"], gain["high"], gain["generators"], gain["gap"])
+        return Row(name, _role(name, variant, baseline, labels), note, pseudo[name], values, found)
+
     return Results(
         metric=config.evaluate.headline,
-        rows=[_row(name, table, gains.get(name), config, labels, rows, pseudo[name]) for name, table in metrics.items()],
+        rows=[row(name, table) for name, table in metrics.items()],
         labelled=rows[f"ingest:{labels}"],
         queries=rows["ingest:queries"],
         by_attributes=config.evaluate.attributes is not None,
         protocol=protocol,
     )
-
-
-def _row(
-    name: str,
-    table: dict[str, Any],
-    gain: dict[str, Any] | None,
-    config: RunConfig,
-    labels: str,
-    rows: Mapping[str, int],
-    pseudo: int,
-) -> Row:
-    variant = config.train.variant(name)
-    return Row(
-        name=name,
-        role=_role(name, variant, config.evaluate.baseline, labels),
-        note=words.recipe(variant, rows[f"ingest:{variant.triplets}"], variant.triplets != labels),
-        pseudo=pseudo,
-        values={metric: Value(value["mean"], value["seeds"]) for metric, value in table.items()},
-        gain=_gain(gain) if gain else None,
-    )
-
-
-def _gain(gain: dict[str, Any]) -> Gain:
-    gap = gain["gap"] and (gain["gap"]["mean"], gain["gap"]["low"], gain["gap"]["high"])
-    return Gain(gain["mean"], gain["low"], gain["high"], gain["generators"], gap)
 
 
 def _role(name: str, variant: VariantConfig, baseline: str, labels: str) -> Role:
@@ -184,26 +189,6 @@ def _role(name: str, variant: VariantConfig, baseline: str, labels: str) -> Role
     if variant.triplets != labels:
         return "reference"
     return "semi" if variant.pseudo else "labelled"
-
-
-def headline(results: Results) -> str:
-    """The result in one sentence; a loss, or a gain whose interval covers 0, is called what it is."""
-    best, baseline, metric = results.best, results.baseline, results.metric
-    if best is None:
-        shown = baseline or results.rows[0]
-        return (
-            f"The {shown.name} model reaches {metric} {results.score(shown):.1f} with {results.labelled:,} labelled triplets; "
-            "no generated ones were used"
-        )
-    after, generated = results.score(best), f"{results.labelled:,} labelled triplets and {best.pseudo:,} generated ones"
-    if baseline is None or best.gain is None:
-        return f"The {best.name} model reaches {metric} {after:.1f} with {generated}; there is no supervised model to compare"
-    gain, change = best.gain, f"{metric} from {results.score(baseline):.1f} to {after:.1f}"
-    span = f"{words.signed(gain.mean)}, 95 % interval {words.interval(gain.low, gain.high)}"
-    if gain.verdict == "unclear":
-        return f"No clear gain: pseudo triplets move {change} ({span}, which covers 0) with {generated}"
-    verb = "raise" if gain.verdict == "up" else "lower"
-    return f"Pseudo triplets {verb} {change} ({span}) with {generated}"
 
 
 TRY = (

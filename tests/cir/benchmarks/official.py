@@ -16,7 +16,7 @@ from cir.config import EvaluateConfig
 from cir.evaluate import RANKINGS
 from cluster.artifacts import Output
 from cluster.config import ActorResources
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from tests.cir.stages import evaluate_given
 
 COCO_IMAGES = 123_403
@@ -85,7 +85,7 @@ def score(folder: Path, benchmark: Benchmark, compose: Compose | None = None) ->
         folder / "vectors.parquet", benchmark, compose(benchmark, queries, gallery) if compose else queries, gallery
     )
     output = Output(str(folder / "evaluation"))
-    evaluate_given(output, benchmark, file, EvaluateConfig(), ActorResources(actors=2), Silent())
+    evaluate_given(output, benchmark, file, EvaluateConfig(), ActorResources(actors=2), Monitor())
     return output
 
 

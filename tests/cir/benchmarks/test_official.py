@@ -12,7 +12,7 @@ from cluster.config import DecodeResources
 from cluster.errors import UserError
 from cluster.stage import Limit, Source, Stage
 from mining import tables
-from mining.excluded import LISTING
+from mining.exclude import LISTING
 from mining.gallery import read_images
 from tests.cir.benchmarks import official
 from tests.stages import running

@@ -10,7 +10,7 @@ import yaml
 from cluster.app import config as configs
 from cluster.app import runner
 from cluster.app.graph import Graph
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from tests.cluster.app.test_cli import invoke
 
 STEPS = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3}
@@ -91,5 +91,5 @@ def finished(ray_session: None, config: str) -> Graph:
     for name in ("metrics.json", "report.html", "log.txt"):
         assert runner.run_folder(graph.config).path(name) in shown
     for stage in graph.beside:
-        stage.run(graph.root, Silent())
+        stage.run(graph.root, Monitor())
     return graph

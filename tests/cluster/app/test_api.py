@@ -16,7 +16,7 @@ from cir.train import Train
 from cluster.app.api import Run, load_model
 from cluster.app.graph import Graph
 from cluster.errors import UserError
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from cluster.stage import Run as At
 from mining import tables
 from mining.embed import Embed
@@ -28,7 +28,7 @@ from vdg.generate import Generate
 @pytest.fixture(scope="module")
 def run(finished: Graph) -> Run:
     assert finished.index is not None
-    finished.index.run(finished.root, Silent())
+    finished.index.run(finished.root, Monitor())
     return Run.open(finished.root, "tiny")
 
 
@@ -86,7 +86,7 @@ def test_an_index_goes_on_from_its_parts(finished: Graph, tmp_path: Path) -> Non
     part = made.parts()[0]
     for name in (part, f"packs/{part.replace('parquet', 'arrow')}"):
         root.write_bytes(name, made.read_bytes(name))
-    stage.work(root, At(finished.root, Silent()))
+    stage.work(root, At(finished.root, Monitor()))
     assert dict(Thumbnails(root)) == dict(Thumbnails(made))
 
 

@@ -21,7 +21,7 @@ from cluster.app.serve.app import make_app
 from cluster.artifacts import Output
 from cluster.driver.lineage import Lineage
 from cluster.errors import UserError
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from tests.cluster.app.test_cli import invoke
 
 
@@ -241,7 +241,7 @@ def test_lineage_shows_whose_labels_a_run_learned_from(run: Run) -> None:
     content["ingest"]["triplets"]["taught"] = labelled | {"file": [labelled["file"], frozen.file]}
     content["train"]["variants"], content["rounds"] = {"supervised": {"triplets": "taught"}}, {}
     graph = Graph(RunConfig.model_validate(content))
-    graph["ingest:taught"].run(graph.root, Silent())
+    graph["ingest:taught"].run(graph.root, Monitor())
     assert graph["ingest:taught"] in graph["train:supervised.s0"].parents.values()
     (made,) = Lineage(graph.root).find("ingest:taught")
     assert made.authors == {"ann": 1, "bob": 2}

@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 
 from cluster.app.graph import Graph
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 
 NOTEBOOK = Path(__file__).parents[3] / "docs" / "search.ipynb"
 
@@ -17,7 +17,7 @@ def test_every_cell_runs_in_order(
     finished: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert finished.index is not None
-    finished.index.run(finished.root, Silent())
+    finished.index.run(finished.root, Monitor())
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
     names: dict[str, object] = {}

@@ -21,7 +21,7 @@ from cir.evaluate import RANKINGS
 from cluster.app import config as configs
 from cluster.app.graph import Graph
 from cluster.app.report import write_report
-from cluster.app.report.results import collect_results, headline
+from cluster.app.report.results import collect_results
 from cluster.app.report.words import duration, signed
 from cluster.artifacts import MANIFEST, WARNINGS, Output
 from cluster.stage import Stage
@@ -310,7 +310,7 @@ def test_headline_is_honest(tmp_path: Path, mean: float, low: float, high: float
     rows = {"ingest:labelled": 800, "ingest:queries": 12}
     gains = {"semi": {**GAIN, "mean": mean, "low": low, "high": high}}
     pseudo = {"supervised": 0, "semi": 2950}
-    sentence = headline(collect_results(config, metrics_of(["supervised", "semi"]), gains, rows, pseudo))
+    sentence = collect_results(config, metrics_of(["supervised", "semi"]), gains, rows, pseudo).headline
     assert sentence.startswith(expected)
     assert sentence.endswith("with 800 labelled triplets and 2,950 generated ones")
 

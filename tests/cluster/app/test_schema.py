@@ -10,7 +10,7 @@ import pytest
 from cluster.app.api import Run
 from cluster.app.graph import Graph
 from cluster.app.serve.app import make_app
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 
 schemathesis = pytest.importorskip("schemathesis")
 hypothesis = pytest.importorskip("hypothesis")
@@ -22,7 +22,7 @@ CASES = 10_000
 @pytest.fixture(scope="module")
 def service(finished: Graph) -> Any:
     assert finished.index is not None
-    finished.index.run(finished.root, Silent())
+    finished.index.run(finished.root, Monitor())
     app = make_app(Run(finished), ["semi.s0"], {"localhost", "testserver"})
     return schemathesis.openapi.from_asgi("/openapi.json", app)
 

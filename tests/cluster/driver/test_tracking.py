@@ -21,7 +21,7 @@ from mlflow.tracking import MlflowClient
 from cluster.artifacts import Output
 from cluster.driver.store import connect, sqlite_uri
 from cluster.driver.tracking import COMPLETE, Tracker
-from cluster.monitor import Monitor, Silent
+from cluster.monitor import Monitor
 from cluster.stage import Stage
 from tests.stages import simple
 
@@ -128,9 +128,9 @@ def check_tracing(uri: str, stages: list[Stage], root: str) -> None:
     for stage in stages[:2]:
         run = tracker.begin(stage, root)
         run.metrics(10, {"loss": 1.0})
-        run.finish(stage.run(root, Silent()))
+        run.finish(stage.run(root, Monitor()))
     for stage in stages[2:]:  # nothing of them is recorded
-        stage.run(root, Silent())
+        stage.run(root, Monitor())
     tracker = Tracker(uri, "vdg", "v1", {}, again=True)
     assert [tracker.complete(stage, root) for stage in stages] == [False, False, True, True]
     first = everything(tracker)
@@ -229,7 +229,7 @@ def test_odd_names_break_no_filter(experiment: str, models: list[Stage], tmp_pat
     config = {"sources": {"it's": "x", "../a": "y", "layers.*": "z", "": "", ".": "", "b//c": "", "n" * 300: ""}}
     uri = f"sqlite:///{shutil.copy(store, tmp_path)}"
     for stage in models:
-        stage.run(str(tmp_path), Silent())
+        stage.run(str(tmp_path), Monitor())
     tracker = Tracker(uri, experiment, "run", config)
     assert [tracker.complete(stage, str(tmp_path)) for stage in models] == [True] * 4
     tracker.scored(models[3], str(tmp_path), {"R@1": 3.0, "R'1": 4.0})

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save
 
 from cluster.artifacts import Output
-from cluster.monitor import Monitor, Silent
+from cluster.monitor import Monitor
 from cluster.stage import Stage
 from tests.stages import simple
 
@@ -53,5 +53,5 @@ def stages() -> dict[str, Stage]:
 def root(tmp_path: Path, stages: dict[str, Stage]) -> Path:
     """The root below which they are finished."""
     for stage in stages.values():
-        stage.run(str(tmp_path), Silent())
+        stage.run(str(tmp_path), Monitor())
     return tmp_path

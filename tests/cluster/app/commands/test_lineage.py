@@ -12,7 +12,7 @@ from cluster.app import config as configs
 from cluster.app.cli import app
 from cluster.app.graph import Graph
 from cluster.errors import UserError
-from cluster.monitor import Silent
+from cluster.monitor import Monitor
 from cluster.stage import Stage
 from tests.cluster.app.commands.conftest import table
 
@@ -146,6 +146,6 @@ def test_track_writes_what_is_missing_once(tmp_path: Path, monkeypatch: pytest.M
     graph = Graph(configs.load("grocery", [assignment]))
     for stage in graph.stages[:2]:
         monkeypatch.setattr(type(stage), "work", lambda self, output, run: table(output, run.monitor))
-        stage.run(graph.root, Silent())
+        stage.run(graph.root, Monitor())
     assert track().startswith("2 of 2 finished stages")
     assert track().startswith("0 of 2 finished stages")

@@ -12,7 +12,7 @@ from cluster.errors import UserError
 from mining import tables
 from mining.config import MineConfig
 from mining.embeddings import plain_parts
-from mining.excluded import LISTING, Excluded, Guards, Reject
+from mining.exclude import LISTING, Excluded, Guards, Reject
 from tests.conftest import Recorder
 from tests.mining.stages import Guard, mine_pairs
 from tests.mining.test_mine import clustered, embeddings
