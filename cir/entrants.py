@@ -49,8 +49,12 @@ class Control:
         if self.kind != "text_only":
             composed.append(unit(take(_references(queries))))
         if self.kind != "image_only":
+            from cluster.devices import device
+            from mining.texts import encode_texts, load_text_encoder
+
             assert self.text is not None
-            composed.append(unit(_text_vectors(self.text, [query.text for query in queries])))
+            texts = encode_texts(load_text_encoder(self.text), [query.text for query in queries], device())
+            composed.append(unit(texts.numpy()))
         return np.sum(composed, axis=0), lambda values: values
 
 
@@ -81,10 +85,3 @@ def controls(text: TextTower | None, given: bool = False) -> tuple[dict[str, Ent
 
 def _references(queries: tuple[Query, ...]) -> np.ndarray:
     return np.array([query.reference for query in queries], np.int64)
-
-
-def _text_vectors(text: TextTower, texts: list[str]) -> np.ndarray:
-    from cluster.devices import device
-    from mining.texts import encode_texts, load_text_encoder
-
-    return encode_texts(load_text_encoder(text), texts, device()).numpy()

@@ -173,14 +173,8 @@ def correct_by_attributes(image_ids: np.ndarray, target_ids: np.ndarray, classes
 
     `classes` maps an image to a number that stands for its attributes; an image without attributes is never correct.
     """
-    known = np.array(sorted(classes), np.int64)
-    values = np.array([classes[i] for i in known.tolist()], np.int64)
-
-    def of(ids: np.ndarray, otherwise: int) -> np.ndarray:
-        places = np.searchsorted(known, ids).clip(max=len(known) - 1)
-        return np.where(known[places] == ids, values[places], otherwise)
-
-    return of(image_ids, -1) == of(target_ids, -2)[:, None]
+    found = np.array([[classes.get(image, -1) for image in row] for row in image_ids.tolist()])
+    return found == np.array([classes.get(target, -2) for target in target_ids.tolist()])[:, None]
 
 
 def average_precision(correct: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:

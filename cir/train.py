@@ -13,7 +13,6 @@ from cluster.errors import UserError
 from cluster.stage import LOOKED_UP, Run, Stage
 from cluster.training.loop import train, unfit
 from mining import tables
-from mining.config import TextTower
 from mining.embeddings import INFO
 from mining.features import copy_mean, features_of
 
@@ -88,7 +87,10 @@ class Train(Stage):
         info = features.embeddings.read_json(INFO)
         _check_inputs(triplets, pseudo, config, info["tokens"])
         if config.text is not None and config.fusion == "combiner":
-            _check_widths(config.text, info["dim"])
+            from cir.models.composed import check_widths
+            from mining.texts import text_width
+
+            check_widths(info["dim"], text_width(config.text))
         gallery = self._gallery(run)
         # read on the driver, so that a mistake costs no worker
         labelled, pseudo_triplets = TASKS[config.model](features, triplets, pseudo, config, gallery).check()
@@ -133,12 +135,3 @@ def _check_inputs(triplets: Output, pseudo: Pseudo | None, config: VariantConfig
         raise UserError(
             "train.pseudo: the variant uses pseudo triplets, but none were generated; add generate, or set pseudo: false"
         )
-
-
-def _check_widths(tower: TextTower, dim: int) -> None:
-    from cir.models.composed import check_widths
-    from mining.texts import text_width
-
-    width = text_width(tower)
-    if width is not None:
-        check_widths(dim, width)

@@ -72,9 +72,6 @@ class Given:
         for kind, found in keys.items():
             if twice := [key for key, count in found.items() if count > 1]:
                 raise self._wrong(f"{len(twice)} {kind} keys come more than once, such as {twice[0]!r}")
-        self._check_complete(benchmark, keys)
-
-    def _check_complete(self, benchmark: Benchmark, keys: dict[str, Counter[str]]) -> None:
         known = {image_id(key) for key in keys["gallery"]}
         images = [benchmark.names[i] for i in benchmark.images.tolist() if i not in known]
         queries = [query.key for query in benchmark.queries if query.key not in keys["query"]]

@@ -83,7 +83,8 @@ def in_folder(model: type[BaseModel], content: Any, folder: Path) -> Any:
     for name, field in model.model_fields.items():
         if name not in content:
             continue
-        section = next((kind for kind in _kinds(field.annotation) if _is_section(kind)), None)
+        kinds = (kind for kind in _kinds(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
+        section = next(kinds, None)
         section = model if _says(field, PARTIAL) else section
         value, several = content[name], get_origin(field.annotation) is dict
         if _says(field, PATH):
@@ -100,10 +101,6 @@ def _kinds(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation):
         yield from _kinds(part)
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _placed(value: Any, folder: Path) -> Any:

@@ -17,7 +17,15 @@ from cluster.devices import device, uses_bf16
 
 def code() -> dict[str, str]:
     """`version`, git `commit` and, where there is one, `ray_job` and `ray_submission` of this process."""
-    return {"version": _version(), "commit": git_commit(), **_ray_job()}
+    import ray
+
+    try:
+        found = version("visual-delta")
+    except PackageNotFoundError:  # run from a folder without an installation
+        found = "unknown"
+    job = {"ray_job": ray.get_runtime_context().get_job_id()} if ray.is_initialized() else {}
+    submission = _job_metadata().get("job_submission_id")
+    return {"version": found, "commit": git_commit(), **job, **({"ray_submission": submission} if submission else {})}
 
 
 def git_commit() -> str:
@@ -29,22 +37,6 @@ def git_commit() -> str:
     except FileNotFoundError:  # a container without git
         commit = ""
     return commit or _job_metadata().get("git_commit", "unknown")
-
-
-def _version() -> str:
-    try:
-        return version("visual-delta")
-    except PackageNotFoundError:  # run from a folder without an installation
-        return "unknown"
-
-
-def _ray_job() -> dict[str, str]:
-    """The ids of the running Ray job, and of its submission where it is one."""
-    import ray
-
-    job = {"ray_job": ray.get_runtime_context().get_job_id()} if ray.is_initialized() else {}
-    submission = _job_metadata().get("job_submission_id")
-    return {**job, **({"ray_submission": submission} if submission else {})}
 
 
 def _job_metadata() -> dict[str, str]:

@@ -15,6 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -131,8 +132,8 @@ class Stage(ABC):
 
     @property
     def reject_limit(self) -> float:
-        """Share of rejected rows above which the stage fails."""
-        return 0.0
+        """Share of rejected rows above which the stage fails: its `Limit`, or none of them."""
+        return next((value for _, value, _ in self._flat() if isinstance(value, Limit)), 0.0)
 
     def config_field(self, name: str) -> str:
         """The config's name of a field that is a section: `config` is the section that has the stage's name."""
@@ -234,9 +235,10 @@ class Stage(ABC):
         wanted = json.loads(json.dumps({name: getattr(self, name) for name in ("instance", "version", "settings")}))
         found = []
         for output in outputs_of(root, self.kind):
-            manifest = _readable(output) if output != own else None
-            if manifest is not None and all(manifest.get(name) == value for name, value in wanted.items()):
-                found.append((system.get_file_info(output.path(MANIFEST)).mtime_ns, output, manifest))
+            with suppress(UserError):  # a damaged manifest, that nobody asked for, is none
+                manifest = output.manifest() if output != own else None
+                if manifest is not None and all(manifest.get(name) == value for name, value in wanted.items()):
+                    found.append((system.get_file_info(output.path(MANIFEST)).mtime_ns, output, manifest))
         newest = sorted(found, key=lambda entry: entry[0], reverse=True)
         return next(((output, manifest) for _, output, manifest in newest if not differences(output, manifest)), None)
 
@@ -308,14 +310,6 @@ class _Clock(Monitor):
     def advance(self, count: int) -> None:
         """The first one ends the start-up."""
         self.startup = self.startup or self.seconds()
-
-
-def _readable(output: Output) -> Manifest | None:
-    """The manifest of an output that nobody asked for: a damaged one is none."""
-    try:
-        return output.manifest()
-    except UserError:
-        return None
 
 
 def _content(value: Any) -> Any:

@@ -82,19 +82,12 @@ def described(output: Output) -> tuple[dict[str, Part], dict[str, str]]:
 def remove_broken(output: Output) -> None:
     """Of an unfinished output remove the tables that do not open, and the part that one stands beside: they are made again."""
     system, _ = filesystem(output.uri)
-    for name in output.files():
-        if name.endswith(".parquet") and (why := _broken(output, name)):
-            _log.warning("%s; it is made again", why)
+    for name in (name for name in output.files() if name.endswith(".parquet")):
+        try:
+            with suppress(FileNotFoundError), output.open_parquet(name):  # it may have gone with one that it stands beside
+                pass
+        except UserError as error:
+            _log.warning("%s; it is made again", error)
             for broken in {name, name.rpartition("/")[2]}:
                 with suppress(FileNotFoundError):
                     system.delete_file(output.path(broken))
-
-
-def _broken(output: Output, name: str) -> str | None:
-    try:
-        with output.open_parquet(name):
-            return None
-    except UserError as error:
-        return str(error)
-    except FileNotFoundError:  # it went with the one that it stands beside
-        return None

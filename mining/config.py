@@ -1,9 +1,9 @@
 """Config of the mining stages: ingest, embed, exclude, neighbours, mine."""
 
 from fnmatch import fnmatch
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cluster.config import NOT_CONTENT, Section, path_field
 from cluster.weights import Pretrained, Weights
@@ -11,42 +11,33 @@ from cluster.weights import Pretrained, Weights
 _Positive = Annotated[float, Field(gt=0)]
 
 
-def _listed(paths: str | list[str] | None) -> list[str]:
+def _listed(paths: Any) -> Any:
     return [paths] if isinstance(paths, str) else paths or []
+
+
+Paths = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str] | None)]
 
 
 class GalleryConfig(Section):
     """Where a gallery's images come from."""
 
     images: str = path_field("folder of images, or tar or Parquet files, or a folder of those; any filesystem URI")
-    split: str | list[str] | None = path_field(
-        "JSON list of the names to take, or mapping of name to path; several files are joined; None: all", None
-    )
+    split: Paths = path_field("JSON lists of the names to take, or mappings of name to path, which are joined; none: all", [])
     without: str | None = path_field("JSON list of the names to leave out, such as those of test queries", None)
     copy_images: bool = Field(True, description="copy the bytes into the gallery, or index them where they are")
-
-    @property
-    def splits(self) -> list[str]:
-        """The split files, none or several."""
-        return _listed(self.split)
 
 
 class TripletsConfig(Section):
     """Labelled triplets over one gallery."""
 
     gallery: str = Field(description="name of the gallery that holds the images")
-    file: str | list[str] = path_field(
+    file: Paths = path_field(
         "JSON list, JSON lines, CSV or Parquet: reference, target, captions (or caption), optional group or "
         "CIRR's img_set; several files are joined"
     )
     join: bool = Field(
         False, description="of a row's two captions also both in one text, in either order, as FashionIQ's literature trains"
     )
-
-    @property
-    def files(self) -> list[str]:
-        """The files, one or several."""
-        return _listed(self.file)
 
 
 class CaptionsConfig(Section):

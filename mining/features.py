@@ -223,13 +223,6 @@ def mineable_ids(output: Output, mineable: Output | None) -> dict[str, np.ndarra
     return {name: ids[np.isin(ids, free[name])] for name, ids in parts.items()}
 
 
-def drawn_vectors(output: Output, mean: np.ndarray, mineable: Output | None, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `unit_vectors`, of at most `count` images, always the same ones."""
-    ids, vectors = unit_vectors(output, mean, mineable)
-    rows = np.sort(np.random.default_rng(0).choice(len(ids), min(count, len(ids)), replace=False))
-    return ids[rows], vectors[rows]
-
-
 def unit_vectors(output: Output, mean: np.ndarray, mineable: Output | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(image ids int64 [n], float32 [n, dim]) of a gallery's plain view: tokens averaged, less `mean`, of norm 1.
 

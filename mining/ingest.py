@@ -41,11 +41,6 @@ class Ingest(Stage):
     table = "dataset"
     max_reject_fraction: Limit
 
-    @property
-    def reject_limit(self) -> float:
-        """As the config says."""
-        return self.max_reject_fraction
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class IngestGallery(Ingest):
@@ -61,7 +56,7 @@ class IngestGallery(Ingest):
 
     def work(self, output: Output, run: Run) -> None:
         """Check every image. Raises UserError when the source is missing or empty."""
-        self.write(output, run, GalleryConfig(images=self.images.path, split=[split.path for split in self.splits] or None))
+        self.write(output, run, GalleryConfig(images=self.images.path, split=[split.path for split in self.splits]))
 
     def write(self, output: Output, run: Run, config: GalleryConfig) -> None:
         """Check the images that `config` lists, and write the gallery table."""

@@ -1,7 +1,7 @@
 """What the embeddings of an earlier state of a gallery spare the next: an image that is the same is not embedded again."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,18 +44,15 @@ class Earlier:
 
 def open_earlier(embeddings: Output, gallery: Output) -> Earlier:
     """Finished embeddings and their gallery, whose parts' first and last keys are read from their footers."""
-    return Earlier(embeddings, gallery, tuple(_ranges(gallery)))
-
-
-def _ranges(gallery: Output) -> Iterator[tuple[str, str, str]]:
-    key = tables.GALLERY.get_field_index("key")
+    ranges, key = [], tables.GALLERY.get_field_index("key")
     for part in gallery.parts():
         with gallery.open_parquet(part) as file:
             footer = file.metadata
         found = [footer.row_group(i).column(key).statistics for i in range(footer.num_row_groups)]
         groups = [statistics for statistics in found if statistics is not None and statistics.has_min_max]
         if groups:
-            yield part, min(group.min for group in groups), max(group.max for group in groups)
+            ranges.append((part, min(group.min for group in groups), max(group.max for group in groups)))
+    return Earlier(embeddings, gallery, tuple(ranges))
 
 
 def _hashes(images: pa.Table) -> dict[int, str]:

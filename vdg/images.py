@@ -1,6 +1,6 @@
 """Images as pixels, for backbones that see with their own image tower."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,12 +67,11 @@ class DecodedImages:
 
     def take(self, image_ids: np.ndarray, views: np.ndarray) -> list[Image.Image]:
         """RGB images: view 0 is plain, any other a random crop that follows from (image_id, view)."""
-        return list(self._views(image_ids.tolist(), views.tolist()))
-
-    def _views(self, image_ids: list[int], views: list[int]) -> Iterator[Image.Image]:
-        for image_id, view in zip(image_ids, views, strict=True):
+        taken = []
+        for image_id, view in zip(image_ids.tolist(), views.tolist(), strict=True):
             image = decode(self._encoded[image_id])
-            yield image if view == 0 else _random_crop(image, np.random.default_rng((image_id, view)))
+            taken.append(image if view == 0 else _random_crop(image, np.random.default_rng((image_id, view))))
+        return taken
 
 
 ImageSource = Features | Images  # where a generator's images come from

@@ -1,6 +1,6 @@
 """The stage instruct (stage 2): projection and LoRA learn to write the delta of a triplet (paper, Algorithm 2)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -53,7 +53,8 @@ class Instruct(Stage):
         images = images_of(run, self.embeddings, self.galleries, self.center, self.instruct.crop)
         require_rows(triplets, "triplets")
         images.check(tables.images_of(triplets.read_parts(tables.TRIPLETS)), f"instruct.triplets ({triplets.uri})")
-        description = describe("instruct", images, self.vdg, _deltas(triplets))
+        deltas = chain.from_iterable(triplets.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist())
+        description = describe("instruct", images, self.vdg, deltas)
         write_description(output, description, images)
         aligned = run.output(self.aligned) if self.aligned else None
         if aligned is not None:
@@ -61,10 +62,6 @@ class Instruct(Stage):
         task = InstructTask(images, triplets, aligned, description, self.instruct)
         train(output, task, self.instruct.training, self.seed, self.resources, run.monitor, run.groups)
         output.write_json(WARNINGS, unlearned(output))
-
-
-def _deltas(triplets: Output) -> Iterator[str]:
-    return chain.from_iterable(triplets.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist())
 
 
 def _check_aligned(aligned: Description, now: Description) -> None:
@@ -158,13 +155,11 @@ class InstructTask:
         from vdg.backbones.base import IGNORED
 
         total, tokens = 0.0, 0
-        for batch in self._validation_batches():
+        for first in range(0, len(self._validation), VALIDATION_BATCH):
+            chosen = self._validation.slice(first, VALIDATION_BATCH)
+            plain, deltas = np.zeros(2 * len(chosen), np.int64), [texts[0] for texts in chosen["deltas"].to_pylist()]
+            batch = self._pairs(chosen, plain, deltas)
             count = int((batch["targets"] != IGNORED).sum())
             total += float(module({name: value.to(device) for name, value in batch.items()})["loss"]) * count
             tokens += count
         return {"negative_val_loss": -total / tokens} if tokens else {}
-
-    def _validation_batches(self) -> Iterator["Batch"]:
-        for first in range(0, len(self._validation), VALIDATION_BATCH):
-            chosen = self._validation.slice(first, VALIDATION_BATCH)
-            yield self._pairs(chosen, np.zeros(2 * len(chosen), np.int64), [t[0] for t in chosen["deltas"].to_pylist()])

@@ -66,12 +66,10 @@ class Circo(Benchmark):
         first = np.array([query.targets[0] for query in self.queries])
         is_first = np.stack(ranking["image_ids"].to_numpy()) == first[:, None]
         found = {f"R@{k}": is_first[:, :k].any(axis=1).astype(np.float64) for k in KS}
-        return {"": precision | found | self._by_aspect(precision["mAP@10"]) | reference_first(ranking)}
-
-    def _by_aspect(self, values: np.ndarray) -> Figures:
         names = sorted({name for aspects in self.aspects for name in aspects})
         has = {name: np.array([name in aspects for aspects in self.aspects]) for name in names}
-        return {f"mAP@10 {name}": values[chosen] for name, chosen in has.items()}
+        by_aspect = {f"mAP@10 {name}": precision["mAP@10"][chosen] for name, chosen in has.items()}
+        return {"": precision | found | by_aspect | reference_first(ranking)}
 
     def descriptions(self) -> dict[str, str]:
         """Of the one protocol."""

@@ -104,16 +104,6 @@ def _split(folder: str, category: str, part: Split) -> list[str]:
     return content
 
 
-def captions(part: Part) -> list[str]:
-    """Those of train tell which queries of val are clean."""
-    return [f"captions/cap.{category}.{split}.json" for category in CATEGORIES for split in ("train", "val")]
-
-
-def splits(part: Split) -> list[str]:
-    """One a category."""
-    return [f"image_splits/split.{category}.{part}.json" for category in CATEGORIES]
-
-
 def load(folder: str, part: Part = "val", remove_reference: bool | None = None) -> FashionIq:
     """The queries of val of all three categories. The reference stays in the ranking unless `remove_reference`."""
     rows = {c: read_rows(f"{folder}/captions/cap.{c}.val.json", _Row, VAL_QUERIES[c]) for c in CATEGORIES}
@@ -146,4 +136,10 @@ def _query(key: str, category: str, row: _Row) -> Query:
     return Query(key, own, image_id(row.candidate), joined(row.captions), targets, gallery=category)
 
 
-FASHIONIQ = Official(captions, splits, names, load)
+FASHIONIQ = Official(
+    # captions of train tell which queries of val are clean
+    lambda part: [f"captions/cap.{category}.{split}.json" for category in CATEGORIES for split in ("train", "val")],
+    lambda part: [f"image_splits/split.{category}.{part}.json" for category in CATEGORIES],
+    names,
+    load,
+)

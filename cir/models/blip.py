@@ -18,19 +18,6 @@ FIRST_TEMPERATURE = 0.07
 TEMPERATURES = (0.001, 0.5)
 
 
-class DeltaTokenizer:
-    """The tokenizer that comes with BLIP's weights. Raises UserError when none does."""
-
-    def __init__(self, tower: TowerConfig) -> None:
-        assert tower.weights is not None
-        self.tokenizer = tokenizer_of(tower.weights)
-        self.padding: int = self.tokenizer.pad_token_id
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        """Tokens int64 [len(texts), length], padded to the longest text and cut at 32."""
-        return tokens_of(self.tokenizer, texts, MAX_LENGTH)
-
-
 class BlipRetrieval(Retrieval):
     """Query c = normalise(W_t CLS(text encoder(delta | patches of the reference))), target x = normalise(W_v CLS(ViT(target))).
 
@@ -43,7 +30,7 @@ class BlipRetrieval(Retrieval):
         from transformers import BlipForImageTextRetrieval
 
         assert tower.weights is not None
-        self.config, self.tokenizer = config, DeltaTokenizer(tower)
+        self.config, self.tokenizer = config, tokenizer_of(tower.weights)
         self.blip: Any = BlipForImageTextRetrieval.from_pretrained(dtype=torch.float32, **source_of(tower.weights))
         self.blip.requires_grad_(False)
         for trained in (self.blip.text_encoder, self.blip.text_proj):
@@ -52,8 +39,8 @@ class BlipRetrieval(Retrieval):
         self.temperature = nn.Parameter(torch.tensor([FIRST_TEMPERATURE])) if config.learns_temperature else None
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
-        """As `DeltaTokenizer`."""
-        return self.tokenizer(texts)
+        """Tokens int64 [len(texts), length], padded to the longest text and cut at 32."""
+        return tokens_of(self.tokenizer, texts, MAX_LENGTH)
 
     def compose(self, reference: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Queries float32 [B, dim] of norm 1, of pixels and tokens int64 [B, length]."""
@@ -88,7 +75,7 @@ class BlipRetrieval(Retrieval):
         return functional.normalize(self.blip.vision_proj(patches[:, 0]).float(), dim=-1)
 
     def _compose(self, patches: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        states = self._read(patches, text, text != self.tokenizer.padding)
+        states = self._read(patches, text, text != self.tokenizer.pad_token_id)
         return functional.normalize(self.blip.text_proj(states[:, 0]).float(), dim=-1)
 
     def _read(self, patches: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -116,7 +103,7 @@ class BlipRetrieval(Retrieval):
     def _match(self, patches: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Logits [B, 2] of "do not match" and "match": the head's, averaged over the text's tokens but for CLS, which no
         token sees here."""
-        mask = text != self.tokenizer.padding
+        mask = text != self.tokenizer.pad_token_id
         mask[:, 0] = False
         logits = self.blip.itm_head(self._read(patches, text, mask)).float()
         return (logits * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)

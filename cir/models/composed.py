@@ -101,9 +101,9 @@ FUSIONS: dict[str, Callable[[VariantConfig, int, int], nn.Module]] = {
 }
 
 
-def check_widths(dim: int, text_width: int) -> None:
-    """Raises UserError when the Combiner cannot join towers of these widths."""
-    if dim != text_width:
+def check_widths(dim: int, text_width: int | None) -> None:
+    """Raises UserError when the Combiner cannot join towers of these widths; None: not known yet."""
+    if text_width not in (None, dim):
         raise UserError(
             f"train.fusion: the combiner needs image and text features of one width, found {dim} and {text_width}; "
             "use the two towers of one model, or fusion: residual"

@@ -10,6 +10,7 @@ from cir.config import VariantConfig
 from cir.tasks.triplets import TripletTask
 from mining.config import TowerConfig
 from mining.features import Pixels
+from mining.pretrained import tokenizer_of, tokens_of
 
 
 class BlipTask(TripletTask):
@@ -32,10 +33,9 @@ class BlipTask(TripletTask):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from cir.models.blip import DeltaTokenizer
-
         assert self.features.online is not None
-        return DeltaTokenizer(self.features.online.tower)
+        assert self.features.online.tower.weights is not None
+        return tokenizer_of(self.features.online.tower.weights)
 
     def build(self) -> Any:
         """BLIP whole, its frozen parts included."""
@@ -54,4 +54,6 @@ class BlipTask(TripletTask):
         return self._plain(image_ids)
 
     def _text(self, texts: list[str]) -> Any:
-        return self._tokenizer(texts)
+        from cir.models.blip import MAX_LENGTH
+
+        return tokens_of(self._tokenizer, texts, MAX_LENGTH)

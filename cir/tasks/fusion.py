@@ -12,7 +12,7 @@ from cir.tasks.triplets import Gallery, TripletTask
 from cluster.config import content_of
 from cluster.manifest import digest_of
 from mining.embeddings import INFO
-from mining.features import ORIGIN, FeatureSource, drawn_vectors
+from mining.features import ORIGIN, FeatureSource, unit_vectors
 from mining.scratch import shared
 
 
@@ -71,8 +71,12 @@ class FusionTask(TripletTask):
         return module
 
     def _unlabelled(self, gallery: Gallery) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and unit vectors of as many images as the loss asks for, always the same ones."""
         mean = self.features.mean if self.config.center else ORIGIN
-        return drawn_vectors(gallery.embeddings, mean, gallery.mineable, self.config.loss.unlabelled)
+        ids, vectors = unit_vectors(gallery.embeddings, mean, gallery.mineable)
+        count = min(self.config.loss.unlabelled, len(ids))
+        rows = np.sort(np.random.default_rng(0).choice(len(ids), count, replace=False))
+        return ids[rows], vectors[rows]
 
     def _drawn(self, image_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self._taken(image_ids, self._source.draw_views(len(image_ids), rng))

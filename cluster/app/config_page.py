@@ -81,14 +81,10 @@ def _table(place: str, section: Schema, links: dict[str, str], said: dict[str, s
     lines += ["| field | kind | default | what it is |", "|---|---|---|---|"]
     for name, field in section["properties"].items():
         text = field.get("description") or said[next(_references(field))[1]]
+        text = re.sub(r"([|*<>])", r"\\\1", re.sub(r"\bNone\b", "null", text))  # a cell, in YAML's words
         default = "" if name in section.get("required", []) else _default(field)
-        lines.append(f"| `{name}` | {_kind(field, links)} | {default} | {_escaped(text)} |")
+        lines.append(f"| `{name}` | {_kind(field, links)} | {default} | {text} |")
     return "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    """As a cell of a table, in which YAML's word stands for Python's None."""
-    return re.sub(r"([|*<>])", r"\\\1", re.sub(r"\bNone\b", "null", text))
 
 
 def _default(field: Schema) -> str:
@@ -105,19 +101,15 @@ def _kind(field: Schema, links: dict[str, str]) -> str:
         return f"[{place}](#{place.replace('.', '').lower()})"
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    if "prefixItems" in field:
+        return f"{len(field['prefixItems'])} x {_kind(field['prefixItems'][0], links)}"
     if field.get("type") == "array":
-        return _array(field, links)
+        return f"list of {_kind(field['items'], links)}"
     if field.get("type") == "object":
         values = _values(field)
         return f"name -> {_kind(values, links)}" if values else "fields"
     limits = [f"{word} {field[bound]}" for bound, word in BOUNDS.items() if bound in field]
     return ", ".join([field.get("type", "any value"), *limits])
-
-
-def _array(field: Schema, links: dict[str, str]) -> str:
-    if "prefixItems" in field:
-        return f"{len(field['prefixItems'])} x {_kind(field['prefixItems'][0], links)}"
-    return f"list of {_kind(field['items'], links)}"
 
 
 if __name__ == "__main__":

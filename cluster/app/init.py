@@ -36,6 +36,7 @@ def write_config(folder: Path, images: str, triplets: str, queries: str | None, 
     if path.exists() or folder.is_file():
         raise UserError(f"{path if path.exists() else folder}: already exists; remove it or choose another folder")
     known = _images(images)
+    names = {image: name for name, image in known.items()}
     files, rows = {"labelled": _absolute(triplets)}, {"labelled": _triplets("--triplets", triplets, known)}
     written: dict[str, Any] = {}
     if queries is not None:
@@ -43,8 +44,11 @@ def write_config(folder: Path, images: str, triplets: str, queries: str | None, 
     else:
         rows["labelled"], rows["queries"] = hold_out(rows["labelled"], triplets)
         for name, part in rows.items():
-            files[name], written[f"{name}.json"] = f"{name}.json", _as_file(part, known)
-    names = {image: name for name, image in known.items()}
+            files[name] = f"{name}.json"
+            written[files[name]] = [
+                {"reference": names[row["reference_id"]], "target": names[row["target_id"]], "captions": row["deltas"]}
+                for row in part
+            ]
     written["held-out.json"] = sorted(names[image] for image in _images_of(rows["queries"]))
     if captions is not None:
         _usable(captions, *read_captions(captions, known, None))
@@ -126,13 +130,6 @@ def _components(rows: list[_Row]) -> list[list[_Row]]:
 
 def _images_of(rows: list[_Row]) -> set[int]:
     return {row[role] for row in rows for role in ("reference_id", "target_id")}
-
-
-def _as_file(rows: list[_Row], known: Mapping[str, int]) -> list[_Row]:
-    names = {image: name for name, image in known.items()}
-    return [
-        {"reference": names[row["reference_id"]], "target": names[row["target_id"]], "captions": row["deltas"]} for row in rows
-    ]
 
 
 def _tell(labelled: list[_Row], queries: list[_Row], held_out: list[str]) -> None:

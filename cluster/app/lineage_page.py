@@ -1,8 +1,6 @@
 """A lineage drawn as one HTML page: a column for each step from the sources, an arrow from each output to what it made."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.app.report import environment
 from cluster.app.report.plots import PALETTE
@@ -43,7 +41,7 @@ def page(lineage: Lineage, shown: dict[str, Made], asked: set[str], root: str) -
             box_height=HEIGHT,
             arrows=arrows,
             boxes=list(boxes.values()),
-            rows=[_row(lineage, box.made) for box in sorted(boxes.values(), key=lambda box: (box.x, box.y))],
+            rows=[(box.made, lineage.above(box.made)) for box in sorted(boxes.values(), key=lambda box: (box.x, box.y))],
             palette=PALETTE,
         )
     )
@@ -73,17 +71,3 @@ def _curve(start: Box, end: Box) -> str:
     (x0, y0), (x1, y1) = (start.x + WIDTH, start.y + HEIGHT // 2), (end.x, end.y + HEIGHT // 2)
     middle = (x0 + x1) // 2
     return f"M{x0} {y0}C{middle} {y0} {middle} {y1} {x1} {y1}"
-
-
-def _row(lineage: Lineage, made: Made) -> dict[str, Any]:
-    manifest: Mapping[str, Any] = made.manifest or {}
-    return {
-        "name": made.name,
-        "instance": made.instance,
-        "digest": made.digest,
-        "rows": made.rows.removesuffix(" rows"),
-        "whose": made.whose,
-        "seconds": f"{manifest['seconds']:,.1f}" if "seconds" in manifest else "",
-        "commit": manifest.get("code", {}).get("commit", "")[:9],
-        "parents": lineage.above(made),
-    }

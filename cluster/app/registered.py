@@ -31,12 +31,12 @@ class Registered:
 
         Raises BadImage for what is no image.
         """
-        return np.stack([self._vector(image, text) for image, text in zip(table["image"], table["text"], strict=True)])
-
-    def _vector(self, image: str | bytes, text: Any) -> np.ndarray:
-        decoded = decode(image if isinstance(image, bytes) else Path(image).read_bytes())
-        has_text = isinstance(text, str) and text  # pandas has several ways to say that there is none
-        return self.model.query(decoded, text) if has_text else self.model.images([decoded])[0]
+        vectors = []
+        for image, text in zip(table["image"], table["text"], strict=True):
+            decoded = decode(image if isinstance(image, bytes) else Path(image).read_bytes())
+            has_text = isinstance(text, str) and text  # pandas has several ways to say that there is none
+            vectors.append(self.model.query(decoded, text) if has_text else self.model.images([decoded])[0])
+        return np.stack(vectors)
 
 
 def _load_pyfunc(path: str) -> Registered:

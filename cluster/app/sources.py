@@ -39,7 +39,7 @@ class Sources:
         source, field = self.ingest.galleries[name], f"ingest.galleries.{name}"
         images = Source(f"{field}.images", source.images, kept=not source.copy_images)
         without = None if source.without is None else Source(f"{field}.without", source.without)
-        splits = _each(f"{field}.split", source.splits)
+        splits = _each(f"{field}.split", source.split)
         return self._once(IngestGallery(name=name, images=images, splits=splits, without=without, **self._checks))
 
     @property
@@ -77,7 +77,7 @@ class Sources:
             source, field = TripletsConfig(gallery="evaluate", file=self.evaluate.triplets), "evaluate.triplets"
         else:
             source, field = self.ingest.triplets[name], f"ingest.triplets.{name}.file"
-        gallery, files = self.gallery(source.gallery), _each(field, source.files)
+        gallery, files = self.gallery(source.gallery), _each(field, source.file)
         limit = self.limit
         return self._once(IngestTriplets(name=name, gallery=gallery, files=files, join=source.join, max_reject_fraction=limit))
 

@@ -67,25 +67,12 @@ def log_output(client: MlflowClient, experiment: str, run_id: str, stage: Stage,
             client.log_outputs(run_id, [LoggedModelOutput(model, 0)])
 
 
-def register(client: MlflowClient, experiment: str, stage: Stage, root: str, alias: str) -> None:
-    """A model as a version of the registered model `<experiment>.<model>`; the alias `run-<alias>` is moved to it.
+def register(client: MlflowClient, experiment: str, stage: Stage, root: str, as_: str, alias: str) -> None:
+    """A model as a version of the registered model `<experiment>.<as_>`, made where none has its digest; the alias moves to it.
 
     MLflow keeps aliases such as `latest` and `v2` for itself. The version's source is the logged model: a server refuses
     folders of its own machine. The URI is in a tag.
     """
-    name, version = _registered(client, experiment, stage, root, stage.name)
-    client.set_registered_model_alias(name, re.sub(r"[^\w-]", "-", f"run-{alias}"), version)
-
-
-def recommend(client: MlflowClient, experiment: str, stage: Stage, root: str, run: str) -> None:
-    """A run's recommended model as a version of the registered model `<experiment>.<run>`; the alias `recommended` is moved
-    to it."""
-    name, version = _registered(client, experiment, stage, root, run)
-    client.set_registered_model_alias(name, "recommended", version)
-
-
-def _registered(client: MlflowClient, experiment: str, stage: Stage, root: str, as_: str) -> tuple[str, str]:
-    """A registered model's name and its version with this digest, made where there is none."""
     name = _registered_name(client, experiment, as_)
     try:
         client.create_registered_model(name)
@@ -97,7 +84,7 @@ def _registered(client: MlflowClient, experiment: str, stage: Stage, root: str, 
         model = _logged_model(client, experiment, stage, root)
         tags = _identity(stage, root)
         known = [client.create_model_version(name, f"models:/{model}", tags=tags, model_id=model).version]
-    return name, known[0]
+    client.set_registered_model_alias(name, re.sub(r"[^\w-]", "-", alias), known[0])
 
 
 def _registered_name(client: MlflowClient, experiment: str, name: str) -> str:

@@ -68,13 +68,16 @@ class Tracker:
         with said(uri):
             self.client = connect(uri)
             self.experiment = self._experiment(experiment)
-            self.parent = (self._last_parent() if again else None) or self._open_parent(hidden(config))
+            last = self.find(f"tags.`vdg.run` = '{name}'") if again else None
+            self.parent = last or self._open_parent(hidden(config))
 
     def _experiment(self, name: str) -> str:
         """The id of the experiment, which is made where there is none."""
         try:
             if self.client.get_experiment_by_name(name) is None:
-                return self.client.create_experiment(name, _artifacts_beside(self.uri), KIND)
+                path = sqlite_file(self.uri)  # whose artifacts go beside it, not where the command runs; a server has a place
+                beside = (path.parent / "mlartifacts").as_uri() if path is not None else None
+                return self.client.create_experiment(name, beside, KIND)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver has made it meanwhile
                 raise
@@ -96,9 +99,6 @@ class Tracker:
             self.close(parent, "FAILED")
             raise
         return parent
-
-    def _last_parent(self) -> str | None:
-        return self.find(f"tags.`vdg.run` = '{self.name}'")
 
     def find(self, condition: str) -> str | None:
         """Id of the latest run of the experiment for which a condition holds."""
@@ -152,7 +152,7 @@ class Tracker:
     @_tolerant
     def recommend(self, stage: Stage, root: str) -> None:
         """The model of the whole run that is to be used."""
-        records.recommend(self.client, self.experiment, stage, root, self.name)
+        records.register(self.client, self.experiment, stage, root, self.name, "recommended")
 
     @_tolerant
     def keep(self, name: str, text: str) -> None:
@@ -170,12 +170,6 @@ class Tracker:
             self.close(run_id, "KILLED")
         self.client.log_batch(self.parent, metrics=records.metrics(metrics, 0))
         self.close(self.parent, status)
-
-
-def _artifacts_beside(uri: str) -> str | None:
-    """Where a SQLite store's artifacts go: beside it, not in whatever folder the command runs. A server has its own place."""
-    path = sqlite_file(uri)
-    return (path.parent / "mlartifacts").as_uri() if path is not None else None
 
 
 class StageRun(Monitor):
@@ -248,7 +242,7 @@ class StageRun(Monitor):
         records.log_missing_metrics(client, self.run_id, [{"step": 0, **counts}, *reports])
         records.log_output(client, tracker.experiment, self.run_id, stage, self.root)
         if stage.model:
-            records.register(client, tracker.experiment, stage, self.root, tracker.name)
+            records.register(client, tracker.experiment, stage, self.root, stage.name, f"run-{tracker.name}")
         client.set_tag(self.run_id, COMPLETE, "yes")
         tracker.close(self.run_id, "FINISHED")
 

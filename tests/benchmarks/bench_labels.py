@@ -67,7 +67,7 @@ def trained(config: RunConfig, files: dict[str, str], seeds: list[int]) -> Graph
     labelled, content = config.train.triplets, config.model_dump(mode="json")
     source, variant = content["ingest"]["triplets"][labelled], content["train"]["variants"]["supervised"]
     content["ingest"]["triplets"] |= {
-        n: source | {"file": [*config.ingest.triplets[labelled].files, f]} for n, f in files.items()
+        n: source | {"file": [*config.ingest.triplets[labelled].file, f]} for n, f in files.items()
     }
     content["train"]["variants"] = {"supervised": variant} | {name: variant | {"triplets": name} for name in files}
     content["train"]["seeds"], content["name"] = seeds, f"{config.name}-labels"

@@ -39,16 +39,9 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def generate(self, batch: Batch, config: GenerateConfig, seed: int) -> tuple[list[str], list[float]]:
-        """Deltas of B pairs and their scores.
+        """Deltas of the B pairs of a batch of `Inputs`, which may be empty, and of each a log-probability (nats).
 
-        Args:
-            batch: of the backbone's `Inputs`, without deltas.
-            config: how to decode.
-            seed: of the sampling; with `config.greedy` it has no effect.
-
-        Returns:
-            B texts, which may be empty, and of each a log-probability (nats) under the model's own distribution: before
-            temperature and top-k.
+        The latter under the model's own distribution: before temperature and top-k. `seed`: of the sampling.
         """
 
     def merge(self) -> None:

@@ -1,11 +1,7 @@
 """A backbone without a language model: it chooses a delta among the labelled ones.
 
-It departs from the paper, which writes with LLaMA. On the bundled photos, with 800 labelled triplets, SmolLM2-135M writes a
-right delta for 6 to 50 % of the pairs; of random pairs the chooser is right on half, and on about 90 % of the quarter that
-its own score and a retrieval model's round trip rate highest. With 8,000 of those, R@1 is 2.1 points above a supervised
-model of as many steps with two views an image, and 1.2 with five (standard errors 0.5 and 0.6 over six seeds of training,
-one generator each). It trains in 20 seconds on two cores. What no label says it cannot say: it suits narrow domains, where
-deltas repeat.
+It departs from the paper, which writes with LLaMA (docs/method.md says what it gains). What no label says it cannot say: it
+suits narrow domains, where deltas repeat.
 """
 
 from collections.abc import Sequence

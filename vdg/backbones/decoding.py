@@ -28,17 +28,11 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, common: Tensor, rest: Tensor, config: GenerateConfig, seed: int) -> tuple[Tensor, Tensor]:
-        """Tokens after B prompts, until all have ended.
+        """Tokens int64 [B, N] after B prompts, N at most `max_new_tokens`, and their log-probabilities float32 (nats).
 
-        Args:
-            common: ids int64 [1, C] that all prompts begin with; C may be 0.
-            rest: embeddings [B, T, width] of what follows.
-            config: how to decode.
-            seed: of the sampling. What is drawn for a row depends on neither the others nor on when they end.
-
-        Returns:
-            Ids int64 [B, N], N at most `max_new_tokens`, and their log-probabilities float32 (nats) under the model's own
-            distribution. After its `end` a row holds anything.
+        The latter under the model's own distribution; after its `end` a row holds anything. All prompts begin with the ids
+        `common` int64 [1, C], C may be 0; `rest` are embeddings [B, T, width] of what follows. What is drawn for a row
+        depends on neither the others nor on when they end.
         """
         rows = torch.arange(self._places(len(rest)), device=rest.device)  # of the batch, in the order of the cache's
         ended = rows >= len(rest)

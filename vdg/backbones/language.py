@@ -49,7 +49,8 @@ class LanguageBackbone(Backbone):
         End of text is one of them.
         """
         ids, scores = self.decode(batch, config, seed)
-        lengths = _lengths(ids, self.tokenizer.eos_token_id)
+        ended = (ids == self.tokenizer.eos_token_id).int()
+        lengths = torch.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1])  # of the generated tokens, end of text included
         texts = [clean(self.tokenizer, row[:length]) for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
         spoken = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
         return texts, (scores.where(spoken, 0).sum(1) / lengths).tolist()
@@ -95,9 +96,3 @@ def lora_config(config: VdgConfig, targets: list[str] | str) -> LoraConfig:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-
-
-def _lengths(ids: Tensor, end: int) -> Tensor:
-    """Number of generated tokens [B] of ids [B, T], end of text included."""
-    ended = (ids == end).int()
-    return torch.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1])

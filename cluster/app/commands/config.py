@@ -3,7 +3,7 @@
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
@@ -41,17 +41,12 @@ def init(
 @app.command()
 def schema() -> None:
     """The JSON Schema of a config file, for editors that complete and check YAML."""
-    print(json.dumps(_schema_of_files(), indent=1))
-
-
-def _schema_of_files() -> dict[str, Any]:
-    """That of a run's config, but a file may leave to others what it extends."""
     schema = configs.RunConfig.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
-        section.pop("required", None)
+        section.pop("required", None)  # a file may leave to others what it extends
     said = "presets or files that this one is put over: a name, a path, or a list of them"
     names = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "description": said}
-    return schema | {"properties": {"extends": names} | schema["properties"]}
+    print(json.dumps(schema | {"properties": {"extends": names} | schema["properties"]}, indent=1))
 
 
 @app.command()

@@ -42,12 +42,7 @@ def _of_config(config: str, assignments: list[str]) -> list[Finding]:
     """Of the machine, and of what the config's stages would stumble over."""
     graph = graph_of(config, assignments)
     wanted = Setting(graph.root, tracking_uri(graph.config), graph.config.resources.ray.address)
-    wrong = [Finding(field, "blocker", *_halves(problem)) for field, problem in problems(graph.config, graph.stages).items()]
+    halves = {field: problem.rpartition("; ") for field, problem in problems(graph.config, graph.stages).items()}
+    wrong = [Finding(field, "blocker", found or rest, rest if found else "") for field, (found, _, rest) in halves.items()]
     whole = Finding(graph.config.name, "ok", f"the files and models of its {len(graph.stages)} stages are there")
     return [*examine(wanted), *(wrong or [whole])]
-
-
-def _halves(problem: str) -> tuple[str, str]:
-    """What was found, and what to do."""
-    found, mark, advice = problem.rpartition("; ")
-    return (found, advice) if mark else (problem, "")

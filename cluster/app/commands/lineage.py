@@ -102,8 +102,7 @@ def export(
     assignments: Set = [],  # noqa: B006
 ) -> None:
     """A trained model as PEFT adapter or safetensors, with a model card; says what needs this package."""
-    found = Lineage(_root(place, assignments)[0])
-    for note in write(found, _one(found, _named(place, assignments, model)), folder):
+    for note in write(*_model(place, assignments, model), folder):
         console.print(note)
     console.print(f"exported to {folder}")
 
@@ -125,8 +124,7 @@ def push(
         validate_repo_id(repository)
     except HFValidationError as error:
         raise UserError(f"{repository}: {error}; give owner/name") from error
-    found = Lineage(_root(place, assignments)[0])
-    made = _one(found, _named(place, assignments, model))
+    found, made = _model(place, assignments, model)
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / repository.rpartition("/")[2]
         write(found, made, exported)
@@ -142,23 +140,20 @@ def push(
     console.print(f"{made.name} is in {repository}")
 
 
-def _named(place: str, assignments: list[str], model: str) -> str:
-    """The digest of a config's recommended model where it is asked for. Raises UserError where there is none."""
-    if model != "recommended":
-        return model
-    if "://" in place or Path(place).is_dir():
-        raise UserError("recommended: a root may hold several runs; give the config of one, or the model's name")
-    graph = graph_of(place, assignments)
-    return graph.models[Run(graph).recommended].digest
-
-
-def _one(lineage: Lineage, model: str) -> Made:
+def _model(place: str, assignments: list[str], model: str) -> tuple[Lineage, Made]:
+    """The one output of a name, or a config's recommended model. Raises UserError where there is none, or several."""
+    if model == "recommended":
+        if "://" in place or Path(place).is_dir():
+            raise UserError("recommended: a root may hold several runs; give the config of one, or the model's name")
+        graph = graph_of(place, assignments)
+        model = graph.models[Run(graph).recommended].digest
+    lineage = Lineage(_root(place, assignments)[0])
     made = lineage.find(model)
     if len(made) != 1:
         names = ", ".join(one.name for one in made) or "none"
         where = Output(lineage.root).uri
         raise UserError(f"{model}: expected one finished output below {where}, found {names}; give its digest")
-    return made[0]
+    return lineage, made[0]
 
 
 def _root(place: str, assignments: list[str]) -> tuple[str, str | None]:

@@ -45,7 +45,7 @@ def search(
     """The photos of the evaluate section's gallery that a photo and a text ask for, as the run's models rank them."""
     if html is not None and not html.absolute().parent.is_dir():
         raise UserError(f"--html {html}: its folder does not exist; make it")
-    run = open_run(config, assignments)
+    run = Run(graph_of(config, assignments))
     reference = run.reference(image)
     found = {name: run.hits(run.searcher.search(name, reference, text, top)) for name in run.chosen(models)}
     if as_json:
@@ -55,11 +55,6 @@ def search(
     if html is not None:
         html.write_text(_page(run, image, text, found))
         console.print(f"drawn in {html}")
-
-
-def open_run(config: str, assignments: list[str]) -> Run:
-    """A finished run. Raises UserError."""
-    return Run(graph_of(config, assignments))
 
 
 def _show(found: Mapping[str, list[Hit]]) -> None:
@@ -107,7 +102,7 @@ def serve(
     from cluster.app.serve.local import local_app, read_token, serve_forever
 
     token = read_token(host, token_file)
-    run = open_run(config, assignments)
+    run = Run(graph_of(config, assignments))
     app = local_app(run, run.served(models), [host, *names], token, author or getpass.getuser())
     serve_forever(app, host, port, token)
 
@@ -119,7 +114,7 @@ def labels(
     assignments: Set = [],  # noqa: B006
 ) -> None:
     """What people said on the page of `vdg serve`: of the generator's deltas, and of search results."""
-    run = open_run(config, assignments)
+    run = Run(graph_of(config, assignments))
     if action == "list":
         for label in Store(run).last().values():
             print(json.dumps(label, ensure_ascii=False))

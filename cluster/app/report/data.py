@@ -57,7 +57,7 @@ class Report:
     """Everything on the page. `images` maps an image id to a JPEG data URI."""
 
     name: str
-    date: datetime
+    date: datetime  # when the run's last stage was finished, in UTC
     results: Results
     mined: Mined | None
     generated: Generated | None
@@ -77,11 +77,12 @@ def collect(graph: Graph) -> Report:
     run = FinishedRun(graph)
     results = _results(run)
     mined, generated, retrieval = collect_mined(run), collect_generated(run, results), collect_retrieval(run, results)
-    recommended = recommend(graph)
+    recommended, evaluation = recommend(graph), graph.output(graph.evaluation)
+    system, _ = filesystem(evaluation.uri)
     shown = [image for section in (mined, generated, retrieval) if section for image in section.image_ids()]
     return Report(
         name=run.config.name,
-        date=_finished(graph.output(graph.evaluation)),
+        date=system.get_file_info(evaluation.path(MANIFEST)).mtime or datetime.now(UTC),
         results=results,
         mined=mined,
         generated=generated,
@@ -141,12 +142,6 @@ def _curve(name: str, logs: list[dict[int, dict[str, float]]], metric: str) -> C
     """Mean over the models at the steps that all of them report."""
     steps = sorted(set.intersection(*({step for step, point in log.items() if metric in point} for log in logs)))
     return Curve(name, np.array(steps), np.array([np.mean([log[step][metric] for log in logs]) for step in steps]))
-
-
-def _finished(evaluation: Output) -> datetime:
-    """When the run's last stage was finished, in UTC."""
-    system, _ = filesystem(evaluation.uri)
-    return system.get_file_info(evaluation.path(MANIFEST)).mtime or datetime.now(UTC)
 
 
 def _command(config: RunConfig) -> str:
