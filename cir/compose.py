@@ -10,7 +10,7 @@ from cir.tasks import TASKS
 from cir.train import MODEL
 from cluster.artifacts import Output
 from mining.config import TowerConfig, ViewsConfig
-from mining.features import Features, Online, Pixels, centred, read_mean
+from mining.features import AugmentedViews, Features, Online, centred, read_mean
 
 if TYPE_CHECKING:
     from cir.models.retrieval import Retrieval
@@ -79,7 +79,7 @@ class Composer:
         """What gives the model's plain inputs of some of these images."""
         if self.takes_pixels:
             tower = TowerConfig.model_validate(self.model.read_json(MODEL)["tower"])
-            pixels = Pixels(Online((self.gallery,), tower, ViewsConfig()), image_ids)
+            pixels = AugmentedViews(Online((self.gallery,), tower, ViewsConfig()), image_ids)
             return lambda ids: pixels.take(ids, np.zeros(len(ids), np.int64))
         source = Features(self.embeddings).open_plain(image_ids)
         return lambda ids: self.prepare(source.take(ids, np.zeros(len(ids), np.int64))[:, 0])

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from cluster.config import FOLDER, PARTIAL, Section, Seed, Seeds, TrainingConfig, validate
-from mining.config import TextTower
+from mining.config import BenchmarkName, TextTower
 
 _Rank = Annotated[int, Field(ge=1)]
 Scorer = Literal["log_probability", "agreement", "round_trip"]
@@ -218,7 +218,6 @@ class RoundsConfig(Section):
     )
 
 
-BenchmarkName = Literal["triplets", "cirr", "fashioniq", "circo"]
 Part = Literal["val", "test"]
 Split = Literal["train", "val", "test"]
 
@@ -226,7 +225,9 @@ Split = Literal["train", "val", "test"]
 class EvaluateConfig(Section):
     """How trained models are scored."""
 
-    benchmark: BenchmarkName = Field("triplets", description="an official protocol, or 'triplets': a file of one's own")
+    benchmark: Literal["triplets", BenchmarkName] = Field(
+        "triplets", description="an official protocol, or 'triplets': a file of one's own"
+    )
     part: Part = Field("val", description="test: its labels are hidden, and submission files are all that is written")
     remove_reference: bool | None = Field(
         None, description="fashioniq: take the query's reference out of its ranking; None: the usual protocol, which keeps it"

@@ -22,7 +22,7 @@ from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.stage import Run, Source, Stage
+from cluster.stage import RunContext, Source, Stage
 from mining.config import TextTower
 from mining.embeddings import INFO
 
@@ -89,7 +89,7 @@ class Evaluate(Stage):
                 found[self.attributes.field] = str(error)
         return found
 
-    def benchmark(self, run: Run) -> Benchmark:
+    def benchmark(self, run: RunContext) -> Benchmark:
         """From its own files, or from the ingested triplets."""
         found: Benchmark
         if self.annotations is not None:
@@ -99,7 +99,7 @@ class Evaluate(Stage):
             found = triplets.load(run.output(self.queries), run.output(self.gallery), attributes, self.config)
         return found.asked(deltas_of_pairs(run.output(self.deltas))) if self.deltas else found
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError when an input does not fit."""
         benchmark, embeddings, gallery = self.benchmark(run), run.output(self.embeddings), run.output(self.gallery)
         models = {name: run.output(model) for name, model in self.models.items()}
@@ -135,7 +135,7 @@ class EvaluateGiven(Stage, kind="evaluate"):
     config: EvaluateConfig
     resources: ActorResources
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError when the vectors do not fit the benchmark."""
         benchmark, vectors = self.annotations.load(self.config.remove_reference), Given(self.embeddings.path)
         vectors.check(benchmark)

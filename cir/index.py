@@ -14,7 +14,7 @@ import pyarrow as pa
 from cluster.artifacts import Output, reject_row
 from cluster.config import DecodeResources
 from cluster.parts import run_parts
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 from mining import tables
 from mining.gallery import image_bytes
 from mining.images import BadImage, decode
@@ -47,7 +47,7 @@ class Index(Stage):
         """As many images may have become unreadable as the gallery may reject."""
         return self.gallery.reject_limit
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Decode every image once, part by part."""
         gallery = run.output(self.gallery)
         make = partial(_make_part, gallery=gallery, output=output, side=self.side, quality=self.quality)

@@ -13,7 +13,7 @@ ALIKE = 1e-6  # cosines float32 that differ by less are the same: two ways to su
 
 
 @dataclass(frozen=True)
-class Search:
+class QuerySet:
     """What each query looks for, and among which images. Ids are int64 [queries]."""
 
     reference_ids: np.ndarray
@@ -47,13 +47,13 @@ def rank(
     top: int,
 ) -> Ranked:
     """`rank_all` of one search over every image, the reference removed."""
-    return rank_all(queries, blocks, [Search(reference_ids, target_ids)], targets, top)[0]
+    return rank_all(queries, blocks, [QuerySet(reference_ids, target_ids)], targets, top)[0]
 
 
 def rank_all(
     queries: np.ndarray,
     blocks: Iterable[tuple[np.ndarray, np.ndarray]],
-    searches: Sequence[Search],
+    searches: Sequence[QuerySet],
     targets: np.ndarray,
     top: int,
 ) -> list[Ranked]:
@@ -91,7 +91,7 @@ class _Ranker:
     """The best images so far for the queries `rows` of a search, all of which search one gallery."""
 
     def __init__(
-        self, search: Search, rows: np.ndarray, gallery: np.ndarray | None, target_scores: np.ndarray, top: int
+        self, search: QuerySet, rows: np.ndarray, gallery: np.ndarray | None, target_scores: np.ndarray, top: int
     ) -> None:
         self.rows, self.gallery, self.target_scores, self.top = rows, gallery, target_scores, top
         self.reference_ids, self.target_ids = search.reference_ids[rows, None], search.target_ids[rows, None]

@@ -14,7 +14,7 @@ from cir.config import ScoreConfig
 from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.parts import run_actors
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 from mining import tables
 from mining.embeddings import plain_parts, read_ids
 from mining.features import Features
@@ -37,7 +37,7 @@ class Score(Stage):
     seed: int
     resources: ActorResources
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Part by part of the pseudo triplets, on a pool of actors."""
         pseudo, judge = run.output(self.pseudo_triplets), run.output(self.judge)
         embeddings, gallery = run.output(self.embeddings), run.output(self.gallery)

@@ -13,7 +13,7 @@ from cir.config import PseudoSelection, Validation
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 from mining import tables
 from mining.deltas import are_garbled
 from mining.gallery import part_name
@@ -31,7 +31,7 @@ class Select(Stage):
     scores: Stage | None = None
     selection: PseudoSelection
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """One part."""
         known = run.output(self.triplets).read_parts(tables.TRIPLETS)
         table, _ = chosen(pseudo_of(run, self.pseudo_triplets, self.scores), len(tables.images_of(known)), self.selection)
@@ -51,7 +51,7 @@ class SelectOwn(Stage, kind="select"):
     pseudo_triplets: Stage  # of the same pairs
     alone: bool = False
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """One part."""
         written = deltas_of_pairs(run.output(self.pseudo_triplets))
         rows = run.output(self.triplets).read_parts(tables.TRIPLETS).to_pylist()
@@ -76,7 +76,7 @@ class SelectFold(Stage, kind="select"):
     triplets: Stage
     without: Validation
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """One part."""
         from cir.tasks.triplets import held_out
 
@@ -113,7 +113,7 @@ class Pseudo:
         return values[places]
 
 
-def pseudo_of(run: Run, triplets: Stage, scores: Stage | None) -> Pseudo:
+def pseudo_of(run: RunContext, triplets: Stage, scores: Stage | None) -> Pseudo:
     """What some stages wrote."""
     return Pseudo(run.output(triplets), run.output(scores) if scores else None)
 

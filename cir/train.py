@@ -10,7 +10,7 @@ from cir.tasks.triplets import Gallery
 from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
-from cluster.stage import LOOKED_UP, Run, Stage
+from cluster.stage import LOOKED_UP, RunContext, Stage
 from cluster.training.loop import train, unfit
 from mining import tables
 from mining.embeddings import INFO
@@ -44,7 +44,6 @@ class Train(Stage):
 
     version = 6
     model = "composed retrieval"
-    loader = "cluster.app.registered"
     triplets: Stage
     embeddings: tuple[Stage, ...] = field(metadata=LOOKED_UP)  # of the triplets' images
     galleries: tuple[Stage, ...] = field(default=(), metadata=LOOKED_UP)  # of those images, where pixels are seen in training
@@ -79,7 +78,7 @@ class Train(Stage):
             return {}
         return {field: "a forward pass holds one triplet, which has no negatives: take a batch_size and micro_batch above 1"}
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError before anything is loaded when the inputs do not fit the variant."""
         config, triplets = self.config, run.output(self.triplets)
         features = features_of(run, self.embeddings, self.galleries, self.center)
@@ -111,7 +110,7 @@ class Train(Stage):
         task = TASKS[config.model](features, triplets, pseudo, config, gallery)
         output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor, run.groups))
 
-    def _gallery(self, run: Run) -> Gallery | None:
+    def _gallery(self, run: RunContext) -> Gallery | None:
         if self.gallery is None:
             return None
         return Gallery(run.output(self.gallery), run.output(self.mineable) if self.mineable else None)

@@ -92,7 +92,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """What a run shares with the stage at work: where outputs live, who watches, and workers that have trained before."""
 
     root: str
@@ -122,7 +122,7 @@ class Stage(ABC):
             cls.kind = kind or cls.__name__.lower()
 
     @abstractmethod
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Write the output; what an earlier run of it left there is kept where it is whole."""
 
     @property
@@ -254,7 +254,7 @@ class Stage(ABC):
         verify(parent.output(root) for parent in self.parents.values())
         remove_broken(output)
         clock = _Clock()
-        self.work(output, Run(root, Several(monitor, clock), groups))
+        self.work(output, RunContext(root, Several(monitor, clock), groups))
         output.sweep()
         manifest = self._describe(output, clock.seconds(), clock.startup)
         self._check_rejects(manifest, output)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mining.search import Found
+from mining.search import TopK
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ class BlockProduct:
         self.vectors, self.device = vectors, device
         self._kept: dict[int, torch.Tensor] = {}
 
-    def __call__(self, queries: np.ndarray, count: int) -> Found:
+    def __call__(self, queries: np.ndarray, count: int) -> TopK:
         """As `Search`."""
         import torch
 

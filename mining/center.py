@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cluster.artifacts import Output
-from cluster.stage import LOOKED_UP, Run, Stage
+from cluster.stage import LOOKED_UP, RunContext, Stage
 from mining import tables
 from mining.embeddings import MEAN
 from mining.features import Features
@@ -24,7 +24,7 @@ class Center(Stage):
     triplets: Stage
     embeddings: Stage = field(metadata=LOOKED_UP)
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError when an image has no embeddings."""
         from safetensors.numpy import save
 

@@ -239,7 +239,7 @@ class ExcludeConfig(Section):
     train: bool = Field(False, description="its training images too, where it has some")
 
 
-Benchmark = Literal["cirr", "fashioniq", "circo"]
+BenchmarkName = Literal["cirr", "fashioniq", "circo"]
 
 
 class MineConfig(Section):
@@ -255,7 +255,7 @@ class MineConfig(Section):
     random: RandomConfig = Field(RandomConfig(), description="of 'random'")
     index: IndexConfig = Field(IndexConfig(), description="of all methods but 'random'")
     triplets: str | None = Field(None, description="labelled triplets whose similarities the matched pairs imitate")
-    exclude: dict[Benchmark, ExcludeConfig] = Field(
+    exclude: dict[BenchmarkName, ExcludeConfig] = Field(
         {}, json_schema_extra=NOT_CONTENT, description="benchmarks whose val and test images are not mined"
     )
     duplicate_similarity: float = Field(

@@ -16,7 +16,7 @@ from cluster.artifacts import REJECTS, REUSED, Output, output_of, reject_row
 from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.parts import run_parts
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 from cluster.verify import differences
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
@@ -57,7 +57,7 @@ class Embed(Stage):
         """The tower's name is the first part of the instance's."""
         return f"embed.towers.{self.name.partition('.')[0]}" if name == "tower" else f"embed.{name}"
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError when no image can be read."""
         gallery, earlier = run.output(self.gallery), self._earlier(run)
         parts = {view_part(part, view): n for part, n in gallery.part_rows().items() for view in range(self.views.count)}
@@ -90,7 +90,7 @@ class Embed(Stage):
         if earlier is not None:
             output.write_json(REUSED, count_reused(output, plain_parts(output)))
 
-    def _earlier(self, run: Run) -> Earlier | None:
+    def _earlier(self, run: RunContext) -> Earlier | None:
         """Embeddings of an earlier state of the gallery, where both are still there."""
         found = self.earlier(run.root)
         if found is None:

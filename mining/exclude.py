@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from cluster.artifacts import Output, reject_row
 from cluster.config import ActorResources
 from cluster.parts import run_actors
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 from mining import tables
 from mining.embeddings import gallery_part, plain_parts, read_ids, read_part
 from mining.features import ORIGIN, centred, unit_vectors
@@ -37,7 +37,7 @@ class Exclude(Stage):
         """Any number of images may be excluded: that is what it was asked for."""
         return 1.0
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Part by part of the embeddings."""
         looks = {name: run.output(stage) for name, stage in self.looks.items()}
         benchmarks = tuple(Excluded(name, run.output(images), looks.get(name)) for name, images in self.benchmarks.items())

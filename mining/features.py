@@ -11,7 +11,7 @@ import numpy as np
 
 from cluster.artifacts import Output, fingerprint
 from cluster.errors import UserError
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.embeddings import INFO, MEAN, plain_parts, read_ids, read_part, view_of
@@ -73,7 +73,7 @@ class Features:
 
 
 def features_of(
-    run: Run, embeddings: Sequence[Stage], galleries: Sequence[Stage] = (), center: Stage | None = None
+    run: RunContext, embeddings: Sequence[Stage], galleries: Sequence[Stage] = (), center: Stage | None = None
 ) -> Features:
     """Features from some embed stages; from pixels of `galleries` in training, where there are any.
 
@@ -124,7 +124,7 @@ class CachedFeatures:
         return self._values[_places(self.image_ids, image_ids), views].astype(np.float32)
 
 
-class Pixels:
+class AugmentedViews:
     """Freshly augmented views as a tower takes them."""
 
     def __init__(self, online: Online, image_ids: np.ndarray) -> None:
@@ -149,12 +149,12 @@ class Pixels:
 
 
 class OnlineFeatures:
-    """The tower run on `Pixels`."""
+    """The tower run on `AugmentedViews`."""
 
     def __init__(self, embeddings: Output, online: Online, image_ids: np.ndarray) -> None:
         info = embeddings.read_json(INFO)
         self.tokens, self.dim, self.views = info["tokens"], info["dim"], ONLINE_VIEWS
-        self.online, self.pixels = online, Pixels(online, image_ids)
+        self.online, self.pixels = online, AugmentedViews(online, image_ids)
 
     @cached_property
     def _tower(self) -> Callable[[Any], Any]:
@@ -163,7 +163,7 @@ class OnlineFeatures:
         return ImageTower(self.online.tower)
 
     def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """As `Pixels`."""
+        """As `AugmentedViews`."""
         return self.pixels.draw_views(count, rng)
 
     def take(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from cluster.artifacts import AUTHORS, Output
 from cluster.config import DecodeResources
 from cluster.errors import UserError
 from cluster.parts import run_parts
-from cluster.stage import LOOKED_UP, Limit, Run, Source, Stage
+from cluster.stage import LOOKED_UP, Limit, RunContext, Source, Stage
 from mining import tables
 from mining.config import GalleryConfig
 from mining.gallery import GROUPS, keys, part_name
@@ -54,11 +54,11 @@ class IngestGallery(Ingest):
     max_pixels: int
     resources: DecodeResources
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Check every image. Raises UserError when the source is missing or empty."""
         self.write(output, run, GalleryConfig(images=self.images.path, split=[split.path for split in self.splits]))
 
-    def write(self, output: Output, run: Run, config: GalleryConfig) -> None:
+    def write(self, output: Output, run: RunContext, config: GalleryConfig) -> None:
         """Check the images that `config` lists, and write the gallery table."""
         index, rejects, left_out = list_images(config, self.images.field)
         output.write_rejects("listing.parquet", rejects)
@@ -113,7 +113,7 @@ class IngestTriplets(Ingest):
         names = {normal(without_suffix(name)) for name in strings(rows)} | {normal(name) for name in strings(rows)}
         return files | {field: _named(source.fingerprint(), names) for field, source in gallery.items()}
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError when two files have the same name, or a group of the same name."""
         known, files = keys(run.output(self.gallery)), [source.path for source in self.files]
         triplets, groups, rejects = (
@@ -137,7 +137,7 @@ class IngestCaptions(Ingest):
     file: Source
     until: str | None = None
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Write them."""
         captions, rejects = read_captions(self.file.path, keys(run.output(self.gallery)), self.until)
         _write_rows(output, captions, rejects, tables.CAPTIONS, run)
@@ -183,7 +183,7 @@ def _gallery_row(
     }
 
 
-def _write_rows(output: Output, rows: list[_Row], rejects: list[_Row], schema: pa.Schema, run: Run) -> None:
+def _write_rows(output: Output, rows: list[_Row], rejects: list[_Row], schema: pa.Schema, run: RunContext) -> None:
     run.monitor.start(len(rows) + len(rejects), "row")
     output.write_rejects(part_name(0), rejects)
     output.write_table(part_name(0), pa.Table.from_pylist(rows, schema), schema)

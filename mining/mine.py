@@ -12,7 +12,7 @@ import numpy as np
 from cluster.artifacts import Output
 from cluster.config import TaskResources
 from cluster.errors import UserError
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 from mining import tables
 from mining.config import MineConfig
 from mining.embeddings import plain_parts
@@ -46,7 +46,7 @@ class Mine(Stage):
     center: Stage | None = None  # of those triplets' images
     resources: TaskResources
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError when the gallery has fewer images than a group, or no pair is found."""
         import ray
 
@@ -90,7 +90,7 @@ class MineLabelled(Stage, kind="mine"):
     table = "pairs"
     triplets: Stage
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """One part, without similarities."""
         labelled = run.output(self.triplets).read_parts(tables.TRIPLETS, ["reference_id", "target_id"])
         pairs = np.unique(np.stack([column.to_numpy() for column in labelled.columns], axis=1), axis=0)

@@ -17,7 +17,7 @@ from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.parts import run_actors
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 from mining import tables
 from mining.config import IndexConfig
 from mining.embeddings import plain_parts
@@ -25,7 +25,7 @@ from mining.features import ORIGIN, read_mean, unit_vectors
 from mining.gallery import part_name
 from mining.indexes import filled, kind_for
 from mining.scratch import new_array, shared
-from mining.search import Exact, Found, Lists, Search, limit_threads, neighbours_of, plan
+from mining.search import Exact, Lists, Search, TopK, limit_threads, neighbours_of, plan
 
 BLOCK = 4096  # images of one part
 REPORT = "neighbours.json"  # how the neighbours were found, and with which recall
@@ -49,7 +49,7 @@ class Neighbours(Stage):
     seed: int
     resources: ActorResources
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError when the gallery has no images."""
         embeddings, mineable = run.output(self.embeddings), run.output(self.mineable) if self.mineable else None
         rows = (mineable or embeddings).part_rows()
@@ -144,7 +144,7 @@ def _opened(job: _Job, vectors: np.ndarray) -> Search:
     return Exact(vectors)
 
 
-def _to_table(ids: np.ndarray, rows: np.ndarray, best: Found) -> pa.Table:
+def _to_table(ids: np.ndarray, rows: np.ndarray, best: TopK) -> pa.Table:
     """Places that no neighbour fills are left out."""
     found, cosines = best
     offsets = pa.array(np.append(0, (found >= 0).sum(axis=1).cumsum()), pa.int32())

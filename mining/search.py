@@ -12,7 +12,7 @@ FIRST_PROBES = 4  # lists searched at first, doubled until the recall is reached
 LAST_PROBES, LISTS_A_PROBE = 16, 32  # but at most so many, or one of so many
 RECALL_QUERIES = 512
 EPSILON = 1e-6  # two ways of computing one cosine differ by less
-Found = tuple[np.ndarray, np.ndarray]  # (rows int64 [b, top], cosines float32 [b, top]), most similar first
+TopK = tuple[np.ndarray, np.ndarray]  # (rows int64 [b, top], cosines float32 [b, top]), most similar first
 
 
 class Search(Protocol):
@@ -20,14 +20,14 @@ class Search(Protocol):
 
     vectors: np.ndarray
 
-    def __call__(self, queries: np.ndarray, count: int) -> Found:
+    def __call__(self, queries: np.ndarray, count: int) -> TopK:
         """The `count` nearest of unit queries float32 [b, dim]; count is at most n.
 
         A place that none fills has row -1 and cosine -inf.
         """
 
 
-def neighbours_of(search: Search, rows: np.ndarray, top: int) -> Found:
+def neighbours_of(search: Search, rows: np.ndarray, top: int) -> TopK:
     """Nearest of some of the vectors that are searched, each row itself left out; `top`, or as many as there are."""
     return without_self(rows, search(search.vectors[rows], min(top + 1, len(search.vectors))))
 
@@ -38,7 +38,7 @@ class Exact:
     def __init__(self, vectors: np.ndarray) -> None:
         self.vectors = vectors
 
-    def __call__(self, queries: np.ndarray, count: int) -> Found:
+    def __call__(self, queries: np.ndarray, count: int) -> TopK:
         """As `Search`."""
         import faiss
 
@@ -56,7 +56,7 @@ class Lists:
     def __init__(self, vectors: np.ndarray, lists: Any) -> None:
         self.vectors, self.lists = vectors, lists
 
-    def __call__(self, queries: np.ndarray, count: int) -> Found:
+    def __call__(self, queries: np.ndarray, count: int) -> TopK:
         """As `Search`."""
         found = self.lists.search(queries, count)[1]
         scores = np.empty(found.shape, np.float32)
@@ -97,24 +97,24 @@ def _doubled(first: int, last: int) -> list[int]:
     return [first * 2**i for i in range(last.bit_length()) if first * 2**i < last] + [last]
 
 
-def empty(rows: int, count: int) -> Found:
+def empty(rows: int, count: int) -> TopK:
     """Nothing found yet."""
     return np.full((rows, count), -1), np.full((rows, count), -np.inf, np.float32)
 
 
-def merged(best: Found, more: Found) -> Found:
+def merged(best: TopK, more: TopK) -> TopK:
     """The best of both, as many as `best` has places."""
     rows, scores = (np.hstack(both) for both in zip(best, more, strict=True))
     return best_first(rows, scores, best[0].shape[1])
 
 
-def best_first(rows: np.ndarray, scores: np.ndarray, count: int) -> Found:
+def best_first(rows: np.ndarray, scores: np.ndarray, count: int) -> TopK:
     """The `count` of the highest scores, in their order."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def without_self(rows: np.ndarray, best: Found) -> Found:
+def without_self(rows: np.ndarray, best: TopK) -> TopK:
     """Drop each row's own image, or its last neighbour where copies of the image pushed it out."""
     found, scores = best
     own = found == rows[:, None]

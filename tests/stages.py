@@ -10,7 +10,7 @@ from safetensors.numpy import save
 from cluster.app.graph import FLOW
 from cluster.artifacts import Output
 from cluster.monitor import Monitor
-from cluster.stage import Run, Source, Stage
+from cluster.stage import RunContext, Source, Stage
 from mining.config import TowerConfig, ViewsConfig
 from mining.embeddings import MEAN, plain_parts, read_part
 from mining.features import Features, Online
@@ -28,7 +28,7 @@ class Given(Stage):
     def output(self, root: str) -> Output:
         return Output(self.made)
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         raise AssertionError("it is made")
 
 
@@ -40,8 +40,8 @@ def maybe(output: Output | None) -> Given | None:
     return None if output is None else given(output)
 
 
-def running(monitor: Monitor | None = None) -> Run:
-    return Run("no root", monitor or Monitor())
+def running(monitor: Monitor | None = None) -> RunContext:
+    return RunContext("no root", monitor or Monitor())
 
 
 def seen(images: ImageSource) -> dict[str, tuple[Stage, ...]]:
@@ -95,7 +95,7 @@ def simple(
             yield from ((role, parent, False) for role, parent in (parents or {}).items())
             yield from ((field, Source(field, path), False) for field, path in (sources or {}).items())
 
-        def work(self, output: Output, run: Run) -> None:
+        def work(self, output: Output, run: RunContext) -> None:
             if work is not None:
                 work(output, run.monitor)
 

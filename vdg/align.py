@@ -10,7 +10,7 @@ import pyarrow as pa
 from cluster.artifacts import WARNINGS, Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
-from cluster.stage import LOOKED_UP, Run, Stage
+from cluster.stage import LOOKED_UP, RunContext, Stage
 from cluster.training.loop import train, unfit, unlearned
 from mining import tables
 from mining.features import Features, FeatureSource, features_of
@@ -41,7 +41,7 @@ class Align(Stage):
         """A batch has to divide over the workers."""
         return super().check() | unfit("align.training", self.align.training, self.resources)
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError before anything is loaded when there is no caption, or an image has no embeddings."""
         captions, features = run.output(self.captions), features_of(run, self.embeddings, self.galleries, self.center)
         require_rows(captions, "captions")

@@ -13,7 +13,7 @@ from cluster.artifacts import WARNINGS, Output, read_warnings, reject_row
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.parts import run_actors
-from cluster.stage import LOOKED_UP, Run, Stage
+from cluster.stage import LOOKED_UP, RunContext, Stage
 from cluster.training.loop import stable_seed
 from mining import tables
 from mining.deltas import are_garbled
@@ -50,7 +50,7 @@ class Generate(Stage):
         """As the config says."""
         return self.config.max_reject_fraction
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError when the model is no trained generator, before an actor starts."""
         pairs, model = run.output(self.pairs), run.output(self.vdg)
         images = images_of(run, self.embeddings, self.galleries, None)

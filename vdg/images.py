@@ -9,7 +9,7 @@ from PIL import Image
 
 from cluster.artifacts import Output
 from cluster.errors import UserError
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 from mining.features import Features, FeatureSource, features_of
 from mining.gallery import encoded_images, read_image_ids
 from mining.images import decode
@@ -43,7 +43,7 @@ class Images:
 
 
 def images_of(
-    run: Run, embeddings: Sequence[Stage], galleries: Sequence[Stage], center: Stage | None, crop: bool = True
+    run: RunContext, embeddings: Sequence[Stage], galleries: Sequence[Stage], center: Stage | None, crop: bool = True
 ) -> "ImageSource":
     """What a generator sees of some stages' images: their features where they were embedded, else their pixels."""
     if embeddings:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from cluster.artifacts import WARNINGS, Output
 from cluster.config import WorkerResources, content_of
 from cluster.errors import UserError
-from cluster.stage import LOOKED_UP, Run, Stage
+from cluster.stage import LOOKED_UP, RunContext, Stage
 from cluster.training.checkpoints import WEIGHTS
 from cluster.training.loop import train, unfit, unlearned
 from mining import tables
@@ -47,7 +47,7 @@ class Instruct(Stage):
         """A batch has to divide over the workers."""
         return super().check() | unfit("instruct.training", self.instruct.training, self.resources)
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError before anything is loaded when an image is missing or the aligned projection does not fit."""
         triplets = run.output(self.triplets)
         images = images_of(run, self.embeddings, self.galleries, self.center, self.instruct.crop)

@@ -45,17 +45,17 @@ class Protocol:
     galleries: Mapping[str, np.ndarray] | None  # ids of the images of each gallery; None: every image there is
     remove_reference: bool
 
-    def search(self, queries: Iterable[Query]) -> metrics.Search:
+    def search(self, queries: Iterable[Query]) -> metrics.QuerySet:
         """What `metrics.rank_all` takes."""
         queries = list(queries)
         references = np.array([query.reference for query in queries], np.int64)
         targets = np.array([query.targets[0] if query.targets else metrics.NO_IMAGE for query in queries], np.int64)
         if self.galleries is None:
-            return metrics.Search(references, targets, self.remove_reference)
+            return metrics.QuerySet(references, targets, self.remove_reference)
         places = {name: i for i, name in enumerate(self.galleries)}
         chosen = np.array([places[query.gallery] for query in queries])
         galleries = tuple(np.unique(ids) for ids in self.galleries.values())
-        return metrics.Search(references, targets, self.remove_reference, galleries, chosen)
+        return metrics.QuerySet(references, targets, self.remove_reference, galleries, chosen)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from cir.benchmarks.fashioniq import FASHIONIQ
 from cir.config import Part, Split
 from cluster.artifacts import Output, below
 from cluster.errors import UserError
-from cluster.stage import Run, Source
+from cluster.stage import RunContext, Source
 from mining import tables
 from mining.config import GalleryConfig
 from mining.exclude import LISTING
@@ -80,7 +80,7 @@ class IngestQueries(Ingest):
 
     annotations: Annotations
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """One part."""
         benchmark = self.annotations.load()
         run.monitor.start(len(benchmark.queries), "row")
@@ -94,7 +94,7 @@ class IngestImages(IngestGallery):
 
     annotations: Annotations
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Any other file of the folder is left alone. Raises UserError naming the absent ones: a benchmark is ranked whole."""
         known, images = self.annotations.names(), self.images.path
         config = _gallery(output, known, images)
@@ -118,7 +118,7 @@ class IngestExcluded(IngestGallery):
 
     annotations: Annotations
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Write both."""
         self.write(output, run, _gallery(output, self.annotations.names(), self.images.path))
         _write_excluded(output, self.annotations)
@@ -130,7 +130,7 @@ class IngestExcludedNames(Ingest):
 
     annotations: Annotations
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         """Write both."""
         output.write_table(part_name(0), tables.GALLERY.empty_table(), tables.GALLERY)
         _write_excluded(output, self.annotations)

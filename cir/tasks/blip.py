@@ -9,7 +9,7 @@ import numpy as np
 from cir.config import VariantConfig
 from cir.tasks.triplets import TripletTask
 from mining.config import TowerConfig
-from mining.features import Pixels
+from mining.features import AugmentedViews
 from mining.pretrained import tokenizer_of, tokens_of
 
 
@@ -26,10 +26,10 @@ class BlipTask(TripletTask):
         return BlipRetrieval(config, TowerConfig.model_validate(content["tower"]))
 
     @cached_property
-    def _pixels(self) -> Pixels:
+    def _pixels(self) -> AugmentedViews:
         """Of the images that are trained on and of the held-out references."""
         assert self.features.online is not None, "BLIP sees images: the features name their galleries"
-        return Pixels(self.features.online, np.union1d(self._images, self._validation.reference_ids))
+        return AugmentedViews(self.features.online, np.union1d(self._images, self._validation.reference_ids))
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -1,7 +1,7 @@
 """The config of a run: one section a stage, and a separate section for resources."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +28,7 @@ from cluster.config import (
 )
 from cluster.driver.session import RayConfig
 from cluster.errors import UserError
-from mining.config import EmbedConfig, IngestConfig, MineConfig
+from mining.config import CaptionsConfig, EmbedConfig, IngestConfig, MineConfig, TripletsConfig
 from vdg.config import AlignConfig, GenerateConfig, InstructConfig, VdgConfig
 
 PROJECT = Path(__file__).parents[2]
@@ -187,7 +187,11 @@ class RunConfig(Section):
         names += [f"excluded-{benchmark}" for benchmark in self.mine.exclude]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"ingest: two sources have the name '{twice[0]}' ('evaluate' and 'queries' are taken); rename one")
-        given = {"embed.towers": self.embed.towers, "train.variants": self.train.variants, "ingest": names}
+        given: dict[str, Iterable[str]] = {
+            "embed.towers": self.embed.towers,
+            "train.variants": self.train.variants,
+            "ingest": names,
+        }
         for section, name in ((section, name) for section, names in given.items() for name in names):
             if not re.fullmatch(FOLDER, name):
                 raise ValueError(
@@ -244,7 +248,7 @@ class RunConfig(Section):
     def _references(self) -> Iterator[tuple[str, str, Any]]:
         """(field, name it gives, names it may give)."""
         galleries, triplets, towers = self.ingest.galleries, self.ingest.triplets, self.embed.towers
-        files = {**triplets, **self.ingest.captions}
+        files: dict[str, TripletsConfig | CaptionsConfig] = {**triplets, **self.ingest.captions}
         yield from ((f"ingest.{name}.gallery", source.gallery, galleries) for name, source in files.items())
         yield "mine.gallery", self.mine.gallery, galleries
         named: list[tuple[str, str, Any]] = [("tower", one, towers) for one in ("mine", "train", "vdg")]

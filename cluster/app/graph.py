@@ -48,6 +48,7 @@ FLOW: tuple[type[Stage], ...] = (
     Train,  # and the retrieval models
     Evaluate,  # `evaluated`
 )
+Train.loader = "cluster.app.registered"  # a model's tower is named by a run's config, which is known here alone
 KINDS = tuple(stage.kind for stage in FLOW)
 MADE = (*KINDS, Index.kind)  # all that has outputs
 

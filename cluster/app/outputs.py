@@ -21,7 +21,7 @@ MODELS = "models.json"  # in a run's folder: every model that a run of that name
 
 
 @dataclass(frozen=True)
-class Found:
+class OutputFolder:
     """One output folder below a root; size in bytes."""
 
     uri: str
@@ -34,12 +34,12 @@ class Found:
         return ":".join(filesystem(self.uri)[1].split("/")[-2:])
 
 
-def outputs(root: str) -> Iterator[Found]:
+def outputs(root: str) -> Iterator[OutputFolder]:
     """Every output folder below a root."""
     system, _ = filesystem(root)
     for output in (output for kind in MADE for output in outputs_of(root, kind)):
         files = system.get_file_info(pafs.FileSelector(filesystem(output.uri)[1], recursive=True))
-        yield Found(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
+        yield OutputFolder(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
 
 
 def keep_models(run: Output, stages: list[Stage]) -> None:
@@ -92,7 +92,7 @@ def users(graph: Graph) -> dict[str, list[str]]:
     return found
 
 
-def remove(found: list[Found]) -> None:
+def remove(found: list[OutputFolder]) -> None:
     """Delete output folders. Raises UserError, and deletes nothing, when a driver is at work on one of them."""
     lease.check(*(Output(output.uri) for output in found))
     for output in found:

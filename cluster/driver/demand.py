@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 from cluster.config import Process, Resources
@@ -36,7 +36,11 @@ def nodes(config: RayConfig) -> list[Node] | None:
 
 def shortages(stages: Iterable[Stage], there: Sequence[Node]) -> dict[str, str]:
     """The config's field -> what it asks for that no node has room for, what there is, and what to do."""
-    wanted = {f"resources.{stage.kind}": r.least() for stage in stages if (r := resources_of(stage))}
+    return lacking({f"resources.{stage.kind}": r.least() for stage in stages if (r := resources_of(stage))}, there)
+
+
+def lacking(wanted: Mapping[str, list[Process]], there: Sequence[Node]) -> dict[str, str]:
+    """As `shortages`, of the processes that a field of the config asks for at once."""
     found = f"the cluster has {len(there)} node(s): {', '.join(sorted({_said(node) for node in there}))}"
     return {
         field: f"asks at once for {_all(processes)}; {found}; ask for less, or add nodes"

@@ -35,7 +35,7 @@ from cluster.app.api import Run
 from cluster.app.serve.local import local_app, serve_forever
 from cluster.artifacts import Output
 from cluster.monitor import Monitor
-from cluster.stage import Run as At
+from cluster.stage import RunContext as At
 from mining import tables
 from mining.embeddings import INFO, plain_parts, read_part
 from mining.images import decode

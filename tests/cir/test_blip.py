@@ -27,7 +27,7 @@ from cluster.monitor import Monitor
 from cluster.weights import Weights
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
-from mining.features import Features, Pixels
+from mining.features import AugmentedViews, Features
 from tests.cir import world
 from tests.cir.stages import evaluate, train_cir
 
@@ -198,7 +198,7 @@ def test_cached_embeddings_are_the_plain_targets_of_training(pictures: Features,
     ids, plain = world.IDS[:6], np.zeros(6, int)
     cached = torch.from_numpy(pictures.open_plain(ids).take(ids, plain)[:, 0])
     assert pictures.online is not None
-    model, images = module(tiny_blip), Pixels(pictures.online, ids)
+    model, images = module(tiny_blip), AugmentedViews(pictures.online, ids)
     seen = model._project(model._patches(torch.from_numpy(images.take(ids, plain))))
     torch.testing.assert_close(torch.nn.functional.normalize(cached, dim=-1), seen, rtol=0, atol=2e-3)
     augmented = images.take(ids, images.draw_views(6, np.random.default_rng(0)))
@@ -249,7 +249,7 @@ def test_a_reloaded_model_composes_the_queries_of_its_images(pictures: Features,
     (gallery,) = pictures.online.galleries
     queries = Composer(output, pictures.embeddings, gallery).queries(ids, texts, batch_size=2)
     model = load_cir(output)
-    images = Pixels(pictures.online, ids).take(ids, np.zeros(3, int))
+    images = AugmentedViews(pictures.online, ids).take(ids, np.zeros(3, int))
     with torch.no_grad():
         expected = model.compose(torch.from_numpy(images), model.tokenize(texts)).numpy()
     np.testing.assert_allclose(queries, expected, rtol=0, atol=1e-5)

@@ -158,7 +158,7 @@ def test_galleries_are_searched_apart(removed: bool) -> None:
     gallery, ids = rng.normal(size=(40, 8)).astype(np.float32), np.arange(100, 140)
     queries, half = rng.normal(size=(6, 8)).astype(np.float32), (ids[:25], ids[15:])
     references, targets = ids[[0, 1, 2, 30, 31, 32]], ids[[5, 20, 35, 35, 20, 5]]  # the third and last targets are elsewhere
-    search = metrics.Search(references, targets, removed, half, np.array([0, 0, 0, 1, 1, 1]))
+    search = metrics.QuerySet(references, targets, removed, half, np.array([0, 0, 0, 1, 1, 1]))
     blocks = [(ids[i : i + 7], gallery[i : i + 7]) for i in range(0, 40, 7)]
     (found,) = metrics.rank_all(queries, blocks, [search], gallery[targets - 100], top=40)
     expected = [

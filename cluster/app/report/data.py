@@ -24,7 +24,7 @@ from cluster.app.report.examples import (
     collect_mined,
     collect_retrieval,
 )
-from cluster.app.report.precision import Precision, collect_precision
+from cluster.app.report.precision import DeltaPrecision, collect_precision
 from cluster.app.report.results import Results, advice, collect_results
 from cluster.artifacts import MANIFEST, Output, below, filesystem, hidden, without_user
 from cluster.training import loop
@@ -69,7 +69,7 @@ class Report:
     images: dict[int, str]
     recommendation: Recommendation | None
     advice: str
-    precision: list[Precision]
+    precision: list[DeltaPrecision]
 
 
 def collect(graph: Graph) -> Report:

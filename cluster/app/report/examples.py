@@ -30,9 +30,12 @@ class FinishedRun:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.config = graph, graph.config
         self.stages = {stage.instance: stage for stage in graph.stages}
-        unsaid = {"startup_seconds": 0.0, "warnings": []}  # not every manifest has warnings, or an older one its start-up
+        unsaid: dict[str, Any] = {
+            "startup_seconds": 0.0,
+            "warnings": [],
+        }  # not every manifest has warnings, or an older one its start-up
         self.manifests: dict[str, Mapping[str, Any]] = {
-            instance: {**unsaid, **(graph.output(stage).manifest() or {})} for instance, stage in self.stages.items()
+            instance: unsaid | dict(graph.output(stage).manifest() or {}) for instance, stage in self.stages.items()
         }
 
     def find(self, kind: str) -> Stage | None:
@@ -233,7 +236,7 @@ Outcome = Literal["gained", "lost", "both"]
 
 
 @dataclass(frozen=True)
-class Hit:
+class Retrieved:
     """A retrieved image, and whether it is right."""
 
     image_id: int
@@ -247,8 +250,8 @@ class Case:
     outcome: Outcome
     reference_id: int
     text: str
-    before: list[Hit]
-    after: list[Hit]
+    before: list[Retrieved]
+    after: list[Retrieved]
 
 
 @dataclass(frozen=True)
@@ -304,6 +307,6 @@ def _asked(queries: Output, triplet_ids: list[int]) -> dict[int, tuple[int, str]
     return {row["triplet_id"]: (row["reference_id"], row["deltas"][0]) for row in rows}
 
 
-def _hits(ranking: dict[str, Any]) -> list[Hit]:
+def _hits(ranking: dict[str, Any]) -> list[Retrieved]:
     pairs = zip(ranking["image_ids"][:TOP], ranking["correct"][:TOP], strict=True)
-    return [Hit(image, right) for image, right in pairs if image >= 0]
+    return [Retrieved(image, right) for image, right in pairs if image >= 0]

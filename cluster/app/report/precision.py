@@ -14,7 +14,7 @@ from cir.select import chosen, pseudo_of, repeated
 from cir.train import Train
 from cluster.app.graph import Graph
 from cluster.monitor import Monitor
-from cluster.stage import Run
+from cluster.stage import RunContext
 from mining import tables
 from mining.gallery import keys
 
@@ -23,7 +23,7 @@ ONCE = "without those that repeat themselves"
 
 
 @dataclass(frozen=True)
-class Precision:
+class DeltaPrecision:
     """The deltas of a generator that a filter leaves, of photos of known attributes.
 
     `share` is the percentage whose words fit the target and not only the reference.
@@ -35,14 +35,14 @@ class Precision:
     share: float
 
 
-def collect_precision(graph: Graph) -> list[Precision]:
+def collect_precision(graph: Graph) -> list[DeltaPrecision]:
     """Of each generator all deltas, those that are no repeats, and what each variant selects; none without attributes."""
-    path, run = graph.config.report.attributes, Run(graph.root, Monitor())
+    path, run = graph.config.report.attributes, RunContext(graph.root, Monitor())
     if path is None:
         return []
     content, ids = check_attributes(path, "report.attributes"), keys(run.output(graph[f"ingest:{graph.config.mine.gallery}"]))
     judge = Judge({ids[key]: {name: str(v) for name, v in values.items()} for key, values in content.items() if key in ids})
-    found: dict[tuple[str, str], Precision] = {}
+    found: dict[tuple[str, str], DeltaPrecision] = {}
     for model in graph.models.values():
         assert isinstance(model, Train)
         if model.pseudo_triplets is None or model.config.shuffle_deltas:
@@ -68,10 +68,10 @@ class Judge:
         values = {value for image in attributes.values() for value in image.values()}
         self.words = {value: words for value in values if (words := _words(value))}
 
-    def precision(self, generator: str, name: str, table: pa.Table) -> Precision:
+    def precision(self, generator: str, name: str, table: pa.Table) -> DeltaPrecision:
         """Of some pseudo triplets."""
         fit = list(self._fits(table))
-        return Precision(generator, name, len(fit), 100 * sum(fit) / max(len(fit), 1))
+        return DeltaPrecision(generator, name, len(fit), 100 * sum(fit) / max(len(fit), 1))
 
     def _fits(self, table: pa.Table) -> Iterator[bool]:
         columns = (table[name].to_pylist() for name in ("reference_id", "target_id", "deltas"))

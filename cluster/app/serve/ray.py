@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import psutil
-import ray
 from fastapi import FastAPI
 from pydantic import Field
 from ray import serve
@@ -25,6 +24,7 @@ from cluster.app.serve.guard import AT_A_TIME
 from cluster.app.serve.local import LOOPBACK, address_url, local_app, read_token
 from cluster.config import Section
 from cluster.driver import session
+from cluster.driver.demand import lacking, nodes
 from cluster.driver.progress import console
 from cluster.errors import UserError
 
@@ -62,7 +62,7 @@ def application(config: RunConfig, options: Options) -> serve.Application:
     """A run's models on as many replicas as `resources.serve` says. Raises UserError."""
     run, resources = Run(Graph(config)), config.resources.serve
     models = run.served(options.models)
-    assert run.thumbnails  # made once, before several replicas would make them
+    console.print(f"{len(models)} models over {len(run.thumbnails):,} images")  # thumbnails are made here, once
     digest = run.graph.evaluation.digest  # a replica that starts again serves what the others do
     deployment: Any = serve.deployment(serve.ingress(_builder(config, digest, models, options))())
     replica = deployment.options(
@@ -153,10 +153,9 @@ def check_proxy(host: str) -> None:
 
 def check_room(config: RunConfig) -> None:
     """Raises UserError when this machine has no room for the replicas, for which Ray Serve would wait."""
-    there = ray.cluster_resources()
-    for name, wanted in config.resources.serve.wanted().items():
-        if wanted > there.get(name, 0):
-            raise UserError(f"resources.serve: the replicas want {wanted:g} {name}s, this machine has {there.get(name, 0):g}")
+    wanted = {"resources.serve": config.resources.serve.processes()}
+    for field, problem in lacking(wanted, nodes(config.resources.ray) or []).items():
+        raise UserError(f"{field}: {problem}")
 
 
 def check_bound(host: str, port: int) -> None:

@@ -17,7 +17,7 @@ from cluster.app.api import Run, load_model
 from cluster.app.graph import Graph
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.stage import Run as At
+from cluster.stage import RunContext as At
 from mining import tables
 from mining.embed import Embed
 from mining.images import decode

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from cluster.app.checks import unloadable
 from cluster.artifacts import Output
 from cluster.errors import UserError
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 from cluster.weights import Pretrained, Weights
 from mining.config import TextTower, TowerConfig
 from tests import tiny
@@ -84,7 +84,7 @@ class Reader(Stage, kind="read"):
     def config_field(self, name: str) -> str:
         return f"{self.name}.{name}"
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         raise NotImplementedError
 
 

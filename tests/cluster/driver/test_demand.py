@@ -13,14 +13,14 @@ from cluster.config import ActorResources, DecodeResources, EmbedResources, Reso
 from cluster.driver.demand import Node, nodes, require, shortages
 from cluster.driver.session import RayConfig
 from cluster.errors import UserError
-from cluster.stage import Run, Stage
+from cluster.stage import RunContext, Stage
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Work(Stage, kind="train"):
     resources: Resources
 
-    def work(self, output: Output, run: Run) -> None:
+    def work(self, output: Output, run: RunContext) -> None:
         raise NotImplementedError
 
 
