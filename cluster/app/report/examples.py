@@ -30,10 +30,8 @@ class FinishedRun:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.config = graph, graph.config
         self.stages = {stage.instance: stage for stage in graph.stages}
-        unsaid: dict[str, Any] = {
-            "startup_seconds": 0.0,
-            "warnings": [],
-        }  # not every manifest has warnings, or an older one its start-up
+        # not every manifest has warnings, or an older one its start-up
+        unsaid: dict[str, Any] = {"startup_seconds": 0.0, "warnings": []}
         self.manifests: dict[str, Mapping[str, Any]] = {
             instance: unsaid | dict(graph.output(stage).manifest() or {}) for instance, stage in self.stages.items()
         }

@@ -349,6 +349,7 @@ def test_a_cut_off_run_goes_on_with_other_workers_from_the_weights_alone(
 
 
 @pytest.mark.workers
+@pytest.mark.slow  # a killed worker of a group is in the test of groups, one of a stage in test_align.py
 def test_a_killed_worker_goes_on_from_its_checkpoint(ray_session: None, tmp_path: Path, monitor: Monitor) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     whole, broken = Output(str(tmp_path / "whole")), Output(str(tmp_path / "broken"))
