@@ -90,7 +90,8 @@ class Train(Stage):
             from mining.texts import text_width
 
             check_widths(info["dim"], text_width(config.text))
-        gallery = self._gallery(run)
+        mineable = run.output(self.mineable) if self.mineable else None
+        gallery = Gallery(run.output(self.gallery), mineable) if self.gallery else None
         # read on the driver, so that a mistake costs no worker
         labelled, pseudo_triplets = TASKS[config.model](features, triplets, pseudo, config, gallery).check()
         content = {
@@ -109,11 +110,6 @@ class Train(Stage):
         # a fresh task: the checks filled the other's caches, which would travel
         task = TASKS[config.model](features, triplets, pseudo, config, gallery)
         output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor, run.groups))
-
-    def _gallery(self, run: RunContext) -> Gallery | None:
-        if self.gallery is None:
-            return None
-        return Gallery(run.output(self.gallery), run.output(self.mineable) if self.mineable else None)
 
 
 def _repeated(pseudo: Pseudo | None, config: VariantConfig) -> int:

@@ -110,7 +110,7 @@ class TowerConfig(Pretrained):
 
     def check_library(self) -> None:
         """As the library that loads it says."""
-        from mining.tower_checks import CHECKS
+        from mining.towers import CHECKS
 
         if self.library in CHECKS:
             CHECKS[self.library](self)

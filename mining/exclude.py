@@ -100,19 +100,14 @@ class Guards:
         are the same) and near_duplicate.
         """
         image_ids, values = read_part(embeddings, part)
-        images = _images(self.gallery, part, image_ids)
+        images = self.gallery.read_table(gallery_part(part), tables.GALLERY, ["image_id", "key", "sha256"])
+        images = images.filter(pc.is_in(images["image_id"], pa.array(image_ids)))
         keys = dict(zip(images["image_id"].to_pylist(), images["key"].to_pylist(), strict=True))
         found: dict[int, Reject] = {}
         for benchmark, listing, looks in self._benchmarks:
             for image_id, reason, detail in (*listing.find(images), *looks.find(image_ids, values, self.similarity)):
                 found.setdefault(image_id, reject_row("exclude", keys[image_id], reason, f"{benchmark}: {detail}"))
         return found
-
-
-def _images(gallery: Output, part: str, image_ids: np.ndarray) -> pa.Table:
-    """Names and hashes of the images of one part of the embeddings."""
-    images = gallery.read_table(gallery_part(part), tables.GALLERY, ["image_id", "key", "sha256"])
-    return images.filter(pc.is_in(images["image_id"], pa.array(image_ids)))
 
 
 class _Listing:

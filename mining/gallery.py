@@ -30,11 +30,6 @@ def keys(gallery: Output) -> dict[str, int]:
     return dict(zip(table["key"].to_pylist(), table["image_id"].to_pylist(), strict=True))
 
 
-def read_image_ids(gallery: Output) -> np.ndarray:
-    """Image ids int64 [n] of a gallery."""
-    return gallery.read_parts(tables.GALLERY, ["image_id"])["image_id"].to_numpy()
-
-
 def image_bytes(row: _Row, reader: BytesReader) -> bytes:
     """Encoded bytes of a row of the gallery table. Raises OSError when an image indexed in place cannot be read any more."""
     return row["image"] or reader.read(row["uri"], row["offset"], row["length"])

@@ -157,30 +157,18 @@ def _ingest_shard(index: pa.Table, output: Output, gallery: str, copy_images: bo
     part = index["part"][0].as_py()
     for entry in index.to_pylist():
         try:
-            rows.append(_gallery_row(reader, entry, gallery, copy_images, max_pixels))
+            content = reader.read(entry["uri"], entry["offset"], entry["length"])
+            width, height = checked_size(content, max_pixels)
+            place = {"uri": entry["uri"], "offset": entry["offset"], "length": len(content)}
+            held = {"image": content} if copy_images else place
+            image_id, sha256 = tables.stable_id(gallery, entry["key"]), hashlib.sha256(content).hexdigest()
+            rows.append({"image_id": image_id, "key": entry["key"], "sha256": sha256, "width": width, "height": height, **held})
         except (BadImage, OSError) as error:
             reason = error.reason if isinstance(error, BadImage) else "unreadable"
             rejects.append(reject(entry["key"], reason, str(error)))
     output.write_rejects(part, rejects)
     output.write_table(part, pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)
     return {"part": [part], "rows": [len(index)]}
-
-
-def _gallery_row(
-    reader: BytesReader, entry: dict[str, Any], gallery: str, copy_images: bool, max_pixels: int
-) -> dict[str, Any]:
-    content = reader.read(entry["uri"], entry["offset"], entry["length"])
-    width, height = checked_size(content, max_pixels)
-    place = {} if copy_images else {"uri": entry["uri"], "offset": entry["offset"], "length": len(content)}
-    return {
-        "image_id": tables.stable_id(gallery, entry["key"]),
-        "key": entry["key"],
-        "image": content if copy_images else None,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "width": width,
-        "height": height,
-        **place,
-    }
 
 
 def _write_rows(output: Output, rows: list[_Row], rejects: list[_Row], schema: pa.Schema, run: RunContext) -> None:

@@ -66,7 +66,8 @@ def read_triplets(file: str, known: Mapping[str, int], join: bool = False) -> tu
         if missing := [key for key in members if _found(key, known) is None]:
             rejects.append(reject(f"group {group}", "incomplete_group", f"{missing[0]!r} is not in the gallery"))
         else:
-            groups.append({"group_id": _group_id(group), "image_ids": [_known(key, "member", known) for key in members]})
+            image_ids = [_known(key, "member", known) for key in members]
+            groups.append({"group_id": tables.stable_id("group", group), "image_ids": image_ids})
     return triplets, groups, rejects
 
 
@@ -331,10 +332,6 @@ def _read_parquet(file: str) -> list[_Row]:
         raise UserError(f"{file}: cannot be read as a Parquet table: {error}") from error
 
 
-def _group_id(group: str) -> int:
-    return tables.stable_id("group", group)
-
-
 def _found(name: str, known: Mapping[str, int]) -> int | None:
     """The id of an image by its key or its path, in whichever of Unicode's forms."""
     path = str(PurePosixPath(name))
@@ -408,7 +405,7 @@ class _TripletMaker:
         triplet, triplet_id = _Triplet.model_validate(entry), tables.stable_id(self.file, name)
         row = {
             "triplet_id": triplet_id,
-            "group_id": None if triplet.group is None else _group_id(triplet.group),
+            "group_id": None if triplet.group is None else tables.stable_id("group", triplet.group),
             "reference_id": _known(triplet.reference, "reference", self.known),
             "target_id": _known(triplet.target, "target", self.known),
             "deltas": joined_both_ways(triplet.deltas()) if self.join else triplet.deltas(),

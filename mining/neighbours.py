@@ -188,13 +188,11 @@ def _write_arrays(output: Output, ids: np.ndarray, folder: Path) -> None:
     first = 0
     for name in output.parts():
         part = output.read_table(name, tables.NEIGHBOURS)
-        here, places = slice(first, first := first + len(part)), _places(part["cosines"], shape[1])
+        here = slice(first, first := first + len(part))
+        places = (
+            np.arange(shape[1]) < pc.list_value_length(part["cosines"]).to_numpy()[:, None]
+        )  # bool [n, top]: that are filled
         rows[here], cosines[here] = -1, -np.inf
         neighbours = pc.list_flatten(part["neighbour_ids"]).to_numpy()
         rows[here][places] = order[np.searchsorted(ids, neighbours, sorter=order)]
         cosines[here][places] = pc.list_flatten(part["cosines"]).to_numpy()
-
-
-def _places(lists: pa.ChunkedArray, top: int) -> np.ndarray:
-    """bool [n, top]: the places that a list fills."""
-    return np.arange(top) < pc.list_value_length(lists).to_numpy()[:, None]

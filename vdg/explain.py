@@ -37,10 +37,6 @@ class Explainer:
 
                 self._loaded = load_generator(self.model, self._config.precision)
             generator, inputs = self._loaded
-            batch = inputs.pairs(_batch(reference), _batch(candidate))
+            batch = inputs.pairs(*(image[None] if hasattr(image, "shape") else [image] for image in (reference, candidate)))
             (delta,), (score,) = generator.generate(batch, self._config, seed=0)
         return Explanation(delta, score)
-
-
-def _batch(image: Any) -> Any:
-    return image[None] if hasattr(image, "shape") else [image]

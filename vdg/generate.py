@@ -155,7 +155,8 @@ class PartGenerator:
         """Write rejects and scores, then the triplets: the part's own file says that all is there."""
         triplets, scores, rejects = [], [], []
         for pair, delta in zip(pairs, deltas, strict=True):
-            if reason := self._rejected(delta.text):
+            unchanged = self.job.config.drop_no_change and says_no_change(delta.text)
+            if reason := "empty_delta" if not delta.text else "no_change" if unchanged else None:
                 rejects.append(reject_row("generate", str(pair["pair_id"]), reason, f"the generator wrote {delta.text!r}"))
                 continue
             triplet_id = tables.stable_id("vdg", pair["pair_id"])
@@ -165,11 +166,6 @@ class PartGenerator:
         self.job.output.write_rejects(name, rejects)
         self.job.output.write_table(f"scores/{name}", pa.Table.from_pylist(scores, tables.SCORES), tables.SCORES)
         self.job.output.write_table(name, pa.Table.from_pylist(triplets, tables.TRIPLETS), tables.TRIPLETS)
-
-    def _rejected(self, text: str) -> str | None:
-        if not text:
-            return "empty_delta"
-        return "no_change" if self.job.config.drop_no_change and says_no_change(text) else None
 
 
 def _best(candidates: tuple[Delta, ...]) -> Delta:

@@ -10,8 +10,9 @@ from PIL import Image
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from cluster.stage import RunContext, Stage
+from mining import tables
 from mining.features import Features, FeatureSource, features_of
-from mining.gallery import encoded_images, read_image_ids
+from mining.gallery import encoded_images
 from mining.images import decode
 
 CROP, ASPECT = (0.8, 1.0), (0.9, 1.1)  # share of the area, and change of the aspect (paper, supplement)
@@ -34,7 +35,7 @@ class Images:
 
     def check(self, image_ids: np.ndarray, where: str) -> None:
         """Raises UserError when an image named in `where` is in none of the galleries."""
-        known = [read_image_ids(gallery) for gallery in self.galleries]
+        known = [gallery.read_parts(tables.GALLERY, ["image_id"])["image_id"] for gallery in self.galleries]
         if len(missing := np.setdiff1d(image_ids, np.concatenate(known))):
             raise UserError(
                 f"{where}: {len(missing)} image(s) are in no gallery of {[gallery.uri for gallery in self.galleries]}, such as "

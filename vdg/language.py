@@ -105,20 +105,17 @@ def check_language_model(weights: Weights, sees_images: bool) -> None:
 def _source(weights: Weights) -> dict[str, Any]:
     """Arguments of `from_pretrained`, for a GGUF too."""
     path, gguf = Path(weights.location()), {"gguf_file": weights.file} if weights.hub and weights.file else {}
-    place = {"pretrained_model_name_or_path": str(_converted(path))} if weights.hub is None and path.is_file() else {}
-    return source_of(weights) | gguf | place
-
-
-def _converted(gguf: Path) -> Path:
-    """A GGUF file's model and tokenizer as a plain folder, made once a node: reading the file takes half a minute.
-
-    Its tensors are de-quantised into the plain class, which trains, and runs in any precision.
-    """
-    stat = gguf.stat()
-    return shared(f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode(), ".model", partial(_convert, gguf))
+    if weights.hub is not None or not path.is_file():
+        return source_of(weights) | gguf
+    key = f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}".encode()  # once a node: reading it takes half a minute
+    return source_of(weights) | {"pretrained_model_name_or_path": str(shared(key, ".model", partial(_convert, path)))}
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    """A GGUF file's model and tokenizer as a plain folder.
+
+    Its tensors are de-quantised into the plain class, which trains, and runs in any precision.
+    """
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     read = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source)
     plain = type(read)(read.config)

@@ -59,7 +59,8 @@ def load(queries: Output, gallery: Output, attributes: str | None, config: Evalu
     table = queries.read_parts(tables.TRIPLETS)
     if not len(table):
         raise UserError(f"evaluate.triplets: {queries.uri} has no triplets")
-    groups = _groups(queries)
+    listed = queries.read_table(GROUPS, tables.GROUPS).to_pylist() if queries.exists(GROUPS) else []
+    groups = {row["group_id"]: tuple(row["image_ids"]) for row in listed}  # every image of each
     asked = tuple(_query(row, groups) for row in table.to_pylist())
     classes = _attribute_classes(attributes, gallery, table) if attributes else None
     protocols = (Protocol("triplets", "", None, remove_reference=True),)
@@ -70,14 +71,6 @@ def load(queries: Output, gallery: Output, attributes: str | None, config: Evalu
 def _query(row: dict[str, Any], groups: dict[int, tuple[int, ...]]) -> Query:
     own, group = row["triplet_id"], row["group_id"]
     return Query(str(own), own, row["reference_id"], row["deltas"][0], (row["target_id"],), group, groups.get(group, ()))
-
-
-def _groups(queries: Output) -> dict[int, tuple[int, ...]]:
-    """Ids of every image of each group whose members the queries list."""
-    if not queries.exists(GROUPS):
-        return {}
-    rows = queries.read_table(GROUPS, tables.GROUPS).to_pylist()
-    return {row["group_id"]: tuple(row["image_ids"]) for row in rows}
 
 
 def check_attributes(file: str, field: str = "evaluate.attributes") -> dict[str, Any]:

@@ -179,7 +179,9 @@ class TripletTask(ABC):
 
         supervised = len(rows)
         if len(self._tables) == 2:
-            rows = np.concatenate([rows, self.size + self._partners(supervised, rng)])
+            _, cumulative = self._chosen
+            drawn = np.searchsorted(cumulative, rng.random(supervised) * cumulative[-1], side="right")
+            rows = np.concatenate([rows, self.size + drawn.clip(max=len(cumulative) - 1)])
         reference_ids, target_ids = self._rows.reference_ids[rows], self._rows.target_ids[rows]
         reference = self._drawn(reference_ids, rng)
         target = self._drawn(target_ids, rng) if self.config.augment_target else self._plain(target_ids)
@@ -191,11 +193,6 @@ class TripletTask(ABC):
             "text": self._text(self._rows.draw(rows, rng)),
             "supervised": supervised,
         }
-
-    def _partners(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Positions of drawn pseudo triplets."""
-        _, cumulative = self._chosen
-        return np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right").clip(max=len(cumulative) - 1)
 
     @cached_property
     def _gallery(self) -> tuple[np.ndarray, np.ndarray]:

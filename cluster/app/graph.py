@@ -62,7 +62,9 @@ class Graph:
         pairs = mined(config, sources)
         rounds = [Rounds(config, sources, Generator(config, sources, seed), pairs) for seed in config.instruct.seeds]
         self.evaluation = evaluated(config, sources, rounds, folds(config, sources, pairs))
-        self.index = indexed(config, sources)
+        self.index: Index | None = None  # what `vdg search` and `vdg serve` show of the gallery that they search
+        if config.evaluate.images is not None:
+            self.index = Index(name="evaluate", gallery=sources.gallery("evaluate"), resources=config.resources.ingest)
         self.round_trip = rounds[0].round_trip
 
     def output(self, stage: Stage) -> Output:
@@ -84,11 +86,6 @@ class Graph:
     def models(self) -> Mapping[str, Stage]:
         """The models that are evaluated, by their names (cir.train.ModelName)."""
         return self.evaluation.models if isinstance(self.evaluation, Evaluate) else {}
-
-    @property
-    def known(self) -> list[Stage]:
-        """All instances, and those that a command beside `vdg run` makes."""
-        return self.stages + self.beside
 
     @property
     def beside(self) -> list[Stage]:
@@ -367,13 +364,6 @@ class Rounds:
         return self._scores(round_, self.model(judge[0], self.config.train.seeds[0], judge[1]))
 
 
-def models(config: RunConfig, rounds: list[Rounds]) -> dict[str, Stage]:
-    """Every variant with every seed, of every generator that it uses, as `<variant>[.g<generator>].s<seed>`."""
-    train = config.train
-    every = [one.model(name, seed) for name in train.variants for one in rounds for seed in train.seeds]
-    return {model.name: model for model in every}
-
-
 def folds(config: RunConfig, sources: Sources, pairs: Mine) -> dict[str, Stage]:
     """Variants that could be recommended with the first seeds, trained without each fold, as `<variant>.f<fold>`."""
     train, found = config.train, dict[str, Stage]()
@@ -395,12 +385,14 @@ def evaluated(config: RunConfig, sources: Sources, rounds: list[Rounds], folds: 
         return EvaluateGiven(
             name="all", queries=queries, annotations=annotations, embeddings=embeddings, config=section, resources=resources
         )
+    train = config.train  # every variant with every seed, of every generator that it uses
+    models = [one.model(name, seed) for name in train.variants for one in rounds for seed in train.seeds]
     return Evaluate(
         name="all",
         queries=queries,
         gallery=sources.gallery("evaluate"),
         embeddings=sources.embeddings(config.train.tower, "evaluate"),
-        models=models(config, rounds),
+        models={model.name: model for model in models},
         folds=folds,
         text=_shared_text(config),
         deltas=rounds[0].own_deltas("queries", "evaluate") if section.own_deltas else None,
@@ -409,13 +401,6 @@ def evaluated(config: RunConfig, sources: Sources, rounds: list[Rounds], folds: 
         config=section,
         resources=resources,
     )
-
-
-def indexed(config: RunConfig, sources: Sources) -> Index | None:
-    """`index:evaluate`: what `vdg search` and `vdg serve` show of the gallery that they search; None without its images."""
-    if config.evaluate.images is None:
-        return None
-    return Index(name="evaluate", gallery=sources.gallery("evaluate"), resources=config.resources.ingest)
 
 
 def _shared_text(config: RunConfig) -> TextTower | None:

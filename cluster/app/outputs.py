@@ -87,7 +87,7 @@ def users(graph: Graph) -> dict[str, list[str]]:
     graphs = {"this config": graph, **{f"run {config.name}": Graph(config) for config in run_configs(graph.root)}}
     for user, other in graphs.items():
         check_sources(other.config, other.stages)
-        for stage in other.known:
+        for stage in (*other.stages, *other.beside):
             found[f"{stage.instance}-{stage.digest}"].append(user)
     return found
 

@@ -32,25 +32,19 @@ class Finding:
     advice: str = ""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a run is going to use."""
+def examine(root: str = "outputs", tracking_uri: str | None = None, ray_address: str | None = None) -> list[Finding]:
+    """Every check of what a run is going to use, in the order in which problems are best mended.
 
-    root: str = "outputs"
-    tracking_uri: str | None = None  # of MLflow; None: nothing to reach
-    ray_address: str | None = None  # of a running cluster; None or "local": Ray starts on this machine
-
-
-def examine(setting: Setting) -> list[Finding]:
-    """Every check, in the order in which problems are best mended."""
+    Without the URI of MLflow there is nothing to reach; without Ray's address, or with "local", Ray starts on this machine.
+    """
     checks: list[Callable[[], Finding]] = [
         packages,
         gpus,
         cuda,
-        lambda: ray_cluster(setting.ray_address),
-        lambda: ray_token(setting.ray_address),
-        lambda: mlflow_store(setting.tracking_uri),
-        lambda: disk(setting.root),
+        lambda: ray_cluster(ray_address),
+        lambda: ray_token(ray_address),
+        lambda: mlflow_store(tracking_uri),
+        lambda: disk(root),
         lambda: shared_memory(Path("/dev/shm")),
         memory,
     ]

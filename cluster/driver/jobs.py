@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.artifacts import without_user
 from cluster.errors import UserError
@@ -60,21 +60,16 @@ def send(client: "JobSubmissionClient", job: Job, submission_id: str, folder: Pa
         return client.submit_job(
             entrypoint=job.entrypoint,
             submission_id=submission_id,
-            runtime_env=runtime_env(folder, job.environment),
+            runtime_env={  # of each process: our packages, the folder of the config, and environment variables
+                "working_dir": str(folder),
+                "py_modules": [str(PROJECT / name) for name in PACKAGES],
+                "excludes": ["__pycache__/"],
+                "env_vars": dict(job.environment),
+            },
             metadata=dict(job.metadata),
         )
     except RuntimeError as error:
         raise UserError(f"{submission_id}: the cluster refused the job: {str(error).strip().splitlines()[-1]}") from error
-
-
-def runtime_env(folder: Path, environment: Mapping[str, str]) -> dict[str, Any]:
-    """What each process of the job gets: our packages, the folder of its config, and environment variables."""
-    return {
-        "working_dir": str(folder),
-        "py_modules": [str(PROJECT / name) for name in PACKAGES],
-        "excludes": ["__pycache__/"],
-        "env_vars": dict(environment),
-    }
 
 
 def last_attempt(base: str, jobs: "Iterable[JobDetails]") -> "tuple[int, JobDetails] | None":

@@ -1,13 +1,13 @@
 """What made an output and what was made from it, read from the manifests below a root; and whether its files are whole."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 
 from pyarrow import fs as pafs
 
-from cluster.artifacts import AUTHORS, MANIFEST, Output, filesystem, output_of, outputs_of
+from cluster.artifacts import AUTHORS, Output, filesystem, output_of, outputs_of
 from cluster.manifest import Manifest
 from cluster.verify import differences
 
@@ -53,12 +53,14 @@ class Lineage:
         self.root = root
         self.made: dict[str, Made] = {}
         self.parents: dict[str, dict[str, str]] = {}  # name -> role -> the parent's name
-        for output in _finished(root):
-            self._add(root, output)
+        system, base = filesystem(root)
+        folders = system.get_file_info(pafs.FileSelector(base, allow_not_found=True))
+        for kind in (folder.base_name for folder in folders if folder.type == pafs.FileType.Directory):
+            for output in outputs_of(root, kind):
+                if (manifest := output.manifest()) is not None:
+                    self._add(root, output, manifest)
 
-    def _add(self, root: str, output: Output) -> None:
-        manifest = output.manifest()
-        assert manifest is not None
+    def _add(self, root: str, output: Output, manifest: Manifest) -> None:
         made = Made(manifest["instance"], manifest["digest"], output, manifest)
         self.made[made.name] = made
         self.parents[made.name] = {}
@@ -112,10 +114,3 @@ def problems(made: Made) -> list[str]:
 def _names(made: Made) -> tuple[str, ...]:
     kind, _, name = made.instance.partition(":")
     return (made.name, made.digest, made.instance, *([name] if kind == "train" else []))
-
-
-def _finished(root: str) -> Iterator[Output]:
-    system, base = filesystem(root)
-    for stage in system.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
-        if stage.type == pafs.FileType.Directory:
-            yield from (output for output in outputs_of(root, stage.base_name) if output.exists(MANIFEST))

@@ -11,7 +11,7 @@ from rich.text import Text
 from cluster.app.checks import problems
 from cluster.app.commands.options import Set, graph_of
 from cluster.app.runner import tracking_uri
-from cluster.driver.doctor import Finding, Setting, examine
+from cluster.driver.doctor import Finding, examine
 from cluster.driver.progress import answers
 
 app = typer.Typer()
@@ -25,7 +25,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON on standard output")] = False,
 ) -> None:
     """Versions, GPUs, Ray, MLflow, disk and memory, and what to do about each problem; exit status 1 on a blocker."""
-    findings = _of_config(config, assignments) if config else examine(Setting())
+    findings = _of_config(config, assignments) if config else examine()
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
@@ -41,8 +41,8 @@ def doctor(
 def _of_config(config: str, assignments: list[str]) -> list[Finding]:
     """Of the machine, and of what the config's stages would stumble over."""
     graph = graph_of(config, assignments)
-    wanted = Setting(graph.root, tracking_uri(graph.config), graph.config.resources.ray.address)
+    machine = examine(graph.root, tracking_uri(graph.config), graph.config.resources.ray.address)
     halves = {field: problem.rpartition("; ") for field, problem in problems(graph.config, graph.stages).items()}
     wrong = [Finding(field, "blocker", found or rest, rest if found else "") for field, (found, _, rest) in halves.items()]
     whole = Finding(graph.config.name, "ok", f"the files and models of its {len(graph.stages)} stages are there")
-    return [*examine(wanted), *(wrong or [whole])]
+    return [*machine, *(wrong or [whole])]

@@ -7,7 +7,6 @@ from threading import Thread
 import pytest
 
 from cluster.driver import doctor
-from cluster.driver.doctor import Setting
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def closed_port() -> int:
 def test_this_machine_has_no_blocker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    findings = doctor.examine(Setting(str(tmp_path / "root"), f"sqlite:///{tmp_path}/mlflow.db"))
+    findings = doctor.examine(str(tmp_path / "root"), f"sqlite:///{tmp_path}/mlflow.db")
     assert [f for f in findings if f.state == "blocker"] == []
     assert all(f.advice for f in findings if f.state == "warning")
     assert "torch " in next(f.found for f in findings if f.subject == "packages")
