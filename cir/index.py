@@ -77,7 +77,10 @@ def _make_part(row: dict[str, Any], gallery: Output, output: Output, side: int, 
             shown.append({"image_id": image["image_id"], "key": image["key"]})
         except (BadImage, OSError) as error:
             rejects.append(reject_row("index", image["key"], "unreadable", str(error)))
-    output.write_bytes(_pack(name), _arrow(packed))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, PACK) as writer:
+        writer.write_batch(pa.record_batch([pa.array(packed, pa.large_binary())], schema=PACK))
+    output.write_bytes(_pack(name), sink.getvalue().to_pybytes())
     output.write_rejects(name, rejects)
     output.write_table(name, pa.Table.from_pylist(shown, SHOWN), SHOWN)
     return {"part": row["part"], "rows": np.array([len(shown) + len(rejects)])}
@@ -85,13 +88,6 @@ def _make_part(row: dict[str, Any], gallery: Output, output: Output, side: int, 
 
 def _pack(part: str) -> str:
     return f"packs/{part.removesuffix('.parquet')}.arrow"
-
-
-def _arrow(thumbnails: list[bytes]) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, PACK) as writer:
-        writer.write_batch(pa.record_batch([pa.array(thumbnails, pa.large_binary())], schema=PACK))
-    return sink.getvalue().to_pybytes()
 
 
 def thumbnail(content: bytes, side: int = SIDE, quality: int = QUALITY) -> bytes:

@@ -12,17 +12,19 @@ _Positive = Annotated[float, Field(gt=0)]
 
 
 def _listed(paths: Any) -> Any:
-    return [paths] if isinstance(paths, str) else paths or []
+    return [paths] if isinstance(paths, str) else paths
 
 
-Paths = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str] | None)]
+Paths = Annotated[list[str], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=str | list[str])]
 
 
 class GalleryConfig(Section):
     """Where a gallery's images come from."""
 
     images: str = path_field("folder of images, or tar or Parquet files, or a folder of those; any filesystem URI")
-    split: Paths = path_field("JSON lists of the names to take, or mappings of name to path, which are joined; none: all", [])
+    split: Paths | None = path_field(
+        "JSON list of the names to take, or mapping of name to path; several files are joined; None: all", None
+    )
     without: str | None = path_field("JSON list of the names to leave out, such as those of test queries", None)
     copy_images: bool = Field(True, description="copy the bytes into the gallery, or index them where they are")
 

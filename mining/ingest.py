@@ -56,7 +56,7 @@ class IngestGallery(Ingest):
 
     def work(self, output: Output, run: RunContext) -> None:
         """Check every image. Raises UserError when the source is missing or empty."""
-        self.write(output, run, GalleryConfig(images=self.images.path, split=[split.path for split in self.splits]))
+        self.write(output, run, GalleryConfig(images=self.images.path, split=[split.path for split in self.splits] or None))
 
     def write(self, output: Output, run: RunContext, config: GalleryConfig) -> None:
         """Check the images that `config` lists, and write the gallery table."""

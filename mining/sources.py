@@ -55,8 +55,9 @@ def list_images(config: GalleryConfig, field: str) -> Listing:
     and other files than images are left out and counted. Raises UserError when the source is missing or holds no image, or a
     Parquet file has other columns. A key is the path inside the source without suffix, in Unicode's composed form (NFC).
     """
-    names = {name: path for file in config.split for name, path in read_names(file).items()} if config.split else None
-    split, aside = ", ".join(config.split), _Aside()
+    files, aside = config.split or [], _Aside()
+    names = {name: path for file in files for name, path in read_names(file).items()} if files else None
+    split = ", ".join(files)
     rows, rejects = _table(_listed(config.images, names, field, aside)), aside.rejects
     if not len(rows):
         wrong = "".join(f"; {row['key']} is {row['reason']}: {row['detail']}" for row in rejects[:1])

@@ -39,7 +39,7 @@ class Sources:
         source, field = self.ingest.galleries[name], f"ingest.galleries.{name}"
         images = Source(f"{field}.images", source.images, kept=not source.copy_images)
         without = None if source.without is None else Source(f"{field}.without", source.without)
-        splits = _each(f"{field}.split", source.split)
+        splits = _each(f"{field}.split", source.split or [])
         return self._once(IngestGallery(name=name, images=images, splits=splits, without=without, **self._checks))
 
     @property

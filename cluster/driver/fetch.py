@@ -12,9 +12,7 @@ def fetch(weights: Weights, cache: str | None) -> str:
     """Bring one source of weights to this node. Returns where it lies.
 
     `cache` is the folder that runs have as HF_HOME; None: this process's. Of a hub every file of the pinned revision is
-    fetched.
-    A folder or package cannot be fetched: it is checked to be here.
-    Raises UserError when the hub does not give it or it is not here.
+    fetched. Raises UserError when the hub does not give it, or a folder or package is not here.
     """
     if weights.hub is None:
         return weights.location()
@@ -40,16 +38,13 @@ def fetch_on_every_node(sources: list[Weights], cache: str | None) -> dict[str, 
         ).remote(sources, cache)
         for node, address in nodes.items()
     }
-    return {name: _places(task, len(sources)) for name, task in tasks.items()}
-
-
-def _places(task: ray.ObjectRef, count: int) -> list[str]:
-    """What a node says of each of `count` sources; a node that dies over them has none."""
-    try:
-        places: list[str] = ray.get(task)
-    except RayError as error:
-        return [f"error: {str(error).strip().splitlines()[-1]}"] * count
-    return places
+    found = {}
+    for name, task in tasks.items():
+        try:
+            found[name] = ray.get(task)
+        except RayError as error:  # a node that dies over them has none
+            found[name] = [f"error: {str(error).strip().splitlines()[-1]}"] * len(sources)
+    return found
 
 
 @ray.remote

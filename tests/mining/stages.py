@@ -31,7 +31,7 @@ def ingest_gallery(
     IngestGallery(
         name=name,
         images=Source(f"ingest.galleries.{name}.images", config.images, kept=not config.copy_images),
-        splits=tuple(Source(f"ingest.galleries.{name}.split", split) for split in config.split),
+        splits=tuple(Source(f"ingest.galleries.{name}.split", split) for split in config.split or []),
         shard_rows=options.shard_rows,
         shard_bytes=options.shard_bytes,
         max_pixels=options.max_pixels,

@@ -4,7 +4,7 @@ They serve this alone: nothing that is trained or selected sees them.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -70,14 +70,10 @@ class Judge:
 
     def precision(self, generator: str, name: str, table: pa.Table) -> DeltaPrecision:
         """Of some pseudo triplets."""
-        fit = list(self._fits(table))
+        rows, known = table.select(["reference_id", "target_id", "deltas"]).to_pylist(), self.attributes
+        pairs = [(row["deltas"][0], known.get(row["reference_id"]), known.get(row["target_id"])) for row in rows]
+        fit = [self.fits(delta, before, after) for delta, before, after in pairs if before is not None and after is not None]
         return DeltaPrecision(generator, name, len(fit), 100 * sum(fit) / max(len(fit), 1))
-
-    def _fits(self, table: pa.Table) -> Iterator[bool]:
-        columns = (table[name].to_pylist() for name in ("reference_id", "target_id", "deltas"))
-        for reference, target, deltas in zip(*columns, strict=True):
-            if reference in self.attributes and target in self.attributes:
-                yield self.fits(deltas[0], self.attributes[reference], self.attributes[target])
 
     def fits(self, delta: str, reference: Mapping[str, str], target: Mapping[str, str]) -> bool:
         """Whether a delta names a value of the target that the reference does not have."""
