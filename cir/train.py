@@ -94,13 +94,14 @@ class Train(Stage):
         gallery = Gallery(run.output(self.gallery), mineable) if self.gallery else None
         # read on the driver, so that a mistake costs no worker
         labelled, pseudo_triplets = TASKS[config.model](features, triplets, pseudo, config, gallery).check()
+        deltas = pseudo.triplets.read_parts(tables.TRIPLETS, ["deltas"]) if pseudo else None
         content = {
             "version": self.version,
             "seed": self.seed,
             "dim": info["dim"],
             "labelled_triplets": labelled,
             "pseudo_triplets": pseudo_triplets,
-            "repeated": _repeated(pseudo, config),
+            "repeated": int(repeated(deltas).sum()) if deltas is not None and config.selection.drop_repeated else 0,
             "config": config.model_dump(mode="json"),
         }
         if TASKS[config.model].sees_pixels and features.online is not None:
@@ -110,13 +111,6 @@ class Train(Stage):
         # a fresh task: the checks filled the other's caches, which would travel
         task = TASKS[config.model](features, triplets, pseudo, config, gallery)
         output.write_json(RESULT, train(output, task, config.training, self.seed, self.resources, run.monitor, run.groups))
-
-
-def _repeated(pseudo: Pseudo | None, config: VariantConfig) -> int:
-    """Number of pseudo triplets that are left out because their deltas repeat themselves."""
-    if pseudo is None or not config.selection.drop_repeated:
-        return 0
-    return int(repeated(pseudo.triplets.read_parts(tables.TRIPLETS, ["deltas"])).sum())
 
 
 def _check_inputs(triplets: Output, pseudo: Pseudo | None, config: VariantConfig, tokens: int) -> None:

@@ -82,15 +82,11 @@ def _table(place: str, section: Schema, links: dict[str, str], said: dict[str, s
     for name, field in section["properties"].items():
         text = field.get("description") or said[next(_references(field))[1]]
         text = re.sub(r"([|*<>])", r"\\\1", re.sub(r"\bNone\b", "null", text))  # a cell, in YAML's words
-        default = "" if name in section.get("required", []) else _default(field)
+        value = field.get("default")
+        own = isinstance(value, dict) and value  # a section's defaults are in its own table
+        default = "" if name in section.get("required", []) else "its own" if own else f"`{json.dumps(value)}`"
         lines.append(f"| `{name}` | {_kind(field, links)} | {default} | {text} |")
     return "\n".join(lines) + "\n"
-
-
-def _default(field: Schema) -> str:
-    """A section's defaults are in its own table."""
-    value = field.get("default")
-    return "its own" if isinstance(value, dict) and value else f"`{json.dumps(value)}`"
 
 
 def _kind(field: Schema, links: dict[str, str]) -> str:

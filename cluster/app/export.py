@@ -98,10 +98,12 @@ def card(lineage: Lineage, made: Made, notes: list[str], folder: Path) -> str:
     data = [near for near in ancestors if near.instance.startswith("ingest:")]
     metrics = made.output.read_json(TRAINING).get("best", {})  # older trainings name none
     settings = json.dumps(made.manifest["settings"], indent=1)
+    said = {near.name: near.manifest["sources"] if near.manifest else {} for near in data}
+    sources = {name: ", ".join(f"{field} ({digest})" for field, digest in found.items()) for name, found in said.items()}
     sections = {
         "Use and limits": f"This model {USES[made.instance.partition(':')[0]]}",
         "Loading": _list(notes) + (f"\n\n{_snippet(folder)}" if (folder / TOWER).exists() else ""),
-        "Data": _list([f"{near.name}: {near.rows}, sources {_sources(near)}" for near in data]),
+        "Data": _list([f"{near.name}: {near.rows}, sources {sources[near.name] or 'none'}" for near in data]),
         "Made from": _list([f"{near.name}" for near in ancestors if near not in data]),
         "Metrics": "At the step whose weights are kept:\n\n" + _list([f"{name}: {value:g}" for name, value in metrics.items()]),
         "Evaluation": _list(_recalls(lineage, made)),
@@ -117,7 +119,3 @@ def card(lineage: Lineage, made: Made, notes: list[str], folder: Path) -> str:
 
 def _list(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines) or "- none"
-
-
-def _sources(made: Made) -> str:
-    return ", ".join(f"{field} ({digest})" for field, digest in (made.manifest or {"sources": {}})["sources"].items()) or "none"

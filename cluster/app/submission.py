@@ -42,12 +42,15 @@ def prepare(
     sent = graph.config.model_dump(mode="json")
     check_secrets(environment, dict(_texts(sent)))
     digest = digest_of([command, [(stage.instance, stage.digest) for stage in stages]])
+    # a file that decides a digest, and that only the cluster sees, gives another one there
+    folders = [weights.folder for stage in stages for weights in stage.weights.values() if weights.folder is not None]
+    elsewhere = any(stage.missing() for stage in stages) or not all(Path(folder).exists() for folder in folders)
     job = Job(
         base=f"{graph.config.name}-{digest}",
         entrypoint=f"python -m cluster.app {shlex.join(command)}",
         config=yaml.safe_dump(sent, sort_keys=False),
         environment=environment,
-        outputs=tuple(graph.output(stage).uri for stage in stages) if _all_here(stages) else (),
+        outputs=() if elsewhere else tuple(graph.output(stage).uri for stage in stages),
         metadata={"run": graph.config.name, "digest": digest, "root": graph.config.root, "git_commit": git_commit()},
     )
     return job, paths
@@ -58,12 +61,6 @@ def _placed(config: RunConfig, local: bool) -> RunConfig:
     resources = config.resources.model_copy(update={"ray": RayConfig()})
     root = Output(config.root).uri if local else config.root
     return config.model_copy(update={"resources": resources, "root": root})
-
-
-def _all_here(stages: list[Stage]) -> bool:
-    """Whether this machine has every file that decides a digest: one that only the cluster sees gives another one there."""
-    folders = [weights.folder for stage in stages for weights in stage.weights.values() if weights.folder is not None]
-    return not any(stage.missing() for stage in stages) and all(Path(folder).exists() for folder in folders)
 
 
 def _command(graph: Graph, only: str | None, until: str | None) -> tuple[list[str], list[Stage]]:

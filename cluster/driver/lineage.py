@@ -75,7 +75,12 @@ class Lineage:
 
         The model name of `train:semi.s1` is `semi.s1`.
         """
-        return [made for _, made in sorted(self.made.items()) if any(fnmatchcase(name, wanted) for name in _names(made))]
+        found = []
+        for name, made in sorted(self.made.items()):
+            kind, _, model = made.instance.partition(":")
+            names = (name, made.digest, made.instance, *([model] if kind == "train" else []))
+            found += [made] if any(fnmatchcase(known, wanted) for known in names) else []
+        return found
 
     def above(self, made: Made) -> list[tuple[str, Made]]:
         """(role, parent) of what an output was made from."""
@@ -109,8 +114,3 @@ def problems(made: Made) -> list[str]:
     if made.manifest is None:
         return [f"{made.name}: was removed"]
     return [f"{made.name}: {line}" for line in differences(made.output, made.manifest, every_byte=True)]
-
-
-def _names(made: Made) -> tuple[str, ...]:
-    kind, _, name = made.instance.partition(":")
-    return (made.name, made.digest, made.instance, *([name] if kind == "train" else []))

@@ -85,7 +85,12 @@ class FeatureBackbone(LanguageBackbone):
         instruct = description.stage == "instruct"
         model = with_lora(frozen, config, list(config.lora_targets)) if instruct else frozen
         super().__init__(config, load_tokenizer(config.language), model)
-        self.projection = _projection(config, description.dim, width)
+        out = config.tokens_per_feature * width
+        self.projection: nn.Module = (
+            nn.Linear(description.dim, out, bias=False)  # the paper's
+            if config.projection == "linear"
+            else nn.Sequential(nn.Linear(description.dim, width), nn.GELU(), nn.Linear(width, out))  # LLaVA's
+        )
 
     @classmethod
     def inputs(cls, description: Description, mean: np.ndarray | None, max_tokens: int) -> FeatureInputs:
@@ -118,11 +123,3 @@ class FeatureBackbone(LanguageBackbone):
         embeddings = self.language_model.get_input_embeddings()(ids.clamp(min=0))
         features = functional.dropout(features.to(embeddings.dtype), self.config.feature_dropout, self.training)
         return embeddings.masked_scatter((ids == IMAGE).unsqueeze(-1), self.projection(features).to(embeddings.dtype))
-
-
-def _projection(config: VdgConfig, dim: int, width: int) -> nn.Module:
-    """The paper's one linear layer without bias, or LLaVA's two with GELU between."""
-    out = config.tokens_per_feature * width
-    if config.projection == "linear":
-        return nn.Linear(dim, out, bias=False)
-    return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, out))

@@ -69,7 +69,9 @@ def _page(run: Run, image: str, text: str, found: Mapping[str, list[Hit]]) -> st
     folder = Path(__file__).parents[1]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined)
     pictures = {hit.image_id: data_uri(run.thumbnails.get(hit.image_id, b"")) for hits in found.values() for hit in hits}
-    reference = thumbnail(Path(image).read_bytes()) if Path(image).is_file() else run.thumbnails[run.searcher.image_id(image)]
+    reference = (
+        thumbnail(Path(image).read_bytes()) if Path(image).is_file() else run.thumbnails.get(run.searcher.image_id(image), b"")
+    )
     return environment.get_template("serve/answer.html.j2").render(
         reference=data_uri(reference), image=Path(image).name, text=text, found=found, pictures=pictures
     )

@@ -80,6 +80,8 @@ def collect(graph: Graph) -> Report:
     recommended, evaluation = recommend(graph), graph.output(graph.evaluation)
     system, _ = filesystem(evaluation.uri)
     shown = [image for section in (mined, generated, retrieval) if section for image in section.image_ids()]
+    galleries = {f"ingest:{run.config.mine.gallery}", "ingest:evaluate"} & set(run.stages)
+    images = read_images([run.output(name) for name in sorted(galleries)], shown) if shown else {}
     return Report(
         name=run.config.name,
         date=system.get_file_info(evaluation.path(MANIFEST)).mtime or datetime.now(UTC),
@@ -91,7 +93,7 @@ def collect(graph: Graph) -> Report:
         manifests=list(run.manifests.values()),
         command=_command(run.config),
         config=yaml.safe_dump(hidden(run.config.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
-        images=_thumbnails(run, shown),
+        images={image: data_uri(thumbnail(content, THUMBNAIL)) for image, content in images.items()},
         recommendation=recommended,
         advice=advice(results, recommended),
         precision=collect_precision(graph),
@@ -108,13 +110,6 @@ def _results(run: FinishedRun) -> Results:
     protocol = evaluation.read_json("protocols.json")[0]["description"] if official else None
     metrics, gains = evaluation.read_json(METRICS), evaluation.read_json("gain.json")
     return collect_results(run.config, metrics, gains, rows, pseudo, protocol)
-
-
-def _thumbnails(run: FinishedRun, image_ids: list[int]) -> dict[int, str]:
-    """JPEG data URIs of some images of the mined gallery and of the evaluated one."""
-    names = {f"ingest:{run.config.mine.gallery}", "ingest:evaluate"} & set(run.stages)
-    found = read_images([run.output(name) for name in sorted(names)], image_ids) if image_ids else {}
-    return {image: data_uri(thumbnail(content, THUMBNAIL)) for image, content in found.items()}
 
 
 def _curves(run: FinishedRun) -> Curves:
