@@ -14,9 +14,8 @@ def export_model(model: Output, folder: Path) -> list[str]:
     """Write the trained weights, what builds the model, and a trained text tower by itself. Returns notes on what loads how."""
     from safetensors.torch import load, save_file
 
-    for name in (WEIGHTS, MODEL, RESULT, MEAN):
-        if model.exists(name):
-            (folder / name).write_bytes(model.read_bytes(name))
+    for name in filter(model.exists, (WEIGHTS, MODEL, RESULT, MEAN)):
+        (folder / name).write_bytes(model.read_bytes(name))
     weights = load(model.read_bytes(WEIGHTS))
     tower = {name.removeprefix(TEXT): weight for name, weight in weights.items() if name.startswith(TEXT)}
     notes = [

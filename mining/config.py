@@ -1,7 +1,7 @@
 """Config of the mining stages: ingest, embed, exclude, neighbours, mine."""
 
 from fnmatch import fnmatch
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -11,11 +11,12 @@ from cluster.weights import Pretrained, Weights
 _Positive = Annotated[float, Field(gt=0)]
 
 
-def _listed(paths: Any) -> Any:
-    return [paths] if isinstance(paths, str) else paths
-
-
-Paths = Annotated[list[str], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+# a path, or several
+Paths = Annotated[
+    list[str],
+    Field(min_length=1),
+    BeforeValidator(lambda paths: [paths] if isinstance(paths, str) else paths, json_schema_input_type=str | list[str]),
+]
 
 
 class GalleryConfig(Section):

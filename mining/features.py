@@ -155,16 +155,13 @@ class OnlineFeatures:
         info = embeddings.read_json(INFO)
         self.tokens, self.dim, self.views = info["tokens"], info["dim"], ONLINE_VIEWS
         self.online, self.pixels = online, AugmentedViews(online, image_ids)
+        self.draw_views = self.pixels.draw_views
 
     @cached_property
     def _tower(self) -> Callable[[Any], Any]:
         from mining.towers import ImageTower
 
         return ImageTower(self.online.tower)
-
-    def draw_views(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """As `AugmentedViews`."""
-        return self.pixels.draw_views(count, rng)
 
     def take(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
         """As `CachedFeatures`; decodes, augments and runs the tower."""

@@ -18,9 +18,8 @@ def export_generator(model: Output, folder: Path) -> list[str]:
     Raises UserError when `model` holds no generator.
     """
     description = read_description(model)
-    (folder / DESCRIPTION).write_bytes(model.read_bytes(DESCRIPTION))
-    if model.exists(MEAN):
-        (folder / MEAN).write_bytes(model.read_bytes(MEAN))
+    for name in filter(model.exists, (DESCRIPTION, MEAN)):
+        (folder / name).write_bytes(model.read_bytes(name))
     if description.vdg.backbone == "chooser":
         (folder / WEIGHTS).write_bytes(model.read_bytes(WEIGHTS))
         return [f"{WEIGHTS} chooses among the {len(description.texts)} texts of {DESCRIPTION}; that needs this package."]

@@ -50,9 +50,6 @@ class BlipTask(TripletTask):
     def _plain(self, image_ids: np.ndarray) -> np.ndarray:
         return self._pixels.take(image_ids, np.zeros(len(image_ids), np.int64))
 
-    def _held_out_references(self, image_ids: np.ndarray) -> np.ndarray:
-        return self._plain(image_ids)
-
     def _text(self, texts: list[str]) -> Any:
         from cir.models.blip import MAX_LENGTH
 

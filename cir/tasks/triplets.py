@@ -100,9 +100,9 @@ class TripletTask(ABC):
     def _plain(self, image_ids: np.ndarray) -> np.ndarray:
         """The plain view of images that are trained on, as the module takes images."""
 
-    @abstractmethod
     def _held_out_references(self, image_ids: np.ndarray) -> np.ndarray:
         """The plain view of images of the labelled triplets, as the module takes references."""
+        return self._plain(image_ids)
 
     @abstractmethod
     def _text(self, texts: list[str]) -> Any:

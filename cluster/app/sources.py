@@ -78,8 +78,8 @@ class Sources:
         else:
             source, field = self.ingest.triplets[name], f"ingest.triplets.{name}.file"
         gallery, files = self.gallery(source.gallery), _each(field, source.file)
-        limit = self.limit
-        return self._once(IngestTriplets(name=name, gallery=gallery, files=files, join=source.join, max_reject_fraction=limit))
+        made = IngestTriplets(name=name, gallery=gallery, files=files, join=source.join, max_reject_fraction=self.limit)
+        return self._once(made)
 
     def captions(self, name: str) -> Stage:
         """`ingest:<captions>`."""

@@ -1,7 +1,7 @@
 """Whether there is, or may come, what the stages of a run ask for: Ray itself waits without a word, and without an end."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
@@ -73,9 +73,7 @@ def _fit(processes: list[Process], there: Sequence[Node]) -> bool:
 
 def _all(processes: list[Process]) -> str:
     """Such as `3 x (1 CPU, 1 GPU) and 1 CPU`."""
-    counts: dict[str, int] = defaultdict(int)
-    for process in processes:
-        counts[_said(process)] += 1
+    counts = Counter(map(_said, processes))
     return " and ".join(said if n == 1 else f"{n} x ({said})" for said, n in counts.items())
 
 
