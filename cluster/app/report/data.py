@@ -15,15 +15,8 @@ from cir.train import MODEL, ModelName
 from cluster.app.config import PRESETS, RunConfig, load
 from cluster.app.graph import Graph
 from cluster.app.recommend import Recommendation, recommend
-from cluster.app.report.examples import (
-    FinishedRun,
-    Generated,
-    Mined,
-    Retrieval,
-    collect_generated,
-    collect_mined,
-    collect_retrieval,
-)
+from cluster.app.report import examples
+from cluster.app.report.examples import FinishedRun
 from cluster.app.report.precision import DeltaPrecision, collect_precision
 from cluster.app.report.results import Results, advice, collect_results
 from cluster.artifacts import MANIFEST, Output, below, filesystem, hidden, without_user
@@ -59,9 +52,9 @@ class Report:
     name: str
     date: datetime  # when the run's last stage was finished, in UTC
     results: Results
-    mined: Mined | None
-    generated: Generated | None
-    retrieval: Retrieval | None
+    mined: examples.Mined | None
+    generated: examples.Generated | None
+    retrieval: examples.Retrieval | None
     curves: Curves
     manifests: list[Mapping[str, Any]]  # of every stage instance
     command: str
@@ -76,7 +69,8 @@ def collect(graph: Graph) -> Report:
     """Everything that the page shows. Reads the images shown and no others."""
     run = FinishedRun(graph)
     results = _results(run)
-    mined, generated, retrieval = collect_mined(run), collect_generated(run, results), collect_retrieval(run, results)
+    mined, generated = examples.collect_mined(run), examples.collect_generated(run, results)
+    retrieval = examples.collect_retrieval(run, results)
     recommended, evaluation = recommend(graph), graph.output(graph.evaluation)
     system, _ = filesystem(evaluation.uri)
     shown = [image for section in (mined, generated, retrieval) if section for image in section.image_ids()]
