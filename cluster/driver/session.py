@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import Field
 
-from cluster.artifacts import without_user
 from cluster.config import Section
 from cluster.driver.interrupt import end_as_ctrl_c
 from cluster.driver.progress import printable
 from cluster.errors import UserError
+from cluster.redaction import without_user
 from cluster.training.groups import THREAD
 
 # OpenMP's threads spin at a barrier, by default for milliseconds: on a core that the one they wait for needs, where another

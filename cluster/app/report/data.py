@@ -18,7 +18,8 @@ from cluster.app.recommend import Recommendation, recommend
 from cluster.app.report.examples import Generated, Mined, Retrieval, collect_generated, collect_mined, collect_retrieval
 from cluster.app.report.precision import Precision, collect_precision
 from cluster.app.report.results import Results, advice, collect_results, headline
-from cluster.artifacts import MANIFEST, Output, below, filesystem, hidden, without_user
+from cluster.artifacts import MANIFEST, Output, below, filesystem
+from cluster.redaction import hidden, without_user
 from cluster.stage import Stage
 from cluster.training import loop
 from mining.gallery import read_images
