@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import Field
 
@@ -32,6 +32,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 
+_begun: list[str] = []  # sessions that this process has begun, by their addresses
 KNOCK, PATIENCE = 5.0, 30.0  # seconds for a port to open, and for the cluster behind it to answer
 
 
@@ -62,6 +63,7 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
     if not ray.is_initialized():
         with _standard_error_to(log_file or Path(os.devnull)):  # the C++ side prints a line of its own
             _connect(config)
+        _begun.append(config.where)
     end_as_ctrl_c()
     atexit.register(_leave)
     context = ray.data.DataContext.get_current()
@@ -125,6 +127,19 @@ def _refused(where: str, said: str) -> str:
     else:
         advice = "`vdg doctor` looks at disk, memory and shared memory"
     return f"Ray does not start here: {_last_line(said)}; {advice}"
+
+
+def end(status: int) -> NoReturn:
+    """End this process, which a failure or its user has stopped, without Ray's shutdown.
+
+    Threads and iterators that a stopped stage leaves behind let their actors go then; Ray ends a process that calls it after
+    its shutdown with status 1, or starts a session anew. What it has started here sees its driver gone, and ends.
+    """
+    if _begun:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def _leave() -> None:
