@@ -55,7 +55,8 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
 
     Raises UserError when no cluster answers at the config's address, or Ray does not start here.
     """
-    import ray
+    import ray.data
+    import ray.train  # both bring handlers of logs of their own
 
     if log_file is not None:
         _log_to(log_file)
