@@ -8,7 +8,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -58,52 +58,6 @@ def below(root: str, path: str) -> str:
     """A path below a root; the query of a URI, such as an S3 endpoint, stays at its end."""
     base, mark, query = root.partition("?") if "://" in root else (root, "", "")
     return f"{base.rstrip('/')}/{path}{mark}{query}"
-
-
-DATABASES = ("postgresql", "mysql", "mariadb", "mssql", "oracle")  # their passwords may have slashes
-NAMED = (*DATABASES, "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # their user belongs to the address, and is no secret
-SECRET = re.compile(
-    r"passw|pwd|secret|token|signature|credential|^(sig|auth|key|session)$|(api|access|account)[_-]?key|odbc_connect",
-    re.IGNORECASE,
-)
-
-
-def without_user(text: str) -> str:
-    """A text that can be shown and kept: its URIs without passwords, also those of a query, and the users that go with them."""
-    parts = text.split("://")
-    schemes = [re.split(r"[^\w+]", part[-20:])[-1] for part in parts]
-    return "://".join([parts[0], *map(_without_secrets, schemes, parts[1:])])
-
-
-def _without_secrets(scheme: str, text: str) -> str:
-    """`text` goes on after the `://` of a URI."""
-    name, uri = scheme.lower().partition("+")[0], re.split(r"\s", text, maxsplit=1)[0]
-    rest = text[len(uri) :]
-    authority = re.split("[/?#]", uri, maxsplit=1)[0]
-    end = max(authority.rfind("@"), uri.find("@") if name in DATABASES else -1)
-    user = re.split("[:@]", uri[: end + 1], maxsplit=1)[0] if name in NAMED else ""
-    place, *fields = re.split("([?&;#])", uri[end + 1 :])
-    return "".join([user, "@" if user else "", place, *_open_fields(fields), rest])
-
-
-def _open_fields(fields: Sequence[str]) -> Iterator[str]:
-    """Of marks and the fields behind them those that hold no secret; the mark of one left out is the next one's."""
-    left = ""
-    for mark, field in zip(fields[::2], fields[1::2], strict=True):
-        name, given, _ = field.partition("=")
-        mark = left if left and mark == "&" else mark
-        left = mark if given and SECRET.search(name[:100]) else ""
-        if not left:
-            yield mark + field
-
-
-def hidden(node: Any) -> Any:
-    """A config's content as it is kept: every text in it as `without_user` gives it."""
-    if isinstance(node, dict):
-        return {name: hidden(value) for name, value in node.items()}
-    if isinstance(node, list):
-        return [hidden(value) for value in node]
-    return without_user(node) if isinstance(node, str) else node
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,13 @@ from cluster.artifacts import (
     output_of,
     outputs_of,
     read_warnings,
-    without_user,
 )
 from cluster.config import Resources, content_of
 from cluster.errors import UserError
 from cluster.manifest import Manifest, digest_of, sealed
 from cluster.monitor import Monitor, Several
 from cluster.provenance import code
+from cluster.redaction import without_user
 from cluster.verify import described, differences, remove_broken, verify
 from cluster.weights import Pretrained, Weights, models_in
 
@@ -78,7 +78,7 @@ class Source:
 
     def secret(self) -> str | None:
         """What is wrong with a path that rows would keep, password and all."""
-        if not self.kept or without_user(self.path) == self.path:
+        if not self.kept or "://" not in self.path or without_user(self.path) == self.path:
             return None
         return "it holds a password, which the output's rows would keep; put it in the environment (AWS_SECRET_ACCESS_KEY, ...)"
 

@@ -3,6 +3,7 @@
 import typer
 
 from cluster.app.commands import config, doctor, jobs, lineage, outputs, run, search, sweep, weights
+from cluster.driver import session
 from cluster.driver.failures import explained
 from cluster.driver.interrupt import end_as_ctrl_c
 from cluster.driver.progress import console
@@ -22,4 +23,4 @@ def main() -> None:
         explained(app.__call__)()
     except UserError as error:
         console.print(f"error: {error}"[:LONGEST], style="red")
-        raise SystemExit(2) from None
+        session.end(2)

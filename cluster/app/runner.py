@@ -18,7 +18,7 @@ from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
 from cluster.app.outputs import CONFIG, keep_models
 from cluster.app.recommend import recommend
-from cluster.artifacts import Output, below, filesystem, hidden, without_user
+from cluster.artifacts import Output, below, filesystem
 from cluster.config import in_folder
 from cluster.driver import lease, session
 from cluster.driver.demand import nodes, require, resources_of
@@ -27,6 +27,7 @@ from cluster.driver.schedule import Room, Schedule
 from cluster.driver.store import sqlite_uri
 from cluster.errors import UserError
 from cluster.monitor import Several
+from cluster.redaction import hidden, without_user
 from cluster.stage import Stage
 from cluster.training.groups import Groups
 from cluster.verify import verify

@@ -14,8 +14,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
-from cluster.artifacts import filesystem, without_user
+from cluster.artifacts import filesystem
 from cluster.driver.session import RayConfig, silence
+from cluster.redaction import without_user
 
 PROJECT = "visual-delta"
 GIGABYTE = 2**30

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.artifacts import without_user
 from cluster.errors import UserError
+from cluster.redaction import without_user
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.segment import Segment
 from rich.text import Text
 
-from cluster.artifacts import without_user
 from cluster.monitor import Monitor
+from cluster.redaction import without_user
 
 # what a terminal obeys rather than shows, but line feeds and tabs; marks that turn the order of a text; what is not UTF-8
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.tracking import MlflowClient
 
-from cluster.artifacts import without_user
+from cluster.redaction import without_user
 from cluster.stage import Stage
 
 PLACE = "place.json"  # of a registered model: the URI of its output, and its digest

@@ -10,15 +10,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import Field
 
-from cluster.artifacts import without_user
 from cluster.config import Section
 from cluster.driver.interrupt import end_as_ctrl_c
 from cluster.driver.progress import printable
 from cluster.errors import UserError
+from cluster.redaction import without_user
 from cluster.training.groups import THREAD
 
 # OpenMP's threads spin at a barrier, by default for milliseconds: on a core that the one they wait for needs, where another
@@ -32,6 +32,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 
+_begun: list[str] = []  # sessions that this process has begun, by their addresses
 KNOCK, PATIENCE = 5.0, 30.0  # seconds for a port to open, and for the cluster behind it to answer
 
 
@@ -54,7 +55,8 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
 
     Raises UserError when no cluster answers at the config's address, or Ray does not start here.
     """
-    import ray
+    import ray.data
+    import ray.train  # both bring handlers of logs of their own
 
     if log_file is not None:
         _log_to(log_file)
@@ -62,6 +64,7 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
     if not ray.is_initialized():
         with _standard_error_to(log_file or Path(os.devnull)):  # the C++ side prints a line of its own
             _connect(config)
+        _begun.append(config.where)
     end_as_ctrl_c()
     atexit.register(_leave)
     context = ray.data.DataContext.get_current()
@@ -125,6 +128,19 @@ def _refused(where: str, said: str) -> str:
     else:
         advice = "`vdg doctor` looks at disk, memory and shared memory"
     return f"Ray does not start here: {_last_line(said)}; {advice}"
+
+
+def end(status: int) -> NoReturn:
+    """End this process, which a failure or its user has stopped, without Ray's shutdown.
+
+    Threads and iterators that a stopped stage leaves behind let their actors go then; Ray ends a process that calls it after
+    its shutdown with status 1, or starts a session anew. What it has started here sees its driver gone, and ends.
+    """
+    if _begun:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def _leave() -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from cluster.artifacts import without_user
 from cluster.errors import UserError
+from cluster.redaction import without_user
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -15,12 +15,12 @@ from mlflow.entities import LifecycleStage, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from cluster.artifacts import hidden, without_user
 from cluster.driver import records
 from cluster.driver.store import connect, reason, said, sqlite_file
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.provenance import git_commit
+from cluster.redaction import hidden, without_user
 from cluster.stage import Stage
 from cluster.training.loop import METRICS, reports_of
 

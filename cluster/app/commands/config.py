@@ -11,9 +11,9 @@ import yaml
 from cluster.app import config as configs
 from cluster.app.commands.options import Config, Set
 from cluster.app.init import write_config
-from cluster.artifacts import hidden
 from cluster.config import in_folder
 from cluster.driver.progress import answers, console, printable
+from cluster.redaction import hidden
 
 app = typer.Typer()
 

@@ -15,11 +15,12 @@ from cluster.app.api import Run
 from cluster.app.commands.options import Config, Set, graph_of
 from cluster.app.export import export as write
 from cluster.app.runner import headline, record_results, tracking_uri
-from cluster.artifacts import Output, without_user
+from cluster.artifacts import Output
 from cluster.driver.lineage import Lineage, Made, problems
 from cluster.driver.progress import answers, console
 from cluster.driver.store import sqlite_uri
 from cluster.errors import UserError
+from cluster.redaction import without_user
 
 app = typer.Typer()
 

@@ -16,9 +16,9 @@ from cluster.app import config as configs
 from cluster.app.api import Hit, Run
 from cluster.app.commands.options import Config, Set, graph_of
 from cluster.app.labels import Labelling, Store, freeze
-from cluster.artifacts import without_user
 from cluster.driver.progress import answers, console
 from cluster.errors import UserError
+from cluster.redaction import without_user
 
 app = typer.Typer()
 

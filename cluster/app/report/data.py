@@ -19,7 +19,8 @@ from cluster.app.report import examples
 from cluster.app.report.examples import FinishedRun
 from cluster.app.report.precision import DeltaPrecision, collect_precision
 from cluster.app.report.results import Results, advice, collect_results
-from cluster.artifacts import MANIFEST, Output, below, filesystem, hidden, without_user
+from cluster.artifacts import MANIFEST, Output, below, filesystem
+from cluster.redaction import hidden, without_user
 from cluster.training import loop
 from mining.gallery import read_images
 

@@ -19,13 +19,14 @@ from mlflow.tracking import MlflowClient
 from cluster.app import config as configs
 from cluster.app import runner
 from cluster.app.graph import Graph
-from cluster.artifacts import Output, without_user
+from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.driver import lease
 from cluster.driver.failures import explained
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.parts import run_actors
+from cluster.redaction import without_user
 from cluster.stage import Stage
 from tests.stages import simple
 

@@ -55,3 +55,47 @@ def test_a_local_ray_that_does_not_start_is_one_message(tmp_path: Path) -> None:
 )
 def test_what_ray_says_last_is_said_with_what_to_do(said: str, expected: str) -> None:
     assert expected in session._refused("local", said)
+
+
+STOPPED = """
+import sys
+import threading
+from pathlib import Path
+import ray
+from cluster.app import cli
+from cluster.driver import session
+from cluster.errors import UserError
+
+def waits_for_workers_and_lets_them_go():
+    mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+    try:
+        ray.get(mailbox.wait.remote())
+    finally:
+        ray.kill(mailbox)
+
+class Mailbox:
+    def wait(self):
+        threading.Event().wait()
+
+def command():
+    session.start(session.RayConfig(num_cpus=1), Path(sys.argv[1]))
+    ray.data.range(3).materialize()
+    thread = threading.Thread(target=waits_for_workers_and_lets_them_go, daemon=True, name="vdg stage")
+    thread.start()
+    thread.join(3)
+    raise UserError("stopped")
+
+cli.app = command
+cli.main()
+"""
+
+
+def test_a_thread_that_calls_ray_after_its_end_changes_no_status_and_the_terminal_is_quiet(tmp_path: Path) -> None:
+    """Ray ends the whole process then, with status 1, or starts anew; its lines are in the log."""
+    log = tmp_path / "log.txt"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", STOPPED, str(log)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "error: stopped\n")
+    assert "execution finished" in log.read_text()

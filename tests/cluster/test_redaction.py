@@ -3,7 +3,7 @@
 import pytest
 
 from cluster import stage
-from cluster.artifacts import hidden, without_user
+from cluster.redaction import hidden, without_user
 from cluster.stage import Source
 
 FORMS = {
@@ -28,6 +28,23 @@ FORMS = {
     "no https://a:secret@b, then http://c:secret@d/e: why?": "no https://b, then http://d/e: why?",
     "https://a:secret@b,https://c:secret@d": "https://d",
     "'http://a:secret@b/c'": "'http://b/c'",
+    "me:secret@host/db": "host/db",
+    "me:s@ecret#?@host:5432": "host:5432",
+    "cannot reach 'me:secret@10.0.0.1:6379'": "cannot reach '10.0.0.1:6379'",
+    "--uri=me:secret@localhost.": "--uri=localhost.",
+    "[me:secret@[::1]:80]": "[[::1]:80]",
+    "me+box.de:secret@host": "host",
+    "at https://me:my secret@host/p b@c": "at https://host/p b@c",
+    "https://me:se cret @@host": "https://host",
+    "https://my user:secret@host/p": "https://my host/p",
+    "https://me:a secret/x@host/p": "https://host/p",
+    "https://me:se/cret@host/p": "https://host/p",
+    "postgresql://me:se cr/et@host/db": "postgresql://me@host/db",
+    "http://host:80, https://me:a secret@host": "http://host:80, https://host",
+}
+WHOLE = {  # a config's value is one URI, blanks and all
+    "https://h/x?token=my secret&b=1": "https://h/x?b=1",
+    "s3://key:12 secret@b/a c.jpg": "s3://b/a c.jpg",
 }
 PLAIN = ["gs://anonymous@bucket/x", "hdfs://me@host:8020/x", "http://host:80/a@b", "sqlite:////a b@c/mlflow.db", "red: a@b"]
 PLAIN += [
@@ -40,6 +57,17 @@ PLAIN += [
     "://",
     "postgresql://host/db?options=a@b",
     "a://b?",
+    "me@host.org, <mailto:me@host.org> and git@host:group/project.git",
+    "name:me@1, at 12:30:me@2x.png",
+    "model:3.11@sha256:abc",
+    "R@10:R@50, recall: 5@10",
+    "/data/a:b@c/x.jpg",
+    "photos/a:b@c.jpg",
+    r"C:\me@host\x.jpg",
+    "at http://host:80 is not what me@host.org gave",
+    "at http://host: no answer; ask me@host.org",
+    "(http://host:80), http://host:8080/a: ask me@host.org",
+    "http://[::1]:80/x a@b",
 ]
 
 
@@ -52,9 +80,15 @@ def test_secrets_are_taken_out_wherever_they_stand(text: str) -> None:
     assert without_user(found) == found
 
 
+@pytest.mark.parametrize("text", WHOLE)
+def test_a_value_is_one_uri(text: str) -> None:
+    assert hidden(text) == WHOLE[text]
+    assert hidden(WHOLE[text]) == WHOLE[text]
+
+
 @pytest.mark.parametrize("text", PLAIN)
 def test_what_is_no_secret_stays(text: str) -> None:
-    assert without_user(text) == text
+    assert hidden(text) == without_user(text) == text
 
 
 def test_a_source_has_one_digest_whatever_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +96,7 @@ def test_a_source_has_one_digest_whatever_its_password(monkeypatch: pytest.Monke
     sources = [Source("evaluate.images", path, kept=True) for path in ("s3://key:a@b/x", "s3://key:c@b/x", "s3://b/x")]
     assert sources[0].fingerprint() == sources[1].fingerprint() == sources[2].fingerprint() == ["s3://b/x", [("a.jpg", 3, 7)]]
     assert [source.secret() is None for source in sources] == [False, False, True]
+    assert Source("evaluate.images", "a:b@c.d", kept=True).secret() is None
 
 
 def test_configs_and_long_texts() -> None:
