@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pyarrow import fs as pafs
 from starlette.testclient import TestClient
 
-from cluster.app import labels
 from cluster.app.api import Run
 from cluster.app.config import RunConfig
 from cluster.app.graph import Graph
@@ -23,6 +23,8 @@ from cluster.driver.lineage import Lineage
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from tests.cluster.app.test_cli import invoke
+
+READ = Output.read_parts
 
 
 def judged(n: int, verdict: str = "right", **fields: Any) -> Judged:
@@ -216,19 +218,18 @@ def test_results_that_no_training_gallery_holds_are_a_file_of_their_own(run: Run
     ids = [int(image_id) for image_id in run.searcher.matrix("semi.s0").image_ids[:2]]
     found = Found(label_id="0" * 16, reference_id=ids[0], target_id=ids[1], text="in red")
     Teaching(run).judge(found, "ann")
-    monkeypatch.setattr(labels, "_Keys", Renamed)
+    monkeypatch.setattr(Output, "read_parts", other_bytes)
     (frozen,) = freeze(run)
     assert frozen.gallery == "evaluate"
 
 
-class Renamed(labels._Keys):
-    """Another gallery's images have other bytes."""
-
-    def __init__(self, gallery: Output) -> None:
-        super().__init__(gallery)
-        if "evaluate" not in gallery.uri:
-            self.digests = {image_id: f"other {digest}" for image_id, digest in self.digests.items()}
-            self.names = {f"other {digest}": name for digest, name in self.names.items()}
+def other_bytes(gallery: Output, columns: list[str]) -> pa.Table:
+    """As `Output.read_parts`; the images of all galleries but the one that is searched have other bytes."""
+    table = READ(gallery, columns)
+    if "sha256" not in columns or "evaluate" in gallery.uri:
+        return table
+    others = pa.array([f"other {digest}" for digest in table["sha256"].to_pylist()])
+    return table.set_column(columns.index("sha256"), "sha256", others)
 
 
 def test_lineage_shows_whose_labels_a_run_learned_from(run: Run) -> None:
