@@ -8,15 +8,16 @@ nearest. Ratios are of turns in one run. For the other figures the machine has t
 """
 
 import argparse
-import http.client
+import asyncio
+import hashlib
 import json
+import math
 import statistics
 import sys
 import tempfile
-import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from io import BytesIO
@@ -46,8 +47,7 @@ LATENCIES = 600  # requests of an open loop
 LOAD = 0.3  # share of the capacity that the open loop asks for
 QUERIES, TOP, TURNS, NEAR = 1000, 10, 5, 20
 BATCH = 16  # of the bare loop
-HEADERS = {"content-type": "application/json"}
-connections = threading.local()
+Request = Callable[[int], list[bytes]]  # the messages of one, each sent when the one before is answered
 
 
 def report(what: str, value: float, goal: float, unit_name: str = "", least: bool = False) -> None:
@@ -57,22 +57,42 @@ def report(what: str, value: float, goal: float, unit_name: str = "", least: boo
     print(f"{what}: {value:.4g}{unit_name} (goal {sign} {goal:g}{unit_name}: {'met' if met else 'NOT met'})", flush=True)
 
 
-def ask(method: str, path: str, body: bytes | None = None) -> bytes:
-    """An answer of the service, over a connection that each thread keeps; one that the server has closed is opened again."""
-    for last in (False, True):
-        if last or not hasattr(connections, "own"):
-            connections.own = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
-        try:
-            connections.own.request(method, path, body, HEADERS)
-            answer = connections.own.getresponse()
-            content = answer.read()
-            break
-        except (OSError, http.client.HTTPException):
-            if last:
-                raise
-    if answer.status != 200:
-        raise RuntimeError(f"{path}: {answer.status} {content[:200]!r}")
-    return content
+def message(method: str, path: str, body: bytes) -> bytes:
+    """A request as it is sent."""
+    head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    return f"{head}\r\n\r\n".encode() + body
+
+
+def ask(request: Request, count: int, rate: float = math.inf) -> list[float]:
+    """CLIENTS make `count` requests, `rate` a second: the seconds of each from when it was due, so that a queue counts.
+
+    They share the server's cores: one thread that only sends and reads takes little of what is measured.
+    """
+    return asyncio.run(_ask(request, count, rate))
+
+
+async def _ask(request: Request, count: int, rate: float) -> list[float]:
+    began, numbers, seconds = time.perf_counter(), iter(range(count)), []
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
+        for i in numbers:
+            await asyncio.sleep(began + i / rate - time.perf_counter())
+            for sent in request(i):
+                writer.write(sent)
+                await _answer(reader)
+            seconds.append(time.perf_counter() - began - i / rate)
+        writer.close()
+
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return seconds
+
+
+async def _answer(reader: asyncio.StreamReader) -> None:
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    content = await reader.readexactly(int(head.partition(b"content-length:")[2].partition(b"\r\n")[0]))
+    if head.split()[1] != b"200":
+        raise RuntimeError(f"{head!r} {content[:200]!r}")
 
 
 @contextmanager
@@ -83,9 +103,9 @@ def serving(command: list[str], what: str) -> Iterator[None]:
     try:
         while True:
             try:
-                ask("GET", "/readyz")
+                urllib.request.urlopen(f"http://127.0.0.1:{PORT}/readyz").close()
                 break
-            except (OSError, http.client.HTTPException):
+            except OSError:
                 if server.poll() is not None:
                     raise RuntimeError(f"{what}: the server has ended") from None
                 time.sleep(0.05)
@@ -104,19 +124,20 @@ class Requests:
 
     def __init__(self, ids: list[int], photos: list[bytes]) -> None:
         self.ids, self.photos = ids, photos
+        self.names = [hashlib.sha256(photo).hexdigest() for photo in photos]
 
-    def _search(self, reference: dict[str, object], i: int) -> None:
+    def _search(self, reference: dict[str, object], i: int) -> bytes:
         asked = {"reference": reference, "text": f"in green, {i}", "models": [MODEL], "top": TOP}
-        ask("POST", "/v1/search", json.dumps(asked).encode())
+        return message("POST", "/v1/search", json.dumps(asked).encode())
 
-    def known(self, i: int) -> None:
+    def known(self, i: int) -> list[bytes]:
         """A search from a photo of the gallery."""
-        self._search({"image_id": self.ids[i % len(self.ids)]}, i)
+        return [self._search({"image_id": self.ids[i % len(self.ids)]}, i)]
 
-    def uploaded(self, i: int) -> None:
+    def uploaded(self, i: int) -> list[bytes]:
         """An upload, and a search from it."""
-        name = json.loads(ask("PUT", "/v1/images", self.photos[i % len(self.photos)]))["upload"]
-        self._search({"upload": name}, i)
+        photo = i % len(self.photos)
+        return [message("PUT", "/v1/images", self.photos[photo]), self._search({"upload": self.names[photo]}, i)]
 
 
 class Bare:
@@ -142,11 +163,10 @@ class Bare:
         self._find(encoder.vectors(pixels), numbers)
 
 
-def served(request: Callable[[int], object]) -> float:
+def served(request: Request) -> float:
     """Requests a second of CLIENTS that each wait for their answer."""
     began = time.perf_counter()
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        list(pool.map(request, range(REQUESTS)))
+    ask(request, REQUESTS)
     return REQUESTS / (time.perf_counter() - began)
 
 
@@ -158,7 +178,7 @@ def bare(work: Callable[[range], object]) -> float:
     return REQUESTS / (time.perf_counter() - began)
 
 
-def throughput(what: str, request: Callable[[int], object], work: Callable[[range], object]) -> float:
+def throughput(what: str, request: Request, work: Callable[[range], object]) -> float:
     """Report the share of the bare loop's; returns requests a second."""
     served(request), work(range(BATCH))
     turns = [(served(request), bare(work)) for _ in range(3)]
@@ -168,18 +188,9 @@ def throughput(what: str, request: Callable[[int], object], work: Callable[[rang
     return ours
 
 
-def latency(what: str, request: Callable[[int], object], rate: float, goals: dict[int, float]) -> None:
-    """Report percentiles of the time from when a request was due: a queue counts."""
-    began = time.perf_counter() + 0.1
-
-    def timed(i: int) -> float:
-        due = began + i / rate
-        time.sleep(max(0.0, due - time.perf_counter()))
-        request(i)
-        return time.perf_counter() - due
-
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        seconds = list(pool.map(timed, range(LATENCIES)))
+def latency(what: str, request: Request, rate: float, goals: dict[int, float]) -> None:
+    """Report percentiles of an open loop."""
+    seconds = ask(request, LATENCIES, rate)
     print(f"{what}: {LATENCIES} requests at {rate:.0f} a second, p99 {1000 * np.percentile(seconds, 99):.0f} ms")
     for percent, goal in goals.items():
         report(f"{what}: p{percent}", 1000 * float(np.percentile(seconds, percent)), goal, " ms")
