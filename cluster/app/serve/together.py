@@ -53,18 +53,19 @@ class Together(Generic[Asked, Answer]):
             future.set_result(answer)
 
 
-def one_worker() -> Executor:
-    """A thread for everything that torch and FAISS do, on all cores but one: that one decodes images and answers requests.
+def workers() -> tuple[Executor, Executor]:
+    """Two threads for all that torch and FAISS do, each with half of the cores: one encodes, the other composes and searches.
 
-    Each thread that calls them has threads of its own, which wait for their next work at full speed.
+    Any thread that calls them gets threads of its own, which wait for their next work at full speed: two waste the least.
     """
-    return ThreadPoolExecutor(1, "models", _limit_threads)
-
-
-def _limit_threads() -> None:
     import torch
 
-    threads = max(1, torch.get_num_threads() - 1)
+    threads = max(1, torch.get_num_threads() // 2)
+    encodes, finds = (ThreadPoolExecutor(1, name, _limit_threads, (threads,)) for name in ("encode", "find"))
+    return encodes, finds
+
+
+def _limit_threads(threads: int) -> None:
     devices.limit_threads(threads)
     search.limit_threads(threads)
 
