@@ -123,10 +123,13 @@ class Service:
         self._steps = Histogram("vdg_step_seconds", "Time of a step", ["step"], registry=self.registry)
         self.decoding, self.explaining = Turns(DECODED, DECODING), Turns(1, EXPLAINING)
         self.thumbnails = run.thumbnails
+        matrices = [finds.submit(self.searcher.matrix, name) for name in models]  # read while the towers' code is imported
+        self.searcher.encoder.load()
+        for matrix in matrices:
+            matrix.result()
         first = next(iter(self.thumbnails))
         for name in models:
             self.finding[name](Search(self.searcher.known(first), "warm", 1, None))
-        self.searcher.encoder.load()
 
     @contextmanager
     def step(self, name: str, took: dict[str, float]) -> Iterator[None]:
