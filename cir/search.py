@@ -61,8 +61,14 @@ class Matrix:
 
     def nearest(self, query: np.ndarray, top: int, without: int | None) -> Hits:
         """The best of one unit query float32 [dim], without one image."""
-        rows, scores = (found[0] for found in self.search(query[None], min(top + (without is not None), len(self.vectors))))
-        ids = self.image_ids[rows]
+        return self.nearest_of(query[None], [top], [without])[0]
+
+    def nearest_of(self, queries: np.ndarray, tops: Sequence[int], without: Sequence[int | None]) -> list[Hits]:
+        """As `nearest`, of queries float32 [n, dim] at a time, each with its own number of images and the one left out."""
+        rows, scores = self.search(queries, min(max(tops) + 1, len(self.vectors)))
+        return [self._hits(*found) for found in zip(self.image_ids[rows], scores, tops, without, strict=True)]
+
+    def _hits(self, ids: np.ndarray, scores: np.ndarray, top: int, without: int | None) -> Hits:
         kept = np.isfinite(scores) & (ids != without)
         return Hits(ids[kept][:top], scores[kept][:top])
 

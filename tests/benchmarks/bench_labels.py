@@ -38,7 +38,9 @@ def pairs(labelling: Labelling, way: str, count: int) -> Iterator[tuple[int, str
 def label(run: Run, way: str, seed: int, count: int, labeller: Labeller) -> tuple[str, Labelling]:
     """The file of what was judged right or edited, in a store of its own."""
     name = f"{run.graph.config.name}-{way}{seed}-{uuid.uuid4().hex[:8]}"
-    mine = Run(Graph(run.graph.config.model_copy(update={"name": name})))
+    graph = Graph(run.graph.config.model_copy(update={"name": name}))
+    graph.evaluation.recall(graph.root, run.graph.evaluation.digest)
+    mine = Run(graph)
     labelling, rng = Labelling(mine, seed), np.random.default_rng(seed)
     known = {image_id: key for key, image_id in keys(labelling.gallery).items()}
     for triplet, reason in pairs(labelling, way, count):

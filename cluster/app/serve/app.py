@@ -7,7 +7,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -22,12 +22,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram,
 from pydantic import BaseModel, ConfigDict, Field
 
 from cir.index import thumbnail
-from cir.search import Reference
+from cir.search import Hits, Reference
 from cir.train import ModelName
 from cluster.app.api import Run
 from cluster.app.labels import Found, Judged, Label, Labelling, Teaching
 from cluster.app.serve.guard import Guard
-from cluster.app.serve.together import Batched, Together
+from cluster.app.serve.together import Batched, Together, workers
 from cluster.app.serve.turns import Turns
 from cluster.artifacts import Output
 from cluster.errors import UserError
@@ -71,6 +71,16 @@ class Asked(Body):
     exclude_reference: bool = True
 
 
+@dataclass(frozen=True)
+class Search:
+    """What one model is asked."""
+
+    reference: Reference
+    text: str
+    top: int
+    without: int | None  # an image that is no answer
+
+
 class Pair(Body):
     """A pair to explain: where a search starts, and what it found."""
 
@@ -105,17 +115,21 @@ class Service:
     def __init__(self, run: Run, models: list[str], uploads: Uploads) -> None:
         """Loads the models and what they search."""
         self.run, self.models, self.searcher, self.uploads = run, models, run.searcher, uploads
-        self.searcher.encoder = Batched(self.searcher.encoder.tower)
-        self.composing = {name: Together(partial(self.searcher.compose, name)) for name in models}
+        encodes, finds = workers()
+        self.searcher.encoder = Batched(self.searcher.encoder.tower, encodes)
+        self.finding = {name: Together(partial(self._find, name), finds) for name in models}
         self.digests = {name: run.graph.evaluation.parents[f"models.{name}"].digest for name in models}
         self.registry = CollectorRegistry()
         self._steps = Histogram("vdg_step_seconds", "Time of a step", ["step"], registry=self.registry)
         self.decoding, self.explaining = Turns(DECODED, DECODING), Turns(1, EXPLAINING)
         self.thumbnails = run.thumbnails
+        matrices = [finds.submit(self.searcher.matrix, name) for name in models]  # read while the towers' code is imported
+        self.searcher.encoder.load()
+        for matrix in matrices:
+            matrix.result()
         first = next(iter(self.thumbnails))
         for name in models:
-            self.searcher.search(name, self.searcher.known(first), "warm", 1)
-        self.searcher.encoder.load()
+            self.finding[name](Search(self.searcher.known(first), "warm", 1, None))
 
     @contextmanager
     def step(self, name: str, took: dict[str, float]) -> Iterator[None]:
@@ -168,16 +182,24 @@ class Service:
         took: dict[str, float] = {}
         with self.step("reference", took):
             reference = self.reference(asked.reference)
+        without = reference.image_id if asked.exclude_reference else None
         answers = []
         for name in dict.fromkeys(asked.models):
-            with self.step("compose", took):
-                query = self.composing[name]((reference, asked.text))
-            with self.step("search", took):
-                without = reference.image_id if asked.exclude_reference else None
-                found = self.run.hits(self.searcher.matrix(name).nearest(query, asked.top, without))
-            hits = [asdict(hit) | {"image_id": str(hit.image_id)} for hit in found]  # JavaScript's numbers are too short
+            found, steps = self.finding[name](Search(reference, asked.text, asked.top, without))
+            took |= {step: took.get(step, 0) + ms for step, ms in steps.items()}
+            # ids are strings: JavaScript's numbers are too short
+            hits = [asdict(hit) | {"image_id": str(hit.image_id)} for hit in self.run.hits(found)]
             answers.append({"model": name, "digest": self.digests[name], "hits": hits})
         return {"answers": answers, "took_ms": took}
+
+    def _find(self, name: str, asked: list[Search]) -> list[tuple[Hits, dict[str, float]]]:
+        """What a model finds for each of a batch, and the batch's steps."""
+        took: dict[str, float] = {}
+        with self.step("compose", took):
+            queries = self.searcher.compose(name, [(one.reference, one.text) for one in asked])
+        with self.step("search", took):
+            found = self.searcher.matrix(name).nearest_of(queries, [one.top for one in asked], [one.without for one in asked])
+        return [(hits, took) for hits in found]
 
 
 def make_app(

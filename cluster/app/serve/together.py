@@ -2,13 +2,14 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from threading import Lock
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from cir.search import Encoder
+from cluster import devices
+from mining import search
 from mining.config import TowerConfig
 
 MOST = 16  # of a batch
@@ -17,23 +18,26 @@ Answer = TypeVar("Answer")
 
 
 class Together(Generic[Asked, Answer]):
-    """`work`, which answers a list, for single calls: those that come while it is at work are its next batch.
+    """`work`, which answers a list, for single calls: those that come while the worker is busy are its next batch.
 
     Nobody waits for others to come.
     """
 
-    def __init__(self, work: Callable[[list[Asked]], Iterable[Answer]]) -> None:
-        self._work, self._turn = work, Lock()
+    def __init__(self, work: Callable[[list[Asked]], Iterable[Answer]], worker: Executor) -> None:
+        """`worker`: one thread."""
+        self._work, self._worker = work, worker
         self._waiting: deque[tuple[Asked, Future[Answer]]] = deque()
 
     def __call__(self, asked: Asked) -> Answer:
         """Raises what `work` raises of this one."""
         future: Future[Answer] = Future()
         self._waiting.append((asked, future))
-        with self._turn:
-            while not future.done():
-                self._answer([self._waiting.popleft() for _ in range(min(len(self._waiting), MOST))])
+        self._worker.submit(self._next)  # finds nothing where an earlier turn took this one too
         return future.result()
+
+    def _next(self) -> None:
+        if self._waiting:
+            self._answer([self._waiting.popleft() for _ in range(min(len(self._waiting), MOST))])
 
     def _answer(self, batch: list[tuple[Asked, "Future[Answer]"]]) -> None:
         try:
@@ -49,12 +53,29 @@ class Together(Generic[Asked, Answer]):
             future.set_result(answer)
 
 
+def workers() -> tuple[Executor, Executor]:
+    """Two threads for all that torch and FAISS do, each with half of the cores: one encodes, the other composes and searches.
+
+    Any thread that calls them gets threads of its own, which wait for their next work at full speed: two waste the least.
+    """
+    import torch
+
+    threads = max(1, torch.get_num_threads() // 2)
+    encodes, finds = (ThreadPoolExecutor(1, name, _limit_threads, (threads,)) for name in ("encode", "find"))
+    return encodes, finds
+
+
+def _limit_threads(threads: int) -> None:
+    devices.limit_threads(threads)
+    search.limit_threads(threads)
+
+
 class Batched(Encoder):
     """An encoder to which images that come at about the same time are one batch."""
 
-    def __init__(self, tower: TowerConfig) -> None:
+    def __init__(self, tower: TowerConfig, worker: Executor) -> None:
         super().__init__(tower)
-        self._together: Together[np.ndarray, np.ndarray] = Together(lambda pixels: self.vectors(np.stack(pixels)))
+        self._together: Together[np.ndarray, np.ndarray] = Together(lambda pixels: self.vectors(np.stack(pixels)), worker)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """As `Encoder.encode`, for many threads."""

@@ -1,6 +1,7 @@
 """Calls of many threads as batches."""
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from threading import Event
 
 import pytest
@@ -8,7 +9,13 @@ import pytest
 from cluster.app.serve.together import MOST, Together
 
 
-def test_what_comes_while_a_batch_is_at_work_is_the_next_one() -> None:
+@pytest.fixture
+def worker() -> Iterator[Executor]:
+    with ThreadPoolExecutor(1) as worker:
+        yield worker
+
+
+def test_what_comes_while_a_batch_is_at_work_is_the_next_one(worker: Executor) -> None:
     batches: list[list[int]] = []
     begun, go_on = Event(), Event()
 
@@ -18,7 +25,7 @@ def test_what_comes_while_a_batch_is_at_work_is_the_next_one() -> None:
         assert go_on.wait(10)
         return [2 * one for one in asked]
 
-    together = Together(work)
+    together = Together(work, worker)
     with ThreadPoolExecutor(MOST + 9) as pool:
         first = pool.submit(together, 0)
         assert begun.wait(10)
@@ -30,17 +37,18 @@ def test_what_comes_while_a_batch_is_at_work_is_the_next_one() -> None:
     assert [len(batch) for batch in batches] == [1, MOST, 8]
 
 
-def test_a_mistake_is_that_of_the_one_who_made_it() -> None:
+def test_a_mistake_is_that_of_the_one_who_made_it(worker: Executor) -> None:
     def work(asked: list[int]) -> list[float]:
         return [1 / one for one in asked]
 
-    together = Together(work)
-    together._turn.acquire()
+    together = Together(work, worker)
+    busy = Event()
+    worker.submit(busy.wait, 10)
     with ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(together, n) for n in (1, 0, 2)]
         while len(together._waiting) < 3:
             pass
-        together._turn.release()
+        busy.set()
         assert (futures[0].result(10), futures[2].result(10)) == (1, 0.5)
         with pytest.raises(ZeroDivisionError):
             futures[1].result(10)
