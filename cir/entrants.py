@@ -40,7 +40,7 @@ class Trained:
     def compose(self, queries: tuple[Query, ...], take: Take, batch_size: int) -> tuple[np.ndarray, Prepare]:
         """Images are centred where the model was trained on centred ones."""
         texts = [query.text for query in queries]
-        composer = Composer(self.model, self.embeddings, self.gallery)
+        composer = Composer(self.model, self.embeddings, self.gallery, texts)
         return composer.queries(_references(queries), texts, batch_size), target_side(self.model)
 
 
@@ -89,7 +89,6 @@ def _references(queries: tuple[Query, ...]) -> np.ndarray:
 
 
 def _text_vectors(text: TextTower, texts: list[str]) -> np.ndarray:
-    from cluster.devices import device
-    from mining.texts import encode_texts, load_text_encoder
+    from mining.texts import KnownTexts
 
-    return encode_texts(load_text_encoder(text), texts, device()).numpy()
+    return KnownTexts(text, texts).tokenize(texts).numpy()
