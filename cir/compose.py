@@ -54,9 +54,7 @@ class Composer:
     `texts` that will come are given, those that a frozen encoder reads are encoded once a node.
     """
 
-    def __init__(
-        self, model: Output, embeddings: Output, gallery: Output, texts: Iterable[str] | None = None
-    ) -> None:
+    def __init__(self, model: Output, embeddings: Output, gallery: Output, texts: Iterable[str] | None = None) -> None:
         from cluster.devices import device
 
         self.model, self.embeddings, self.gallery = model, embeddings, gallery

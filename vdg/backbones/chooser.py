@@ -17,8 +17,7 @@ from torch.nn import functional
 
 from mining.features import centred
 from mining.texts import KnownTexts
-from vdg.backbones.base import Backbone, Batch
-from vdg.backbones.decoding import choose
+from vdg.backbones.base import Backbone, Batch, choose
 from vdg.config import GenerateConfig
 from vdg.description import Description
 
