@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from pkgutil import resolve_name
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from vdg.backbones.base import Backbone, Inputs
 from vdg.description import Description, read_description
 
 # VdgConfig.backbone -> what gives its class: that of another is not loaded, nor the libraries that it needs
-BACKBONES: dict[str, Callable[[], Any]] = {
+BACKBONES: dict[str, Callable[[], type[Backbone]]] = {
     "features": partial(resolve_name, "vdg.backbones.features:FeatureBackbone"),
     "image_text": partial(resolve_name, "vdg.backbones.image_text:ImageTextBackbone"),
     "chooser": partial(resolve_name, "vdg.backbones.chooser:ChooserBackbone"),
