@@ -1,6 +1,6 @@
 """A trained model at work: its queries of references and deltas, and gallery features as it compares them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from cir.models.retrieval import Retrieval
 
 
-def load_cir(model: Output) -> "Retrieval":
-    """A trained model on the CPU, ready to compose queries."""
+def load_cir(model: Output, texts: Iterable[str] | None = None) -> "Retrieval":
+    """A trained model on the CPU, ready to compose queries; of `texts` alone, if they are given."""
     from safetensors.torch import load
 
     from cluster.training.checkpoints import WEIGHTS, load_trained
 
     config = _config(model)
-    module: Retrieval = TASKS[config.model].untrained(model.read_json(MODEL), config)
+    module: Retrieval = TASKS[config.model].untrained(model.read_json(MODEL), config, texts)
     load_trained(module, load(model.read_bytes(WEIGHTS)))
     return module.eval()
 
@@ -46,14 +46,15 @@ def target_side(model: Output) -> Callable[[np.ndarray], np.ndarray]:
 class Composer:
     """A trained model on this process's device, composing queries.
 
-    A model takes the references' plain features from `embeddings`, or their pixels from the images of `gallery`.
+    A model takes the references' plain features from `embeddings`, or their pixels from the images of `gallery`. If all
+    `texts` that will come are given, those that a frozen encoder reads are encoded once a node.
     """
 
-    def __init__(self, model: Output, embeddings: Output, gallery: Output) -> None:
+    def __init__(self, model: Output, embeddings: Output, gallery: Output, texts: Iterable[str] | None = None) -> None:
         from cluster.devices import device
 
         self.model, self.embeddings, self.gallery = model, embeddings, gallery
-        self.module, self.device = load_cir(model).to(device()), device()
+        self.module, self.device = load_cir(model, texts).to(device()), device()
         self.takes_pixels = TASKS[_config(model).model].sees_pixels  # as references
         self.prepare = target_side(model)
 

@@ -32,8 +32,9 @@ class Trained:
 
         `take` gives the raw vectors of the images that the queries name.
         """
-        composer = Composer(self.model, self.embeddings, self.gallery)
-        return composer.queries(_references(queries), [query.text for query in queries], batch_size), composer.prepare
+        texts = [query.text for query in queries]
+        composer = Composer(self.model, self.embeddings, self.gallery, texts)
+        return composer.queries(_references(queries), texts, batch_size), composer.prepare
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,11 @@ class Control:
         if self.kind != "text_only":
             composed.append(unit(take(_references(queries))))
         if self.kind != "image_only":
-            from cluster.devices import device
-            from mining.texts import encode_texts, load_text_encoder
+            from mining.texts import KnownTexts
 
             assert self.text is not None
-            texts = encode_texts(load_text_encoder(self.text), [query.text for query in queries], device())
-            composed.append(unit(texts.numpy()))
+            texts = [query.text for query in queries]
+            composed.append(unit(KnownTexts(self.text, texts).tokenize(texts).numpy()))
         return np.sum(composed, axis=0), lambda values: values
 
 

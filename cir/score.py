@@ -70,7 +70,8 @@ class PartScorer:
         self.gallery_ids = _sample(job)
         self.features = Features(job.embeddings).open_plain(_images(job.pseudo, self.gallery_ids))
         self.gallery = self._vectors(self.gallery_ids)
-        self.composer = Composer(job.model, job.embeddings, job.gallery)
+        texts = {deltas[0] for deltas in job.pseudo.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist()}
+        self.composer = Composer(job.model, job.embeddings, job.gallery, texts)
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score and write the part that `row` names."""

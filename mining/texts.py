@@ -1,17 +1,22 @@
 """Text encoders of open_clip and transformers behind one call: tokens to vectors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import regex
 import torch
 from torch import nn
 
+from cluster.config import content_of
+from cluster.devices import device
 from cluster.errors import UserError
+from cluster.manifest import digest_of
 from cluster.weights import Weights
 from mining.config import TextTower
 from mining.pretrained import check_model, config_of, source_of, tokenizer_of, tokens_of
+from mining.scratch import shared
 from mining.towers import open_clip_config, open_clip_source
 
 ENCODE_BATCH = 256
@@ -101,6 +106,34 @@ def load_text_encoder(tower: TextTower) -> TextEncoder:
     """The encoder on the CPU, its parameters trainable when the tower is trained."""
     encoder = OpenClipText(tower) if tower.library == "open_clip" else TransformersText(tower)
     return encoder.requires_grad_(tower.trained)
+
+
+class KnownTexts:
+    """What a frozen encoder makes of texts that are known beforehand: computed once a node, by who comes first.
+
+    The others do not even load the encoder.
+    """
+
+    def __init__(self, tower: TextTower, texts: Iterable[str]) -> None:
+        distinct = sorted(set(texts))
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # a path's name would get another suffix
+                np.save(file, encode_texts(load_text_encoder(tower), distinct, device()).numpy())
+
+        key = digest_of(["texts", content_of(tower), distinct]).encode()
+        self._features = np.load(shared(key, ".npy", write), mmap_mode="r")
+        self._places = {text: place for place, text in enumerate(distinct)}
+        self.width: int = self._features.shape[1]
+
+    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+        """In place of tokens, features float32 [len(texts), width]."""
+        return torch.from_numpy(self._features[[self._places[text] for text in texts]])
+
+
+def encoder_of(tower: TextTower, texts: Iterable[str]) -> TextEncoder | KnownTexts:
+    """The encoder of these texts: features of them are enough where it is frozen."""
+    return load_text_encoder(tower) if tower.trained else KnownTexts(tower, texts)
 
 
 def text_width(tower: TextTower) -> int | None:

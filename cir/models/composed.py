@@ -14,7 +14,7 @@ from cir.models.combiner import Combiner
 from cir.models.residual import ResidualFusion
 from cir.models.retrieval import Retrieval
 from cluster.errors import UserError
-from mining.texts import TextEncoder
+from mining.texts import KnownTexts, TextEncoder
 
 FIRST_LOG_SCALE = 2.9
 MAX_SCALE = 100.0
@@ -23,13 +23,13 @@ MAX_SCALE = 100.0
 class ComposedRetrieval(Retrieval):
     """Query c = fusion(reference, text(delta)), compared with the target's frozen image features (PAPER 3.1).
 
-    `text` may be taken away (None) where a frozen encoder's outputs are given in place of tokens.
+    A frozen encoder may be replaced by what it makes of the texts that will come.
     """
 
-    def __init__(self, config: VariantConfig, dim: int, encoder: TextEncoder) -> None:
+    def __init__(self, config: VariantConfig, dim: int, encoder: TextEncoder | KnownTexts) -> None:
         super().__init__()
         self.config = config
-        self.text: TextEncoder | None = encoder
+        self.text = encoder
         self.fusion = FUSIONS[config.fusion](config, dim, encoder.width)
         self.log_scale = nn.Parameter(torch.full((1,), FIRST_LOG_SCALE)) if config.learns_temperature else None
 
@@ -47,8 +47,7 @@ class ComposedRetrieval(Retrieval):
         return Unlabelled(held["unlabelled_vectors"], held["unlabelled_ids"]) if held else None
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
-        """Tokens as the text encoder takes them."""
-        assert self.text is not None, "this module was built for cached text features"
+        """Tokens as the text encoder takes them, or its features."""
         return self.text.tokenize(texts)
 
     def compose(self, reference: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -58,7 +57,7 @@ class ComposedRetrieval(Retrieval):
         the encoder's features float [B, width].
         """
         if not text.is_floating_point():
-            assert self.text is not None, "this module was built for cached text features"
+            assert isinstance(self.text, TextEncoder), "this module was built for cached text features"
             distinct, places = text.unique(dim=0, return_inverse=True)
             text = self.text(distinct)[places]
         dtype = next(self.fusion.parameters()).dtype

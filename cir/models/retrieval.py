@@ -17,7 +17,7 @@ class Retrieval(nn.Module):
     config: VariantConfig
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
-        """Tokens int64 [len(texts), length] of deltas."""
+        """Tokens int64 [len(texts), length] of deltas, or what stands for them in `compose`."""
         raise NotImplementedError
 
     def compose(self, reference: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What composed retrieval with BLIP gives the training loop: triplets joined with pixels, which its ViT sees online."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ class BlipTask(TripletTask):
     sees_pixels = True
 
     @staticmethod
-    def untrained(content: Mapping[str, Any], config: VariantConfig) -> Any:
+    def untrained(content: Mapping[str, Any], config: VariantConfig, texts: Iterable[str] | None = None) -> Any:
         """BLIP whole, with the weights of its tower."""
         from cir.models.blip import BlipRetrieval
 

@@ -1,32 +1,29 @@
 """What a fusion of image and text features gives the training loop: frozen features, and tokens or features of texts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cir.config import VariantConfig
 from cir.tasks.triplets import Gallery, TripletTask
-from cluster.config import content_of
-from cluster.manifest import digest_of
 from mining.embeddings import INFO
 from mining.features import ORIGIN, FeatureSource, unit_vectors
-from mining.scratch import shared
 
 
 class FusionTask(TripletTask):
     """Of a fusion: frozen features of images, and tokens or cached features of texts."""
 
     @staticmethod
-    def untrained(content: Mapping[str, Any], config: VariantConfig) -> Any:
-        """With its text encoder."""
+    def untrained(content: Mapping[str, Any], config: VariantConfig, texts: Iterable[str] | None = None) -> Any:
+        """With its text encoder, or what that makes of `texts`."""
         from cir.models.composed import ComposedRetrieval
-        from mining.texts import load_text_encoder
+        from mining.texts import encoder_of, load_text_encoder
 
         assert config.text is not None
-        return ComposedRetrieval(config, content["dim"], load_text_encoder(config.text))
+        encoder = load_text_encoder(config.text) if texts is None else encoder_of(config.text, texts)
+        return ComposedRetrieval(config, content["dim"], encoder)
 
     @cached_property
     def _source(self) -> FeatureSource:
@@ -34,38 +31,16 @@ class FusionTask(TripletTask):
 
     @cached_property
     def _encoder(self) -> Any:
-        from mining.texts import load_text_encoder
+        from mining.texts import encoder_of
 
         assert self.config.text is not None
-        return load_text_encoder(self.config.text)
-
-    @cached_property
-    def _text_features(self) -> tuple[dict[str, int], np.ndarray]:
-        """Row of each distinct text, and the frozen encoder's features float32 [texts, width]: computed once a node."""
-        from cluster.devices import device
-        from mining.texts import encode_texts
-
-        assert self.config.text is not None
-        texts = sorted({*self._rows.texts.unique().to_pylist(), *self._validation.first()})
-
-        def write(path: Path) -> None:
-            with path.open("wb") as file:  # a path's name would get another suffix
-                np.save(file, encode_texts(self._encoder, texts, device()).cpu().numpy())
-
-        key = digest_of(["texts", content_of(self.config.text), texts]).encode()
-        return {text: i for i, text in enumerate(texts)}, np.load(shared(key, ".npy", write), mmap_mode="r")
-
-    @property
-    def _trains_text(self) -> bool:
-        return self.config.text is not None and self.config.text.trained
+        return encoder_of(self.config.text, [*self._rows.texts.unique().to_pylist(), *self._validation.first()])
 
     def build(self) -> Any:
-        """A frozen text encoder stays out of the module: its outputs are cached here."""
+        """Features stand for a frozen text encoder."""
         from cir.models.composed import ComposedRetrieval
 
         module = ComposedRetrieval(self.config, self.features.embeddings.read_json(INFO)["dim"], self._encoder)
-        if not self._trains_text:
-            module.text = None
         if self.gallery is not None:
             module.hold_unlabelled(*self._unlabelled(self.gallery))
         return module
@@ -92,9 +67,4 @@ class FusionTask(TripletTask):
         return values[np.searchsorted(ids, image_ids)]
 
     def _text(self, texts: list[str]) -> Any:
-        if self._trains_text:
-            return self._encoder.tokenize(texts)
-        import torch
-
-        places, features = self._text_features
-        return torch.from_numpy(features[[places[text] for text in texts]])
+        return self._encoder.tokenize(texts)

@@ -1,7 +1,7 @@
 """What composed retrieval gives the training loop: labelled and pseudo triplets joined with what the model sees of images."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -85,8 +85,8 @@ class TripletTask(ABC):
 
     @staticmethod
     @abstractmethod
-    def untrained(content: Mapping[str, Any], config: VariantConfig) -> Any:
-        """The module to load a trained model's weights into; `content` is its `cir.json`."""
+    def untrained(content: Mapping[str, Any], config: VariantConfig, texts: Iterable[str] | None = None) -> Any:
+        """The module to load a trained model's weights into; `content` is its `cir.json`, `texts` are all that will come."""
 
     @abstractmethod
     def build(self) -> Any:

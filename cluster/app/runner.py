@@ -19,7 +19,7 @@ from cluster.app.graph import Graph
 from cluster.app.outputs import CONFIG, keep_models
 from cluster.app.recommend import recommend
 from cluster.artifacts import Output, below, filesystem
-from cluster.config import in_folder
+from cluster.config import WorkerResources, in_folder
 from cluster.driver import lease, session
 from cluster.driver.demand import nodes, require, resources_of
 from cluster.driver.progress import RunProgress, StageProgress, console
@@ -115,8 +115,14 @@ class _Driver:
 
         room = Room(ray.cluster_resources(), self.config.resources.stages)
         Schedule(stages, room, self._do).run(
-            first=lambda stage: self.groups.waiting(resources_of(stage)), started=partial(self._let_go, room)
+            first=lambda stage: self.groups.waiting(resources_of(stage)), wait=self._wait, started=partial(self._let_go, room)
         )
+
+    def _wait(self, stage: Stage, running: list[Stage]) -> bool:
+        """A training waits for workers at another that is soon done: others would take longer to start."""
+        resources = resources_of(stage)
+        alike = sum(resources_of(each) == resources for each in running)
+        return isinstance(resources, WorkerResources) and alike > 0 and not self.groups.worth(resources, alike)
 
     def _let_go(self, room: Room, running: list[Stage], waiting: list[Stage]) -> None:
         """Workers that wait for a stage to come stay where there is room for them beside the stages at work."""

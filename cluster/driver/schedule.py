@@ -12,9 +12,10 @@ from cluster.driver.progress import console
 from cluster.stage import Stage
 from cluster.training.groups import THREAD
 
-LOOK = 0.5  # seconds between looks for a signal
+LOOK = 0.5  # seconds between looks for a signal, and for a stage that need not wait any longer
 GRACE = 15.0  # seconds in which an interrupted stage ends; one that waits in native code ends with the process
 Ended = tuple[Stage, BaseException | None]
+Wait = Callable[[Stage, list[Stage]], bool]  # whether a stage that has room had better wait, beside those that run
 
 
 class Room:
@@ -44,7 +45,7 @@ class Schedule:
         self.running: dict[Stage, threading.Thread] = {}
         self.ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
 
-    def run(self, first: Callable[[Stage], bool], started: Callable[[list[Stage], list[Stage]], None]) -> None:
+    def run(self, first: Callable[[Stage], bool], wait: Wait, started: Callable[[list[Stage], list[Stage]], None]) -> None:
         """Do them all. `first` tells which of those that are ready go first; `started` hears what runs and what waits.
 
         After a failure no other stage starts; when those that run have ended, the first failure is raised. KeyboardInterrupt
@@ -54,9 +55,12 @@ class Schedule:
         try:
             while self.running or (self.waiting and failure is None):
                 if failure is None:
-                    self._start(first)
+                    self._start(first, wait)
                     started(list(self.running), list(self.waiting))
-                stage, error = self._next()
+                try:
+                    stage, error = self.ended.get(timeout=LOOK)
+                except queue.Empty:
+                    continue
                 self.running.pop(stage).join()
                 if isinstance(error, KeyboardInterrupt | SystemExit):
                     raise error
@@ -69,11 +73,12 @@ class Schedule:
         if failure is not None:
             raise failure
 
-    def _start(self, first: Callable[[Stage], bool]) -> None:
+    def _start(self, first: Callable[[Stage], bool], wait: Wait) -> None:
         pending = {stage.instance for stage in (*self.waiting, *self.running)}
         ready = [s for s in self.waiting if pending.isdisjoint(parent.instance for parent in s.parents.values())]
         for stage in sorted(ready, key=lambda stage: not first(stage)):
-            if self.room.takes(stage, list(self.running)):
+            beside = list(self.running)
+            if self.room.takes(stage, beside) and not wait(stage, beside):
                 self.waiting.remove(stage)
                 name = f"{THREAD} {stage.instance}"
                 self.running[stage] = threading.Thread(target=self._work, args=(stage,), daemon=True, name=name)
@@ -86,13 +91,6 @@ class Schedule:
         except BaseException as found:
             error = found
         self.ended.put((stage, error))
-
-    def _next(self) -> Ended:
-        while True:
-            try:
-                return self.ended.get(timeout=LOOK)
-            except queue.Empty:
-                continue
 
     def _interrupt(self) -> None:
         signal.alarm(0)  # Ray's handler of SIGTERM lets a process that takes more than 3 s to end abort

@@ -82,11 +82,13 @@ def _connect(config: RayConfig) -> None:
     where = config.where
     if where != "local" and (why := silence(where)):
         raise UserError(_refused(where, why))
-    local: dict[str, Any] = {"num_cpus": config.num_cpus, "include_dashboard": False} if where == "local" else {}
-    environment = {"env_vars": WORKER_ENVIRONMENT}
-    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge it into that of the job which runs this driver
+    options: dict[str, Any] = {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
+    if where == "local":  # workers inherit it: a runtime environment starts a Python of its own before each
+        os.environ.update(WORKER_ENVIRONMENT)
+        options = {"num_cpus": config.num_cpus, "include_dashboard": False}
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge ours into that of the job which runs this driver
     try:
-        ray.init(where, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **local)
+        ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # of sockets, versions, tokens, time-outs: Ray raises all kinds
         ray.shutdown()
         raise UserError(_refused(where, str(error.__cause__ or error) or type(error).__name__)) from error

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,25 @@ from cluster.config import TrainingConfig
 from cluster.devices import uses_bf16
 
 
+def _deepspeed() -> Any:
+    """The library. Its tuner would load MLflow, which takes as long as the rest of it, for nothing."""
+    unseen = "mlflow" not in sys.modules
+    if unseen:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if unseen:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """A process group of this process alone, for DeepSpeed; taken down so that the next training can open its own."""
-    import deepspeed
     import torch
 
+    deepspeed = _deepspeed()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         # gloo would carry a GPU's gradients through the processor's memory
@@ -35,9 +49,9 @@ def process_group() -> Iterator[None]:
 
 def build_engine(module: Any, config: TrainingConfig, world: int) -> Any:
     """A DeepSpeed engine around the module, with one parameter group a learning rate."""
-    import deepspeed
     import torch
 
+    deepspeed = _deepspeed()
     groups: dict[float, list[Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -1,6 +1,7 @@
 """Ray Train worker groups that train one model after another: their processes load torch and DeepSpeed once."""
 
 import gc
+import math
 import threading
 import time
 import uuid
@@ -16,6 +17,7 @@ from cluster.errors import UserError
 
 LEAVE = 15.0  # seconds in which the workers of a group have gone
 THREAD = "vdg"  # begins the names of threads that wait for Ray
+WORTH = 2.0  # starts of its workers, which a job that takes longer is worth
 POLL = 0.2  # seconds between looks into the mailbox
 FOLDER = ".workers"  # of a group's first output: what Ray Train keeps of the group
 Job = Callable[[Callable[[Any], None]], None]  # done by every worker; what it is given takes reports, of rank 0 alone
@@ -73,6 +75,7 @@ class Group:
         actor: Any = ray.remote(Mailbox)
         self.mailbox = actor.options(num_cpus=0, scheduling_strategy=here).remote()
         self.error: BaseException | None = None
+        self.made, self.start, self.longest = time.monotonic(), math.inf, 0.0  # seconds of its start, and of its longest job
         self.thread = threading.Thread(target=self._fit, daemon=True, name=f"{THREAD} workers")
         self.thread.start()
 
@@ -95,6 +98,7 @@ class Group:
         )
         try:
             trainer.fit()
+            self.kill()  # the mailbox alone is left
         except (Exception, SystemExit) as error:  # for the thread that waits for a job; Ray leaves with the latter
             self.error = error
         finally:
@@ -107,13 +111,16 @@ class Group:
         from ray import cloudpickle
 
         ray.get(self.mailbox.give.remote(cloudpickle.dumps(job)))
-        finished, mistake = False, None
+        finished, mistake, begun = False, None, math.inf
         while not finished:
             time.sleep(POLL)
             alive = self.thread.is_alive()
             reports, finished, mistake = ray.get(self.mailbox.heard.remote())
             for report in reports:
+                begun = min(begun, time.monotonic())
+                self.start = min(self.start, begun - self.made)
                 heard(report)
+            self.longest = max(self.longest, time.monotonic() - begun)
             if not alive and not finished:
                 raise self.error or RuntimeError("the workers ended before their job")
         if mistake is not None:
@@ -124,7 +131,7 @@ class Group:
         self.mailbox.close.remote()
 
     def kill(self) -> None:
-        """Without its mailbox a group that is at work fails at its next report."""
+        """End the mailbox. Without its mailbox a group that is at work fails at its next report."""
         import ray
 
         ray.kill(self.mailbox)
@@ -177,6 +184,17 @@ class Groups:
         """Whether a group of this shape waits for a job."""
         with self.lock:
             return any(group.resources == resources for group in self.idle)
+
+    def worth(self, resources: WorkerResources, at_work: int) -> bool:
+        """Whether a job should begin beside as many of its shape: a group waits for it, or another is worth its start.
+
+        It is once a job of this shape has taken `WORTH` times as long as its workers took to start. Short jobs are done
+        sooner one after another by workers that are there; long ones have lost little.
+        """
+        with self.lock:
+            there = [group for group in self.idle + self.busy if group.resources == resources and group.thread.is_alive()]
+            known = [group for group in self.made if group.resources == resources]
+        return at_work < len(there) or any(group.longest > WORTH * group.start for group in known)
 
     def keep(self, wanted: list[Any]) -> None:
         """Let go of the groups that wait beyond one for each of these resources; a group at work counts."""

@@ -1,5 +1,9 @@
 """The generator's backbones behind one interface: `features` (an image tower's tokens), `image_text` (pixels), `chooser`."""
 
+from collections.abc import Callable
+from functools import partial
+from pkgutil import resolve_name
+
 import numpy as np
 import torch
 from safetensors.torch import load
@@ -11,27 +15,24 @@ from cluster.training.checkpoints import WEIGHTS, load_trained
 from mining.embeddings import MEAN
 from mining.features import read_mean
 from vdg.backbones.base import Backbone, Inputs
-from vdg.backbones.chooser import ChooserBackbone
-from vdg.backbones.features import FeatureBackbone
-from vdg.backbones.image_text import ImageTextBackbone
 from vdg.description import Description, read_description
 
-# VdgConfig.backbone -> what builds it, from a description, a precision, and whether it is shared out over the ranks
-BACKBONES: dict[str, type[FeatureBackbone] | type[ImageTextBackbone] | type[ChooserBackbone]] = {
-    "features": FeatureBackbone,
-    "image_text": ImageTextBackbone,
-    "chooser": ChooserBackbone,
+# VdgConfig.backbone -> what gives its class: that of another is not loaded, nor the libraries that it needs
+BACKBONES: dict[str, Callable[[], type[Backbone]]] = {
+    "features": partial(resolve_name, "vdg.backbones.features:FeatureBackbone"),
+    "image_text": partial(resolve_name, "vdg.backbones.image_text:ImageTextBackbone"),
+    "chooser": partial(resolve_name, "vdg.backbones.chooser:ChooserBackbone"),
 }
 
 
 def build(description: Description, dtype: torch.dtype = torch.float32, partitioned: bool = False) -> Backbone:
     """The generator to train, its frozen model in `dtype` and, if `partitioned`, shared out over the ranks (ZeRO-3)."""
-    return BACKBONES[description.vdg.backbone](description, dtype, partitioned)
+    return BACKBONES[description.vdg.backbone]()(description, dtype, partitioned)
 
 
 def make_inputs(description: Description, mean: np.ndarray | None = None, max_tokens: int = 32) -> Inputs:
     """What makes the generator's batches; `mean` [dim] is that of the training gallery's features, where it has any."""
-    return BACKBONES[description.vdg.backbone].inputs(description, mean, max_tokens)
+    return BACKBONES[description.vdg.backbone]().inputs(description, mean, max_tokens)
 
 
 def load_generator(model: Output, precision: str = "fp32") -> tuple[Backbone, Inputs]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vdg.config import GenerateConfig
@@ -46,3 +47,13 @@ class Backbone(nn.Module, ABC):
 
     def merge(self) -> None:
         """Make it faster to generate with, though no longer trainable."""
+
+
+def choose(logits: Tensor, config: GenerateConfig, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """What comes next [rows]: the likeliest, or drawn as `torch.multinomial` draws it for all `count` rows of the batch."""
+    if config.greedy:
+        return logits.argmax(1)
+    noise = torch.empty(count, logits.shape[1], device=logits.device).exponential_(generator=generator)
+    best, ids = (logits / config.temperature).topk(min(config.top_k, logits.shape[1]))
+    drawn = (best.softmax(1) / noise[rows[:, None], ids]).argmax(1, keepdim=True)
+    return ids.gather(1, drawn)[:, 0]

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cluster.devices import device
 from mining.features import centred
-from mining.texts import encode_texts, load_text_encoder
-from vdg.backbones.base import Backbone, Batch
-from vdg.backbones.decoding import choose
+from mining.texts import KnownTexts
+from vdg.backbones.base import Backbone, Batch, choose
 from vdg.config import GenerateConfig
 from vdg.description import Description
 
@@ -57,7 +55,7 @@ class ChooserBackbone(Backbone):
         assert tower is not None
         assert description.dim is not None
         self.texts = description.texts
-        vectors = functional.normalize(encode_texts(load_text_encoder(tower), self.texts, device()), dim=-1)
+        vectors = functional.normalize(KnownTexts(tower, self.texts).tokenize(self.texts), dim=-1)
         self.register_buffer("vectors", vectors, persistent=False)
         self.reference = nn.Linear(description.dim, hidden)
         self.target = nn.Linear(description.dim, hidden)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from vdg.backbones.base import choose
 from vdg.config import GenerateConfig
 
 FEWEST_ROWS = 16  # of a step on a GPU: one of fewer takes as long
@@ -150,16 +151,6 @@ class _Room(DynamicLayer):
         """Put these rows first, in this order."""
         for room in self.rooms:
             room[: len(beam_idx), :, : self.length] = room[beam_idx, :, : self.length]
-
-
-def choose(logits: Tensor, config: GenerateConfig, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """What comes next [rows]: the likeliest, or drawn as `torch.multinomial` draws it for all `count` rows of the batch."""
-    if config.greedy:
-        return logits.argmax(1)
-    noise = torch.empty(count, logits.shape[1], device=logits.device).exponential_(generator=generator)
-    best, ids = (logits / config.temperature).topk(min(config.top_k, logits.shape[1]))
-    drawn = (best.softmax(1) / noise[rows[:, None], ids]).argmax(1, keepdim=True)
-    return ids.gather(1, drawn)[:, 0]
 
 
 def _doubling(rows: int) -> int:

@@ -1,9 +1,10 @@
 """What fits beside what."""
 
 import math
+from threading import Event
 
 from cluster.config import ActorResources, DecodeResources, EmbedResources, TaskResources, WorkerResources
-from cluster.driver.schedule import Room
+from cluster.driver.schedule import Room, Schedule
 from cluster.stage import Stage
 from mining.config import TowerConfig, ViewsConfig
 from mining.embed import Embed
@@ -32,3 +33,22 @@ def test_a_stage_has_room_beside_others_where_all_fit(tower: TowerConfig) -> Non
     assert Room({"CPU": 1.0}).takes(embed("a"), [])
     assert Room({"CPU": 1.0}, most=2).takes(embed("a"), [embed("b")])
     assert not Room({"CPU": 9.0}, most=1).takes(light, [light])
+
+
+def test_a_stage_that_waits_begins_when_it_need_not_any_longer() -> None:
+    """The first ends after the second alone: that one is looked at again though none has ended."""
+    asked: list[tuple[str, list[str]]] = []
+    begun = Event()
+
+    def do(stage: Stage) -> None:
+        if stage.name == "b":
+            begun.set()
+        assert begun.wait(10)
+
+    def wait(stage: Stage, beside: list[Stage]) -> bool:
+        asked.append((stage.name, [each.name for each in beside]))
+        return bool(beside) and len(asked) < 4
+
+    stages = [simple("mine:a"), simple("mine:b")]
+    Schedule(stages, Room({"CPU": 2.0}), do).run(first=lambda stage: False, wait=wait, started=lambda running, waiting: None)
+    assert asked == [("a", []), ("b", ["a"]), ("b", ["a"]), ("b", ["a"])]

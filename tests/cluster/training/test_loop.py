@@ -310,6 +310,10 @@ def test_a_group_trains_one_model_after_another_in_the_same_process(
     for name in ("second", "killed"):
         assert losses(Output(str(tmp_path / name))) == pytest.approx(losses(alone))
     assert groups.waiting(resources)
+    assert groups.worth(resources, 0)
+    assert not groups.worth(resources, 1), "these few steps are shorter than a start"
+    groups.made[0].longest = 2.1 * groups.made[0].start
+    assert groups.worth(resources, 1)
     groups.keep([])
     assert not groups.waiting(resources)
 
