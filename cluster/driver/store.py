@@ -55,7 +55,7 @@ def said(uri: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Why a store failed, in a line: behind the first one come SQL and tracebacks, before it at times how SQLAlchemy got there."""
+    """Why a store failed, in a line: behind it come SQL and tracebacks, before it at times how SQLAlchemy got there."""
     lines = (line.strip() for line in str(error).splitlines())
     line = next((line for line in lines if line and not line.startswith("(raised as a result of")), type(error).__name__)
     return without_user(line)[:LONGEST]
