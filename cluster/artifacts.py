@@ -78,6 +78,13 @@ class Output:
         """Whether a file or folder of this name is there."""
         return filesystem(self.uri)[0].get_file_info(self.path(name)).type != pafs.FileType.NotFound
 
+    def has_file(self, name: str) -> bool:
+        """Whether a file of this name is there. Raises UserError when it is something else: a pipe would be waited for."""
+        found = filesystem(self.uri)[0].get_file_info(self.path(name)).type
+        if found not in (pafs.FileType.NotFound, pafs.FileType.File):
+            raise self.damaged(name, ValueError("it is no file"))
+        return bool(found == pafs.FileType.File)
+
     def names(self, folder: str = "") -> list[str]:
         """Sorted names of the files in a folder of this output; those still being written are left out."""
         system, base = filesystem(self.uri)
@@ -233,11 +240,8 @@ class Output:
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None while the stage has not finished. Raises UserError when it is not this output's, as written."""
-        found = filesystem(self.uri)[0].get_file_info(self.path(MANIFEST)).type
-        if found == pafs.FileType.NotFound:
+        if not self.has_file(MANIFEST):
             return None
-        if found != pafs.FileType.File:  # a pipe would be waited for
-            raise self.damaged(MANIFEST, ValueError("it is no file"))
         content = self.read_json(MANIFEST)
         try:
             manifest = parse(content)

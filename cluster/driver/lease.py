@@ -26,10 +26,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import psutil
 from filelock import FileLock
 from pyarrow import fs as pafs
+from pydantic import Field, FiniteFloat
 
 from cluster.artifacts import Output, filesystem
 from cluster.driver.interrupt import interrupt
@@ -50,9 +52,9 @@ class Lease:
     owner: str
     host: str
     processes: str  # boot and namespace that `pid` counts in: containers and cloned machines may share a host's name
-    pid: int
-    started: float  # of the process: clock ticks since the boot
-    expires: float
+    pid: Annotated[int, Field(ge=0, lt=1 << 31)]
+    started: FiniteFloat  # of the process: clock ticks since the boot
+    expires: FiniteFloat
 
     @property
     def live(self) -> bool | None:
@@ -82,7 +84,12 @@ def _started(pid: int) -> float | None:
 
 
 def read(output: Output) -> Lease | None:
-    """The lease on an output; None where there is none, or half a one of a machine that lost its power."""
+    """The lease on an output; None where there is none, or half a one of a machine that lost its power.
+
+    Raises UserError when something else has its name.
+    """
+    if not output.has_file(LEASE):
+        return None
     try:
         found: Lease = output.read_json(LEASE, Lease)
     except (FileNotFoundError, UserError):
@@ -137,6 +144,7 @@ def _take(output: Output, owner: str) -> None:
     system, base = filesystem(output.uri)
     local = isinstance(system, pafs.LocalFileSystem)
     system.create_dir(base, recursive=True)
+    output.has_file(LOCK)
     with FileLock(f"{base}/{LOCK}") if local else nullcontext():
         check(output)
         _write(output, owner)

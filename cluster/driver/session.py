@@ -3,9 +3,11 @@
 import atexit
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 
+ROOM = 16 << 20  # bytes of the temporary folder
 _begun: list[str] = []  # sessions that this process has begun, by their addresses
 KNOCK, PATIENCE = 5.0, 30.0  # seconds for a port to open, and for the cluster behind it to answer
 
@@ -84,6 +87,7 @@ def _connect(config: RayConfig) -> None:
         raise UserError(_refused(where, why))
     options: dict[str, Any] = {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
     if where == "local":  # workers inherit it: a runtime environment starts a Python of its own before each
+        _check_room()
         os.environ.update(WORKER_ENVIRONMENT)
         options = {"num_cpus": config.num_cpus, "include_dashboard": False}
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge ours into that of the job which runs this driver
@@ -92,6 +96,14 @@ def _connect(config: RayConfig) -> None:
     except Exception as error:  # of sockets, versions, tokens, time-outs: Ray raises all kinds
         ray.shutdown()
         raise UserError(_refused(where, str(error.__cause__ or error) or type(error).__name__)) from error
+
+
+def _check_room() -> None:
+    """Without room for its logs and sockets Ray starts workers that end, again and again."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < ROOM:
+        found = f"{folder} has {free / 2**20:.1f} MB left, its logs and sockets need {ROOM >> 20}"
+        raise UserError(f"Ray does not start here: {found}; make room, or give another folder as RAY_TMPDIR or TMPDIR")
 
 
 def silence(address: str) -> str | None:

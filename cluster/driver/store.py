@@ -55,8 +55,9 @@ def said(uri: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Why a store failed, in a line: behind the first one come SQL and tracebacks."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Why a store failed, in a line: behind it come SQL and tracebacks, before it at times how SQLAlchemy got there."""
+    lines = (line.strip() for line in str(error).splitlines())
+    line = next((line for line in lines if line and not line.startswith("(raised as a result of")), type(error).__name__)
     return without_user(line)[:LONGEST]
 
 
@@ -134,6 +135,9 @@ def _make(path: Path) -> None:
 
 
 def _is_begun(path: Path) -> bool:
+    """Raises OSError where a new file would take the place of something else, such as a link to a disk that is not there."""
+    if os.path.lexists(path) and not path.is_file():
+        raise FileExistsError(f"{path} is no file, or a link to nothing")
     return path.exists() and path.stat().st_size > 0
 
 

@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from cluster.driver import records
+from cluster.driver.interrupt import uninterrupted
 from cluster.driver.store import connect, reason, said, sqlite_file
 from cluster.errors import UserError
 from cluster.monitor import Monitor
@@ -40,7 +41,8 @@ def _tolerant(method: Method) -> Method:
         if time.monotonic() < self.silent_until:
             return
         try:
-            method(self, *args, **kwargs)
+            with uninterrupted():  # cut off in a write, a thread's connection may keep SQLite's file locked
+                method(self, *args, **kwargs)
         except Exception as error:  # MLflow passes on what SQLAlchemy, HTTP clients and object stores raise
             if not self.silent_until:
                 log.warning("MLflow fails; the work goes on without records: %s", reason(error))

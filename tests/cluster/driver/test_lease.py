@@ -2,7 +2,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -83,7 +83,34 @@ def test_an_expired_lease_that_is_renewed_is_live(output: Output, elsewhere: Lea
         hold(output).__enter__()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"owner": 1}', '{"owner": "x", "pid": "y"}', "\xff"])
+HOSTILE = '{"owner": "x", "host": "h", "processes": "p", "pid": %s, "started": %s, "expires": 1}'
+
+
+@pytest.mark.parametrize("name", [LEASE, lease.LOCK])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_a_message(output: Output, name: str, make: Callable[[str], None]) -> None:
+    Path(output.uri).mkdir()
+    make(output.path(name))
+    with pytest.raises(UserError, match=f"{name}: is damaged .it is no file.; bring back"), lease.hold(output):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        HOSTILE % (1 << 70, 1),
+        HOSTILE % (-1, 1),
+        HOSTILE % (1, "1e999"),
+        HOSTILE % (1, "NaN"),
+        "",
+        "[]",
+        "{}",
+        "null",
+        '{"owner": 1}',
+        '{"owner": "x", "pid": "y"}',
+        "\xff",
+    ],
+)
 def test_what_is_no_lease_is_none(output: Output, content: str) -> None:
     output.write_bytes(LEASE, content.encode("latin-1"))
     assert lease.read(output) is None

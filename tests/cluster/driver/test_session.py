@@ -33,6 +33,16 @@ def test_an_address_where_nobody_is(address: str) -> None:
     assert message.count("\n") == 1
 
 
+def test_a_full_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would start workers that end, without end."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(session, "ROOM", 1 << 60)
+    message = begin(RayConfig())
+    assert message.startswith(f"Ray does not start here: {tmp_path} has ")
+    assert message.endswith("; make room, or give another folder as RAY_TMPDIR or TMPDIR")
+
+
 def test_a_local_ray_that_does_not_start_is_one_message(tmp_path: Path) -> None:
     """In a process of its own: a session of these tests is running."""
     place = tmp_path / ("long" * 30)
@@ -96,6 +106,6 @@ def test_a_thread_that_calls_ray_after_its_end_changes_no_status_and_the_termina
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", STOPPED, str(log)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "error: stopped\n")
     assert "execution finished" in log.read_text()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cluster.driver.store import connect, said, set_aside, sqlite_file, sqlite_uri
+from cluster.driver.store import connect, reason, said, set_aside, sqlite_file, sqlite_uri
 from cluster.driver.tracking import Tracker
 from cluster.errors import UserError
 
@@ -120,13 +120,18 @@ def test_a_damaged_one_is_one_message_and_set_aside(path: Path, kind: str, capfd
     assert set_aside(uri) is None
 
 
+def test_the_reason_is_said_and_not_how_sqlalchemy_got_there() -> None:
+    said_by_it = "(raised as a result of Query-invoked autoflush)\n(sqlite3.OperationalError) database is locked\n[SQL: X]"
+    assert reason(Exception(said_by_it)) == "(sqlite3.OperationalError) database is locked"
+
+
 def test_an_empty_file_is_none(path: Path) -> None:
     path.write_bytes(b"")
     Tracker(sqlite_uri(path), "vdg", "run", {})
     assert path.stat().st_size > 0
 
 
-@pytest.mark.parametrize("problem", ["locked", "folder", "read-only", "later"])
+@pytest.mark.parametrize("problem", ["locked", "folder", "link", "pipe", "read-only", "later"])
 def test_what_is_not_damaged_is_left_alone(path: Path, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     uri, holder = sqlite_uri(path), sqlite3.connect(path)
     if problem == "locked":
@@ -138,6 +143,12 @@ def test_what_is_not_damaged_is_left_alone(path: Path, problem: str, monkeypatch
     elif problem == "folder":
         path.unlink()
         path.mkdir()
+    elif problem == "link":  # to a disk that is not there
+        path.unlink()
+        path.symlink_to(path.parent / "disk" / "mlflow.db")
+    elif problem == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     elif os.geteuid() == 0:
         pytest.skip("root writes everywhere")
     else:
@@ -146,7 +157,7 @@ def test_what_is_not_damaged_is_left_alone(path: Path, problem: str, monkeypatch
         Tracker(uri, "vdg", "run", {})
     with pytest.raises(UserError, match="cannot be used"), said(uri):
         set_aside(uri)
-    assert path.exists()
+    assert os.path.lexists(path)
     holder.close()
 
 

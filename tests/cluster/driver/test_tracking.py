@@ -9,16 +9,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from mlflow.tracking import MlflowClient
 
 from cluster.artifacts import Output
+from cluster.driver.interrupt import interrupt
 from cluster.driver.store import connect, sqlite_uri
 from cluster.driver.tracking import COMPLETE, Tracker
 from cluster.monitor import Monitor
@@ -67,6 +70,36 @@ def test_pseudo_triplets_name_gallery_mining_and_generator(tracker: Tracker, pse
     }
     gallery = pseudo_triplets.parents["embeddings"].parents["gallery"]
     assert gallery.digest in {i.dataset.digest for i in record.inputs.dataset_inputs}
+
+
+def test_a_stage_that_is_stopped_while_it_records_ends_its_record(
+    tracker: Tracker, pseudo_triplets: Stage, tmp_path: Path
+) -> None:
+    """A thread that is cut off in a write may leave SQLite's file locked by its connection."""
+    run = tracker.begin(pseudo_triplets, str(tmp_path))
+    begun, stopped = threading.Event(), threading.Event()
+
+    class Slow(dict[str, float]):
+        def items(self) -> Any:
+            begun.set()
+            for _ in range(50):
+                time.sleep(0.01)
+            return super().items()
+
+    def record() -> None:
+        try:
+            run.metrics(1, Slow(loss=1.0))
+            stopped.wait(10)
+        except KeyboardInterrupt:
+            stopped.set()
+
+    thread = threading.Thread(target=record)
+    thread.start()
+    begun.wait()
+    interrupt(thread)
+    thread.join()
+    assert stopped.is_set()
+    assert [metric.value for metric in tracker.client.get_metric_history(run.run_id, "loss")] == [1.0]
 
 
 def test_a_store_lost_in_the_middle_is_logged_once_and_work_goes_on(
