@@ -18,6 +18,7 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import ray
 
     session.start(session.RayConfig(num_cpus=4), tmp_path_factory.mktemp("logs") / "log.txt")
+    session._begun.clear()  # a command of a test that fails does not end the suite
     yield
     ray.shutdown()
 
