@@ -1,6 +1,7 @@
 """The batches of composed retrieval."""
 
 import pickle
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -72,9 +73,15 @@ def test_triplets_of_one_target_are_refused(tmp_path: Path, tiny_bert: dict[str,
 def test_partners_are_drawn_by_their_weights(tmp_path: Path, tiny_bert: dict[str, Any]) -> None:
     task = build(tmp_path, world.variant(tiny_bert, pseudo=True, selection={"weight_power": 4.0}))
     rng = np.random.default_rng(0)
-    drawn = np.concatenate([task._partners(30, rng) for _ in range(100)])
+    drawn: Counter[tuple[int, int]] = Counter()
+    for _ in range(100):
+        found = task.batch(np.arange(30), rng)
+        drawn.update(zip(found["reference_id"][30:].tolist(), found["target_id"][30:].tolist(), strict=True))
     shares = ((np.arange(50) + 0.5) / 50) ** 4.0  # of the triplets that each one beats
-    np.testing.assert_allclose(np.bincount(drawn, minlength=50) / len(drawn), shares / shares.sum(), atol=0.02)
+    expected: Counter[tuple[int, int]] = Counter()
+    for row, share in zip(world.triplet_rows(50, 1), shares / shares.sum(), strict=True):
+        expected[row["reference_id"], row["target_id"]] += share
+    assert all(drawn[pair] / drawn.total() == pytest.approx(share, abs=0.02) for pair, share in expected.items())
 
 
 def test_partners_are_drawn_over_all_pseudo_triplets(task: FusionTask) -> None:

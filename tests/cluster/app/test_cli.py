@@ -222,7 +222,7 @@ def test_init_writes_a_config_that_was_checked_against_the_data(photo_folder: Pa
     path = tmp_path / "own" / "vdg.yaml"
     loaded = configs.load(str(path), [])
     assert sorted(loaded.train.variants) == ["semi", "supervised", "text_only"]
-    assert loaded.ingest.triplets["labelled"].file == str(tmp_path / "own" / "labelled.json")
+    assert loaded.ingest.triplets["labelled"].file == [str(tmp_path / "own" / "labelled.json")]
     arguments = ("--images", str(photo_folder), "--triplets", str(triplets))
     assert "already exists" in fail("init", str(tmp_path / "own"), *arguments)
     triplets.write_text(json.dumps([{"reference": "a", "target": "b", "captions": ["x"]}]))

@@ -223,13 +223,13 @@ def test_results_that_no_training_gallery_holds_are_a_file_of_their_own(run: Run
     assert frozen.gallery == "evaluate"
 
 
-def other_bytes(gallery: Output, columns: list[str]) -> pa.Table:
+def other_bytes(gallery: Output, *arguments: Any) -> pa.Table:
     """As `Output.read_parts`; the images of all galleries but the one that is searched have other bytes."""
-    table = READ(gallery, columns)
-    if "sha256" not in columns or "evaluate" in gallery.uri:
+    table = READ(gallery, *arguments)
+    if "sha256" not in table.column_names or "evaluate" in gallery.uri:
         return table
     others = pa.array([f"other {digest}" for digest in table["sha256"].to_pylist()])
-    return table.set_column(columns.index("sha256"), "sha256", others)
+    return table.set_column(table.column_names.index("sha256"), "sha256", others)
 
 
 def test_lineage_shows_whose_labels_a_run_learned_from(run: Run) -> None:
@@ -239,7 +239,7 @@ def test_lineage_shows_whose_labels_a_run_learned_from(run: Run) -> None:
     (frozen,) = freeze(run)
     content = run.graph.config.model_dump(mode="json")
     labelled = content["ingest"]["triplets"]["labelled"]
-    content["ingest"]["triplets"]["taught"] = labelled | {"file": [labelled["file"], frozen.file]}
+    content["ingest"]["triplets"]["taught"] = labelled | {"file": [*labelled["file"], frozen.file]}
     content["train"]["variants"], content["rounds"] = {"supervised": {"triplets": "taught"}}, {}
     graph = Graph(RunConfig.model_validate(content))
     graph["ingest:taught"].run(graph.root, Monitor())
