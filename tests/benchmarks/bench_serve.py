@@ -33,7 +33,7 @@ from timing import interleaved
 
 from cir.evaluate import RANKINGS
 from cir.metrics import ALIKE, unit
-from cir.search import Hits, Matrix
+from cir.search import Hits, Matrix, Searcher
 from cluster.app.api import Run
 from cluster.app.serve.local import local_app, serve_forever
 from cluster.artifacts import Output
@@ -239,9 +239,12 @@ class Grown(Run):
 
     folder: Path
 
-    def _output(self, role: str) -> Output:
-        grown = self.folder / role
-        return Output(str(grown)) if grown.is_dir() else super()._output(role)
+    @cached_property
+    def searcher(self) -> Searcher:
+        """Over what `grow` wrote."""
+        embeddings, gallery = (Output(str(self.folder / role)) for role in ("embeddings", "gallery"))
+        config = self.graph.config
+        return Searcher(self.models, embeddings, gallery, config.embed.towers[config.train.tower])
 
     @cached_property
     def thumbnails(self) -> dict[int, bytes]:  # type: ignore[override]
@@ -251,7 +254,7 @@ class Grown(Run):
 
 def grow(run: Run, rows: int, folder: Path) -> None:
     """Write embeddings and a gallery of `rows` images: the run's own, and others between each and those near it."""
-    embeddings = run._output("embeddings")
+    embeddings = run.graph.output(run.graph.evaluation.parents["embeddings"])
     own = np.concatenate([read_part(embeddings, part)[1].mean(1, dtype=np.float32) for part in plain_parts(embeddings)])
     vectors = unit(own - own.mean(0))
     near = faiss.knn(vectors, vectors, NEAR + 1, metric=faiss.METRIC_INNER_PRODUCT)[1][:, 1:]
