@@ -127,6 +127,16 @@ class TrackingConfig(Section):
     uri: str | None = Field(None, description="MLflow tracking URI; None: SQLite in the root")
     experiment: str = Field("vdg", min_length=1, max_length=200, description="name of MLflow's experiment")
 
+    @field_validator("uri")
+    @classmethod
+    def _is_kept(cls, uri: str | None) -> str | None:
+        """SQLite without a file lives in memory."""
+        if uri is not None and (not uri.strip() or re.fullmatch(r"sqlite:/{0,3}(:memory:)?", uri)):
+            raise ValueError(
+                f"{uri!r} keeps no record after the run: name a file (sqlite:///records.db) or a server, or leave it out"
+            )
+        return uri
+
 
 class RunResources(Section):
     """What each stage may use. Never part of a digest: another cluster, the same outputs."""

@@ -85,3 +85,9 @@ def test_names_of_folders_are_checked(name: str) -> None:
         )
     with pytest.raises(UserError, match="vdg"):
         validate(RunConfig, content | {"vdg": {**content["vdg"], "tower": ""}}, "x")
+
+
+@pytest.mark.parametrize("uri", ["", "sqlite:///", "sqlite://", "sqlite:///:memory:"])
+def test_records_that_would_be_lost_are_refused(uri: str) -> None:
+    with pytest.raises(UserError, match=r"tracking\.uri.*keeps no record after the run"):
+        load("grocery", [f"tracking.uri={uri!r}"])
