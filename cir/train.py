@@ -94,14 +94,16 @@ class Train(Stage):
         gallery = Gallery(run.output(self.gallery), mineable) if self.gallery else None
         # read on the driver, so that a mistake costs no worker
         labelled, pseudo_triplets = TASKS[config.model](features, triplets, pseudo, config, gallery).check()
-        deltas = pseudo.triplets.read_parts(tables.TRIPLETS, ["deltas"]) if pseudo else None
+        left_out = 0
+        if pseudo is not None and config.selection.drop_repeated:
+            left_out = int(repeated(pseudo.triplets.read_parts(tables.TRIPLETS, ["deltas"])).sum())
         content = {
             "version": self.version,
             "seed": self.seed,
             "dim": info["dim"],
             "labelled_triplets": labelled,
             "pseudo_triplets": pseudo_triplets,
-            "repeated": int(repeated(deltas).sum()) if deltas is not None and config.selection.drop_repeated else 0,
+            "repeated": left_out,
             "config": config.model_dump(mode="json"),
         }
         if TASKS[config.model].sees_pixels and features.online is not None:

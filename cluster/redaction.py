@@ -11,7 +11,6 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 
-
 # of a URI, behind its scheme: a port that is no number is a password, which a blank or a slash does not end
 ODD_PASSWORD = re.compile(r"[^\s/?#@:\[]*:(?!\d*[^\w\s]*(?:[\s/?#]|$))\S[^@\n]{,200}@")
 # user:password@host without a scheme; no path, no address of mail, no digest of an image

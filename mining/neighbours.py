@@ -189,9 +189,8 @@ def _write_arrays(output: Output, ids: np.ndarray, folder: Path) -> None:
     for name in output.parts():
         part = output.read_table(name, tables.NEIGHBOURS)
         here = slice(first, first := first + len(part))
-        places = (
-            np.arange(shape[1]) < pc.list_value_length(part["cosines"]).to_numpy()[:, None]
-        )  # bool [n, top]: that are filled
+        found = pc.list_value_length(part["cosines"]).to_numpy()
+        places = np.arange(shape[1]) < found[:, None]  # bool [n, top]: that are filled
         rows[here], cosines[here] = -1, -np.inf
         neighbours = pc.list_flatten(part["neighbour_ids"]).to_numpy()
         rows[here][places] = order[np.searchsorted(ids, neighbours, sorter=order)]

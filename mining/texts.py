@@ -131,9 +131,9 @@ class KnownTexts:
         return torch.from_numpy(self._features[[self._places[text] for text in texts]])
 
 
-def encoder_of(tower: TextTower, texts: Iterable[str]) -> TextEncoder | KnownTexts:
-    """The encoder of these texts: features of them are enough where it is frozen."""
-    return load_text_encoder(tower) if tower.trained else KnownTexts(tower, texts)
+def encoder_of(tower: TextTower, texts: Iterable[str] | None) -> TextEncoder | KnownTexts:
+    """The encoder of these texts, None: of any. Where it is frozen and they are known, features of them are enough."""
+    return load_text_encoder(tower) if tower.trained or texts is None else KnownTexts(tower, texts)
 
 
 def text_width(tower: TextTower) -> int | None:

@@ -19,11 +19,10 @@ class FusionTask(TripletTask):
     def untrained(content: Mapping[str, Any], config: VariantConfig, texts: Iterable[str] | None = None) -> Any:
         """With its text encoder, or what that makes of `texts`."""
         from cir.models.composed import ComposedRetrieval
-        from mining.texts import encoder_of, load_text_encoder
+        from mining.texts import encoder_of
 
         assert config.text is not None
-        encoder = load_text_encoder(config.text) if texts is None else encoder_of(config.text, texts)
-        return ComposedRetrieval(config, content["dim"], encoder)
+        return ComposedRetrieval(config, content["dim"], encoder_of(config.text, texts))
 
     @cached_property
     def _source(self) -> FeatureSource:

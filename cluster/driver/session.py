@@ -35,7 +35,7 @@ WORKER_ENVIRONMENT = {
 }
 
 ROOM = 16 << 20  # bytes of the temporary folder
-_begun: list[str] = []  # sessions that this process has begun, by their addresses
+_begun = threading.Event()  # whether this process has begun a session
 KNOCK, PATIENCE = 5.0, 30.0  # seconds for a port to open, and for the cluster behind it to answer
 
 
@@ -67,7 +67,7 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
     if not ray.is_initialized():
         with _standard_error_to(log_file or Path(os.devnull)):  # the C++ side prints a line of its own
             _connect(config)
-        _begun.append(config.where)
+        _begun.set()
     end_as_ctrl_c()
     atexit.register(_leave)
     context = ray.data.DataContext.get_current()
@@ -150,7 +150,7 @@ def end(status: int) -> NoReturn:
     Threads and iterators that a stopped stage leaves behind let their actors go then; Ray ends a process that calls it after
     its shutdown with status 1, or starts a session anew. What it has started here sees its driver gone, and ends.
     """
-    if _begun:
+    if _begun.is_set():
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(status)

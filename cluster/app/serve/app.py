@@ -72,7 +72,7 @@ class Asked(Body):
 
 
 @dataclass(frozen=True)
-class Search:
+class OneSearch:
     """What one model is asked."""
 
     reference: Reference
@@ -129,7 +129,7 @@ class Service:
             matrix.result()
         first = next(iter(self.thumbnails))
         for name in models:
-            self.finding[name](Search(self.searcher.known(first), "warm", 1, None))
+            self.finding[name](OneSearch(self.searcher.known(first), "warm", 1, None))
 
     @contextmanager
     def step(self, name: str, took: dict[str, float]) -> Iterator[None]:
@@ -185,14 +185,14 @@ class Service:
         without = reference.image_id if asked.exclude_reference else None
         answers = []
         for name in dict.fromkeys(asked.models):
-            found, steps = self.finding[name](Search(reference, asked.text, asked.top, without))
+            found, steps = self.finding[name](OneSearch(reference, asked.text, asked.top, without))
             took |= {step: took.get(step, 0) + ms for step, ms in steps.items()}
             # ids are strings: JavaScript's numbers are too short
             hits = [asdict(hit) | {"image_id": str(hit.image_id)} for hit in self.run.hits(found)]
             answers.append({"model": name, "digest": self.digests[name], "hits": hits})
         return {"answers": answers, "took_ms": took}
 
-    def _find(self, name: str, asked: list[Search]) -> list[tuple[Hits, dict[str, float]]]:
+    def _find(self, name: str, asked: list[OneSearch]) -> list[tuple[Hits, dict[str, float]]]:
         """What a model finds for each of a batch, and the batch's steps."""
         took: dict[str, float] = {}
         with self.step("compose", took):
