@@ -45,6 +45,7 @@ from cluster.weights import Weights
 from mining.block_product import BlockProduct
 from mining.config import GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
 from mining.neighbours import blocks
+from mining.search import neighbours_of
 from mining.towers import ImageTower
 from tests.mining.stages import embed_gallery, ingest_gallery
 from vdg.backbones import decoding, features
@@ -149,13 +150,11 @@ def embed() -> None:
         folder = Path(name)
         (source := folder / "photos").mkdir()
         size = write_photos(source)
-        session.start(session.RayConfig(num_cpus=CORES), folder / "log.txt")
         gallery, ingested, embedded = Output(f"{folder}/gallery"), Clock(), Clock()
         began = time.perf_counter()
         ingest_gallery(gallery, "bench", GalleryConfig(images=str(source)), options, resources, ingested)
         whole = SCALE.images / (time.perf_counter() - began)
         embed_gallery(Output(f"{folder}/embed"), gallery, SCALE.tower, ViewsConfig(count=1), resources, embedded)
-        ray.shutdown()
     tower = ImageTower(SCALE.tower)
     pixels = torch.randint(0, 256, (SCALE.batch, SCALE.tower.image_size, SCALE.tower.image_size, 3), dtype=torch.uint8)
     pixels = pixels.to(DEVICE)
@@ -251,7 +250,7 @@ class Ends(LogitsProcessor):
 
 def ending(lengths: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Our decoder's choice of tokens, its rows ending after so many."""
-    choose, places = decoding._chosen, itertools.count(1)
+    choose, places = decoding.choose, itertools.count(1)
 
     def chosen(logits: torch.Tensor, config: GenerateConfig, rows: torch.Tensor, *more: Any) -> torch.Tensor:
         due = lengths[rows.clamp(max=len(lengths) - 1)] <= next(places)
@@ -286,7 +285,7 @@ def generate() -> None:
     for name, ends in lengths.items():
 
         def ours(ends: torch.Tensor = ends) -> object:
-            with patch.object(decoding, "_chosen", ending(ends)):
+            with patch.object(decoding, "choose", ending(ends)):
                 return model.generate(batch, config, 0)
 
         began = time.perf_counter()
@@ -305,10 +304,10 @@ def neighbours() -> None:
     rows, dim = SCALE.vectors
     values = np.random.default_rng(0).standard_normal((rows, dim), np.float32)
     vectors = values / np.linalg.norm(values, axis=1, keepdims=True)
-    search = BlockProduct(vectors, SCALE.top, DEVICE)
-    search(np.arange(256))
+    search = BlockProduct(vectors, DEVICE)
+    neighbours_of(search, np.arange(256), SCALE.top)
     began = time.perf_counter()
-    found = np.concatenate([search(np.arange(*block))[0] for block in blocks(rows)])
+    found = np.concatenate([neighbours_of(search, np.arange(*block), SCALE.top)[0] for block in blocks(rows)])
     rate = rows / (time.perf_counter() - began)
     queries = np.arange(0, rows, max(rows // 1024, 1))
     moved: Any = torch.from_numpy(vectors).to(DEVICE)
@@ -334,10 +333,13 @@ def main() -> None:
         f"{torch.cuda.get_device_name() if GPU else 'no GPU: tiny shapes'}, {CORES} cores, torch {torch.__version__}",
         flush=True,
     )
-    for name in parser.parse_args().sections:
-        SECTIONS[name]()
-        if GPU:
-            torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        session.start(session.RayConfig(num_cpus=CORES), Path(folder) / "log.txt")
+        for name in parser.parse_args().sections:
+            SECTIONS[name]()
+            if GPU:
+                torch.cuda.empty_cache()
+        ray.shutdown()
 
 
 if __name__ == "__main__":
