@@ -195,7 +195,8 @@ class Searcher:
 
     def keys(self, image_ids: np.ndarray) -> list[str]:
         """Names of images in their source. Raises KeyError for one that is not in the gallery."""
-        return self._rows["key"].take([self._places[i] for i in image_ids.tolist()]).to_pylist()
+        names = self._rows["key"]
+        return [names[self._places[i]].as_py() for i in image_ids.tolist()]  # `take` would let go of the interpreter, and wait
 
     def image_id(self, key: str) -> int:
         """The id of an image by its name. Raises UserError when the gallery has none of it."""
