@@ -47,7 +47,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def log_likelihood(self, batch: Batch) -> list[float]:
-        """log p(delta | reference, target), in nats and of the whole text, of the B pairs with deltas of a batch of `Inputs`."""
+        """log p(delta | reference, target) of the B pairs with deltas of a batch of `Inputs`: nats, of the whole text."""
 
     def merge(self) -> None:
         """Make it faster to generate with, though no longer trainable."""
