@@ -1,6 +1,7 @@
 """The stage candidates: the images that a re-ranking can move."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +46,7 @@ def candidate_id(query_id: int, image_id: int) -> int:
     return tables.stable_id("candidate", query_id, image_id)
 
 
-def _rows(query: Query, images: np.ndarray) -> list[dict[str, object]]:
+def _rows(query: Query, images: np.ndarray) -> list[dict[str, Any]]:
     query_of = {"reference_id": query.reference, "deltas": [query.text], "source": "candidate"}
     return [
         {"triplet_id": candidate_id(query.query_id, image), "target_id": image, **query_of}
