@@ -280,6 +280,8 @@ class EvaluateConfig(Section):
             raise ValueError("'own_deltas' are written of (reference, target), and test's targets are hidden; set part to val")
         if self.rerank and self.part == "test":
             raise ValueError("'rerank' reports figures, and test's labels are hidden; set part to val, or rerank to null")
+        if self.rerank and self.own_deltas:
+            raise ValueError("'rerank' reads texts of which the generator has not seen the target; set own_deltas to false")
         if self.remove_reference is not None and self.benchmark != "fashioniq":
             raise ValueError("'remove_reference' is for fashioniq alone: the other protocols say what happens to it")
         return self

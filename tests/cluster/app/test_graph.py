@@ -70,6 +70,7 @@ def test_rows_that_a_generator_ranks_again_change_no_other_stage() -> None:
     ("assignments", "message"),
     [
         (["evaluate.rerank={}", "evaluate.baseline=nobody"], "no variant is 'nobody'"),
+        (["evaluate.rerank={}", "evaluate.own_deltas=true"], "has not seen the target"),
         (["evaluate.rerank.top=51"], "less than or equal to 50"),
         (["vdg.tower=null"], "'features' needs the name of a tower"),
         (["vdg.backbone=image_text", "align=null"], "'image_text' sees with its own; found 'photo'"),
