@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.config import FOLDER, PARTIAL, Section, Seed, Seeds, TrainingConfig, validate
+from cluster.config import FOLDER, NOT_CONTENT, PARTIAL, Section, Seed, Seeds, TrainingConfig, validate
 from mining.config import BenchmarkName, TextTower
 
 _Rank = Annotated[int, Field(ge=1)]
@@ -222,6 +222,15 @@ Part = Literal["val", "test"]
 Split = Literal["train", "val", "test"]
 
 
+class RerankConfig(Section):
+    """The generator orders the best images of each query again, by the cosine + weight * log p(text | reference, image)."""
+
+    top: int = Field(20, ge=2, le=50, description="images of each query's ranking that are ordered again")
+    weight: float = Field(
+        0.005, gt=0, description="of the log-likelihood (nats), against the cosine; the default is of 5-fold cross-validation"
+    )
+
+
 class EvaluateConfig(Section):
     """How trained models are scored."""
 
@@ -251,6 +260,12 @@ class EvaluateConfig(Section):
         "seen it, in so many more trainings; 0: by the evaluation itself",
     )
 
+    rerank: RerankConfig | None = Field(
+        None,
+        json_schema_extra=NOT_CONTENT,
+        description="further rows `<variant>+rerank`: the best images, ordered again by the generator's likelihood of the text",
+    )
+
     @model_validator(mode="after")
     def _folds_are_several(self) -> Self:
         if self.folds == 1:
@@ -263,6 +278,10 @@ class EvaluateConfig(Section):
             raise ValueError(f"part 'test': {self.benchmark} has no server that scores hidden labels; set it to val")
         if self.own_deltas and self.part == "test":
             raise ValueError("'own_deltas' are written of (reference, target), and test's targets are hidden; set part to val")
+        if self.rerank and self.part == "test":
+            raise ValueError("'rerank' reports figures, and test's labels are hidden; set part to val, or rerank to null")
+        if self.rerank and self.own_deltas:
+            raise ValueError("'rerank' reads texts of which the generator has not seen the target; set own_deltas to false")
         if self.remove_reference is not None and self.benchmark != "fashioniq":
             raise ValueError("'remove_reference' is for fashioniq alone: the other protocols say what happens to it")
         return self

@@ -30,11 +30,13 @@ CONTROLS = "controls"  # folder of the control rows' rankings
 GIVEN = "embeddings"  # name of given embeddings among the variants
 SUBMISSIONS = "submissions"
 METRICS = "metrics.json"  # of an evaluation, and in the folder of the run that it is the last of
+GAIN = "gain.json"
 FOLDS = "folds.json"
 RANKINGS = pa.schema(
     [
         ("triplet_id", pa.int64()),
-        ("image_ids", pa.list_(pa.int64())),  # best first, at least ten; -1 past the gallery's end
+        ("image_ids", pa.list_(pa.int64())),  # best first, at least fifty; -1 past the gallery's end
+        ("scores", pa.list_(pa.float32())),  # the model's cosines of image_ids; -inf past the gallery's end
         ("correct", pa.list_(pa.bool_())),  # of each of image_ids
         ("target_rank", pa.float32()),  # 1 is best, ties share their mean; null where the target is not known, or not ranked
         ("subset_rank", pa.float32()),  # of the target inside the query's group; null where its members are not known
@@ -62,7 +64,7 @@ class Evaluate(Stage):
     hidden.
     """
 
-    version = 7
+    version = 8
     queries: Stage
     gallery: Stage
     embeddings: Stage
@@ -111,7 +113,7 @@ class Evaluate(Stage):
         inputs = _Inputs(output, benchmark, Embedded(embeddings), self.config.batch_size)
         found, extra = _figures(inputs, trained, {} if benchmark.hidden else rows, self.resources, run.monitor)
         output.write_json(METRICS, figures.by_variant(found))
-        output.write_json("gain.json", figures.gains(found, self.config, benchmark.classes_of_queries))
+        output.write_json(GAIN, figures.gains(found, self.config, benchmark.classes_of_queries))
         output.write_json(FOLDS, _validated({name: run.output(model) for name, model in self.folds.items()}))
         _write_controls(output, extra, left_out)
 
@@ -128,7 +130,7 @@ def _validated(models: dict[str, Output]) -> dict[str, list[float]]:
 class EvaluateGiven(Stage, kind="evaluate"):
     """As `Evaluate`, of the query and gallery vectors of a file (vectors.Given), without images or a model."""
 
-    version = 5
+    version = 6
     queries: Stage
     annotations: Annotations
     embeddings: Source
@@ -143,7 +145,7 @@ class EvaluateGiven(Stage, kind="evaluate"):
         inputs, entrant = _Inputs(output, benchmark, vectors, self.config.batch_size), GivenQueries(vectors)
         found, extra = _figures(inputs, {GIVEN: entrant}, {} if benchmark.hidden else rows, self.resources, run.monitor)
         output.write_json(METRICS, {name: figures.summary([values]) for name, values in found.items()})
-        output.write_json("gain.json", {})
+        output.write_json(GAIN, {})
         _write_controls(output, extra, left_out)
 
 
@@ -171,7 +173,7 @@ def _figures(
     benchmark, output = inputs.benchmark, inputs.output
     names = {name: name for name in main} | {row: f"{CONTROLS}/{row}" for row in rows}
     entrants = {names[name]: entrant for name, entrant in (main | rows).items()}
-    missing = {name: entrant for name, entrant in entrants.items() if not output.exists(_ranking(benchmark.protocols[0], name))}
+    missing = {name: entrant for name, entrant in entrants.items() if not output.exists(ranking(benchmark.protocols[0], name))}
     count = len(benchmark.queries)
     monitor.start(len(entrants) * count, "ranking", (len(entrants) - len(missing)) * count)
     for _ in _ranked(inputs, missing, resources):
@@ -179,17 +181,18 @@ def _figures(
     if benchmark.hidden:
         output.write_json("protocols.json", figures.protocols(benchmark, []))
         return {}, {}
-    found = {name: _figures_of(inputs, name) for name in entrants}
+    found = {name: figures_of(benchmark, output, name) for name in entrants}
     output.write_json("protocols.json", figures.protocols(benchmark, list(found.values())))
     by_name = {name: figures.flat(found[names[name]]) for name in names}
     return {name: by_name[name] for name in main}, {name: by_name[name] for name in rows}
 
 
-def _figures_of(inputs: _Inputs, name: str) -> dict[str, Figures]:
+def figures_of(benchmark: Benchmark, output: Output, name: str) -> dict[str, Figures]:
+    """Label -> metrics of a model, from the rankings in an output."""
     found: dict[str, Figures] = {}
-    for protocol in inputs.benchmark.protocols:
-        found |= inputs.benchmark.figures(protocol, inputs.output.read_table(_ranking(protocol, name), RANKINGS))
-    return {label: found[label] for label in inputs.benchmark.descriptions()}
+    for protocol in benchmark.protocols:
+        found |= benchmark.figures(protocol, output.read_table(ranking(protocol, name), RANKINGS))
+    return {label: found[label] for label in benchmark.descriptions()}
 
 
 def _write_controls(output: Output, rows: dict[str, Figures], left_out: dict[str, str]) -> None:
@@ -197,7 +200,8 @@ def _write_controls(output: Output, rows: dict[str, Figures], left_out: dict[str
     output.write_json("controls.json", {"metrics": table, "left_out": left_out})
 
 
-def _ranking(protocol: Protocol, name: str) -> str:
+def ranking(protocol: Protocol, name: str) -> str:
+    """The file of a model's ranking."""
     return f"rankings/{f'{protocol.name}/' if protocol.label else ''}{name}.parquet"
 
 
@@ -237,7 +241,7 @@ def _rank(name: str, entrant: Entrant, inputs: _Inputs, cpus: float) -> None:
         if not name.startswith(f"{CONTROLS}/"):
             best = [group.image_ids if group else np.empty(0, np.int64) for group in groups]
             _write_submissions(inputs, name, benchmark.submissions(protocol, found.image_ids, best))
-        inputs.output.write_table(_ranking(protocol, name), _table(benchmark, found, groups), RANKINGS)
+        inputs.output.write_table(ranking(protocol, name), _table(benchmark, found, groups), RANKINGS)
 
 
 def _groups(benchmark: Benchmark, queries: np.ndarray, features_of: Take) -> list[metrics.RankedGroup | None]:
@@ -258,6 +262,7 @@ def _table(benchmark: Benchmark, ranked: metrics.Ranked, groups: list[metrics.Ra
     columns = {
         "triplet_id": [query.query_id for query in benchmark.queries],
         "image_ids": list(ranked.image_ids),
+        "scores": list(ranked.scores),
         "correct": list(benchmark.correct(ranked.image_ids)),
         "target_rank": pa.array(ranked.target_rank, mask=ranked.target_rank == metrics.UNRANKED),
         "subset_rank": subset,

@@ -34,6 +34,7 @@ class Ranked:
     """A gallery ranked for each query."""
 
     image_ids: np.ndarray  # int64 [queries, top], best first
+    scores: np.ndarray  # float32 [queries, top], their cosines; -inf past the gallery's end
     target_rank: np.ndarray  # float32 [queries], 1 is best: the expected rank of the target, or UNRANKED
     reference_first: np.ndarray  # bool [queries]: the reference ranks first, or would have, had it not been removed
 
@@ -129,7 +130,7 @@ class _Ranker:
             known &= _contains(self.gallery, targets)
         image_ids = np.where(np.isneginf(self.best), NO_IMAGE, self.best_ids)
         ranks = np.where(known, 1 + self.higher + self.alike / 2, UNRANKED).astype(np.float32)
-        return Ranked(image_ids, ranks, self.references > self.others)
+        return Ranked(image_ids, self.best, ranks, self.references > self.others)
 
 
 def _joined(parts: list[_Ranker], queries: int) -> Ranked:
@@ -137,8 +138,8 @@ def _joined(parts: list[_Ranker], queries: int) -> Ranked:
     found = [part.ranked() for part in parts]
     order = np.argsort(np.concatenate([part.rows for part in parts]), kind="stable")
     assert len(order) == queries, "each query searches one gallery"
-    columns = ([ranked.image_ids for ranked in found], [r.target_rank for r in found], [r.reference_first for r in found])
-    return Ranked(*(np.concatenate(column)[order] for column in columns))
+    names = ("image_ids", "scores", "target_rank", "reference_first")
+    return Ranked(*(np.concatenate([getattr(ranked, name) for ranked in found])[order] for name in names))
 
 
 def _contains(known: np.ndarray, ids: np.ndarray) -> np.ndarray:

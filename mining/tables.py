@@ -54,6 +54,7 @@ TRIPLETS = pa.schema(
 GROUPS = pa.schema([("group_id", pa.int64()), ("image_ids", pa.list_(pa.int64()))])  # every image of a group
 SCORER = "log_probability"  # mean log-probability of a delta's tokens, in nats
 AGREEMENT = "agreement"  # mean word F1 of a delta with the other deltas sampled for its pair, 0 to 1
+LIKELIHOOD = "likelihood"  # log-probability of a whole text given (reference, target) by a generator, in nats
 ROUND_TRIP = "round_trip"  # -ln of the target's rank for (reference, delta) by a retrieval model
 SCORES = pa.schema([("triplet_id", pa.int64()), ("scorer", pa.string()), ("value", pa.float32())])
 CAPTIONS = pa.schema([("image_id", pa.int64()), ("caption", pa.string())])

@@ -9,7 +9,17 @@ import numpy as np
 import pyarrow as pa
 
 from cir import metrics
-from cir.benchmarks.benchmark import Benchmark, Figures, Protocol, Query, correct_of, recalls, reference_first, target_recalls
+from cir.benchmarks.benchmark import (
+    TOP,
+    Benchmark,
+    Figures,
+    Protocol,
+    Query,
+    correct_of,
+    recalls,
+    reference_first,
+    target_recalls,
+)
 from cir.config import EvaluateConfig
 from cluster.artifacts import Output
 from cluster.errors import UserError
@@ -64,7 +74,7 @@ def load(queries: Output, gallery: Output, attributes: str | None, config: Evalu
     asked = tuple(_query(row, groups) for row in table.to_pylist())
     classes = _attribute_classes(attributes, gallery, table) if attributes else None
     protocols = (Protocol("triplets", "", None, remove_reference=True),)
-    top = max(10, *config.recalls)
+    top = max(TOP, *config.recalls)
     return Triplets(asked, protocols, {}, field="evaluate.triplets", top=top, config=config, classes=classes)
 
 

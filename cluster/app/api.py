@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from cir.evaluate import METRICS
 from cir.index import Thumbnails
+from cir.rerank import RERANKED
 from cir.search import Hits, Model, Reference, Searcher
 from cir.select import written_scores
 from cir.train import ModelName
@@ -252,7 +253,8 @@ def _last_evaluation(graph: Graph, folder: Output) -> str | None:
     """The digest of the newest evaluation that found what the run's folder says of it."""
     if not folder.exists(METRICS):
         return None
-    metrics, found = folder.read_json(METRICS), []
+    metrics = {name: row for name, row in folder.read_json(METRICS).items() if not name.endswith(RERANKED)}
+    found = []
     for output in outputs_of(graph.root, graph.evaluation.kind):
         manifest = output.manifest()
         if manifest is not None and output.read_json(METRICS) == metrics:

@@ -97,6 +97,8 @@ class EvaluateSection(EvaluateConfig):
             forbidden = own[1:]
         if self.own_deltas and self.embeddings:
             raise ValueError("'own_deltas' needs models: given embeddings are of queries as they are")
+        if self.rerank and self.embeddings:
+            raise ValueError("'rerank' needs models: a generator reads the queries that they ranked; set it to null")
         for name in needed:
             if getattr(self, name) is None:
                 raise ValueError(f"benchmark '{self.benchmark}' needs '{name}'")
@@ -239,6 +241,12 @@ class RunConfig(Section):
             self._check_judge("score.judge", self.score.judge, pseudo=False)
         if self.rounds.count > 1:
             self._check_judge("rounds.judge", self.rounds.judge, pseudo=True)
+        return self
+
+    @model_validator(mode="after")
+    def _rerank_has_rankings(self) -> Self:
+        if self.evaluate.rerank and not self.rivals:
+            raise ValueError(f"evaluate.rerank: no variant is '{self.evaluate.baseline}' (evaluate.baseline); set it to null")
         return self
 
     def _check_judge(self, field: str, name: str, pseudo: bool) -> None:

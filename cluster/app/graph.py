@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cached_property
 
-from cir.config import Validation, VariantConfig
+from cir.candidates import Candidates
+from cir.config import RerankConfig, Validation, VariantConfig
 from cir.evaluate import Evaluate, EvaluateGiven
 from cir.index import Index
+from cir.rerank import RERANKED, Rerank
 from cir.score import Score
 from cir.select import Select, SelectFold, SelectOwn
 from cir.tasks import TASKS
@@ -32,6 +34,7 @@ from mining.neighbours import Neighbours
 from vdg.align import Align
 from vdg.generate import Generate
 from vdg.instruct import Instruct
+from vdg.likelihood import Likelihood
 
 FLOW: tuple[type[Stage], ...] = (
     IngestGallery,  # `Sources`, in `sources.py`: galleries, triplets, captions,
@@ -47,6 +50,9 @@ FLOW: tuple[type[Stage], ...] = (
     Select,  # the triplets that a later generator learns from,
     Train,  # and the retrieval models
     Evaluate,  # `evaluated`
+    Candidates,  # `reranked`: what a generator reads of its rankings,
+    Likelihood,  # what it thinks of each,
+    Rerank,  # and the rankings again
 )
 Train.loader = "cluster.app.registered"  # a model's tower is named by a run's config, which is known here alone
 KINDS = tuple(stage.kind for stage in FLOW)
@@ -62,6 +68,9 @@ class Graph:
         pairs = mined(config, sources)
         rounds = [Rounds(config, sources, Generator(config, sources, seed), pairs) for seed in config.instruct.seeds]
         self.evaluation = evaluated(config, sources, rounds, folds(config, sources, pairs))
+        self.results: Stage = self.evaluation  # whose figures are the run's
+        if config.evaluate.rerank and isinstance(self.evaluation, Evaluate):
+            self.results = reranked(config, config.evaluate.rerank, rounds, self.evaluation)
         self.index: Index | None = None  # what `vdg search` and `vdg serve` show of the gallery that they search
         if config.evaluate.images is not None:
             self.index = Index(name="evaluate", gallery=sources.gallery("evaluate"), resources=config.resources.ingest)
@@ -74,7 +83,7 @@ class Graph:
     @cached_property
     def stages(self) -> list[Stage]:
         """All instances, parents before children; of those that could come next, the earliest kind first."""
-        waiting = {stage.instance: stage for stage in ancestors(self.evaluation)}
+        waiting = {stage.instance: stage for stage in ancestors(self.results)}
         ordered: dict[str, Stage] = {}
         while waiting:
             ready = [s for s in waiting.values() if all(parent.instance in ordered for parent in s.parents.values())]
@@ -258,6 +267,19 @@ class Generator:
             resources=self.config.resources.generate,
         )
 
+    def likelihood(self, generator: Instruct, triplets: Stage, gallery: str) -> Likelihood:
+        """`likelihood:vdg`: of the texts of triplets of a gallery's images."""
+        config = self.config
+        return Likelihood(
+            name=generator.name,
+            triplets=triplets,
+            vdg=generator,
+            **self.sources.seen(self.tower, gallery),
+            batch_size=config.generate.batch_size,
+            precision=config.generate.precision,
+            resources=config.resources.generate,
+        )
+
 
 class Rounds:
     """A generator's pseudo triplets, their scores and the retrieval models trained on them, round by round."""
@@ -400,6 +422,25 @@ def evaluated(config: RunConfig, sources: Sources, rounds: list[Rounds], folds: 
         attributes=Source("evaluate.attributes", section.attributes) if section.attributes else None,
         config=section,
         resources=resources,
+    )
+
+
+def reranked(config: RunConfig, section: RerankConfig, rounds: list[Rounds], evaluation: Evaluate) -> Rerank:
+    """`rerank:all`: the variants that could be recommended, each by every generator that it uses, or by all of them."""
+    seeds = config.train.seeds
+    models = [one.model(name, seed).name for name in config.rivals for one in rounds for seed in seeds]
+    top = Candidates(name="all", evaluation=evaluation, models=tuple(dict.fromkeys(models)), top=section.top)
+    likelihoods = {one.generator.suffix(): one.generator.likelihood(one.vdg(1), top, "evaluate") for one in rounds}
+    return Rerank(
+        name="all",
+        evaluation=evaluation,
+        likelihoods={
+            f"{name}{RERANKED}{generator}.s{seed}": likelihood
+            for name in config.rivals
+            for generator, likelihood in likelihoods.items()
+            for seed in seeds
+        },
+        config=section,
     )
 
 

@@ -71,7 +71,7 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
                 console.print(f"  waiting for an autoscaler: {line}")
             with RunProgress() as progress, Groups() as groups:
                 _Driver(config, tracker, progress, groups).do(todo)
-        if keep_config and graph.output(graph.evaluation).manifest() is not None:
+        if keep_config and graph.output(graph.results).manifest() is not None:
             write_results(graph)
             record_results(graph, tracker)
         status = "FINISHED"
@@ -204,13 +204,13 @@ def tracking_uri(config: RunConfig) -> str:
 
 def metrics_of(graph: Graph) -> dict[str, Any]:
     """variant -> metric -> {"mean", "seeds"}, of a finished evaluation."""
-    content: dict[str, Any] = graph.output(graph.evaluation).read_json(METRICS)
+    content: dict[str, Any] = graph.output(graph.results).read_json(METRICS)
     return content
 
 
 def headline(graph: Graph) -> Mapping[str, float]:
     """variant/metric -> mean, as MLflow takes it; empty without a finished evaluation."""
-    if graph.output(graph.evaluation).manifest() is None:
+    if graph.output(graph.results).manifest() is None:
         return {}
     table = metrics_of(graph)  # MLflow takes no parentheses: further protocols are in metrics.json alone
     means = {f"{variant}/{name}": value["mean"] for variant, row in table.items() for name, value in row.items()}

@@ -86,10 +86,10 @@ def test_rankings_agree_with_the_metrics(run: dict[str, Any], tmp_path: Path) ->
     looks = {int(world.IDS[i]): world.look(i) for i in range(world.COUNT)}
     for row, query in zip(ranking, queries, strict=True):
         assert row["triplet_id"] == query["triplet_id"]
-        assert len(row["image_ids"]) == 10
+        assert len(row["image_ids"]) == 50
         assert query["reference_id"] not in row["image_ids"]
         assert row["correct"] == [looks[i] == looks[query["target_id"]] for i in row["image_ids"]]
-        if row["target_rank"] <= 10:
+        if row["target_rank"] <= 50:
             assert row["image_ids"][int(row["target_rank"]) - 1] == query["target_id"]
     right = [any(row["correct"][:5]) for row in ranking]
     metrics = output.read_json("metrics.json")["semi"]

@@ -1,6 +1,6 @@
 """The generator's backbones behind one interface: `features` (an image tower's tokens), `image_text` (pixels), `chooser`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pkgutil import resolve_name
 
@@ -35,8 +35,10 @@ def make_inputs(description: Description, mean: np.ndarray | None = None, max_to
     return BACKBONES[description.vdg.backbone]().inputs(description, mean, max_tokens)
 
 
-def load_generator(model: Output, precision: str = "fp32") -> tuple[Backbone, Inputs]:
+def load_generator(model: Output, precision: str = "fp32", texts: Iterable[str] = ()) -> tuple[Backbone, Inputs]:
     """A trained generator on this process's device, its LoRA merged, ready to generate, and what makes its batches.
+
+    `texts`: those that batches may give as deltas, where they are not the labelled ones.
 
     Raises UserError when `model` holds no trained generator.
     """
@@ -45,7 +47,8 @@ def load_generator(model: Output, precision: str = "fp32") -> tuple[Backbone, In
     load_trained(generator, load(model.read_bytes(WEIGHTS)))
     generator.merge()
     mean = read_mean(model) if model.exists(MEAN) else None
-    return generator.to(device(), dtype).eval(), make_inputs(description, mean)
+    asked = description.model_copy(update={"texts": tuple(texts) or description.texts})
+    return generator.to(device(), dtype).eval(), make_inputs(asked, mean)
 
 
 def build_for_training(description: Description, training: TrainingConfig) -> Backbone:

@@ -45,6 +45,10 @@ class Backbone(nn.Module, ABC):
         The latter under the model's own distribution: before temperature and top-k. `seed`: of the sampling.
         """
 
+    @abstractmethod
+    def log_likelihood(self, batch: Batch) -> list[float]:
+        """log p(delta | reference, target) of the B pairs with deltas of a batch of `Inputs`: nats, of the whole text."""
+
     def merge(self) -> None:
         """Make it faster to generate with, though no longer trainable."""
 

@@ -5,6 +5,7 @@ suits narrow domains, where deltas repeat.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,19 +25,28 @@ SHARPNESS = 20.0  # texts of cosine c mean the same by exp(SHARPNESS * (c - 1))
 
 
 class ChooserInputs:
-    """Batches of `features` float32 [B, 2, dim], with the places int64 [B] of their deltas among the texts as `targets`."""
+    """Batches of `features` float32 [B, 2, dim], with the vectors float32 [B, width] of their deltas as `targets`."""
 
     def __init__(self, description: Description, mean: np.ndarray) -> None:
         """`mean` float32 [dim]: of the training gallery's features."""
-        self.mean = mean
-        self._places = {text: place for place, text in enumerate(description.texts)}
+        self.description, self.mean = description, mean
+
+    @cached_property
+    def _texts(self) -> KnownTexts:
+        return known_texts(self.description)
 
     def pairs(self, references: np.ndarray, targets: np.ndarray, deltas: Sequence[str] | None = None) -> Batch:
         """Images of features [B, tokens, dim]: their tokens averaged, centred, of norm 1."""
         features = torch.from_numpy(centred(np.stack([references, targets], 1).mean(2), self.mean))
         if deltas is None:
             return {"features": features}
-        return {"features": features, "targets": torch.tensor([self._places[text] for text in deltas])}
+        return {"features": features, "targets": functional.normalize(self._texts.tokenize(deltas), dim=-1)}
+
+
+def known_texts(description: Description) -> KnownTexts:
+    """The frozen encoder's vectors of all texts of a description."""
+    assert description.vdg.text is not None
+    return KnownTexts(description.vdg.text, description.texts)
 
 
 class ChooserBackbone(Backbone):
@@ -51,11 +61,10 @@ class ChooserBackbone(Backbone):
     def __init__(self, description: Description, dtype: torch.dtype = torch.float32, partitioned: bool = False) -> None:
         """All of it is trained: nothing is kept in `dtype`, or `partitioned`."""
         super().__init__()
-        tower, hidden = description.vdg.text, description.vdg.hidden
-        assert tower is not None
+        hidden = description.vdg.hidden
         assert description.dim is not None
         self.texts = description.texts
-        vectors = functional.normalize(KnownTexts(tower, self.texts).tokenize(self.texts), dim=-1)
+        vectors = functional.normalize(known_texts(description).tokenize(self.texts), dim=-1)
         self.register_buffer("vectors", vectors, persistent=False)
         self.reference = nn.Linear(description.dim, hidden)
         self.target = nn.Linear(description.dim, hidden)
@@ -80,8 +89,14 @@ class ChooserBackbone(Backbone):
         logits = self._logits(batch["features"].to(self.vectors.device))
         rows, generator = torch.arange(len(logits), device=logits.device), torch.Generator(logits.device).manual_seed(seed)
         chosen = choose(logits, config, rows, len(rows), generator)
-        scores = (logits.log_softmax(1) + self._log_alike(chosen)).logsumexp(1)
+        scores = (logits.log_softmax(1) + self._log_alike(self.vectors[chosen])).logsumexp(1)
         return [self.texts[place] for place in chosen.tolist()], scores.tolist()
+
+    @torch.no_grad()
+    def log_likelihood(self, batch: Batch) -> list[float]:
+        """As for any backbone: of all texts that it knows and that mean what the delta does, which need not be one of them."""
+        features, targets = (batch[name].to(self.vectors.device) for name in ("features", "targets"))
+        return (self._logits(features).log_softmax(1) + self._log_alike(targets)).logsumexp(1).tolist()
 
     def _logits(self, features: Tensor) -> Tensor:
         """Of every text, float32 [B, texts]."""
@@ -91,7 +106,6 @@ class ChooserBackbone(Backbone):
         meant = functional.normalize(self.projection(self.dropout(hidden)).float(), dim=-1)
         return self.log_scale.float().exp() * meant @ self.vectors.float().T
 
-    def _log_alike(self, places: Tensor) -> Tensor:
-        """How far every text means what those at `places` [B] do: log of 0 to 1, float32 [B, texts]."""
-        vectors = self.vectors.float()
-        return SHARPNESS * (vectors[places] @ vectors.T - 1)
+    def _log_alike(self, vectors: Tensor) -> Tensor:
+        """How far every text means what those of `vectors` [B, width] do: log of 0 to 1, float32 [B, texts]."""
+        return SHARPNESS * (vectors.float() @ self.vectors.float().T - 1)

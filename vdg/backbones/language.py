@@ -35,12 +35,23 @@ class LanguageBackbone(Backbone):
         position, or IGNORED. The vocabulary projection, a fifth of a small model's work, runs only where some row of the
         batch has a target.
         """
-        targets = batch["targets"]
-        positions = (targets != IGNORED).any(0).nonzero().squeeze(1)
-        logits = self.language_model(**self.model_inputs(batch), logits_to_keep=positions, use_cache=False).logits
-        kept = targets[:, positions]
+        logits, kept = self._answered(batch)
         scored = kept != IGNORED
         return {"loss": functional.cross_entropy(logits[scored].float(), kept[scored])}
+
+    def _answered(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [B, P, vocabulary] and targets [B, P] of the positions that have a target in some row."""
+        positions = (batch["targets"] != IGNORED).any(0).nonzero().squeeze(1)
+        logits = self.language_model(**self.model_inputs(batch), logits_to_keep=positions, use_cache=False).logits
+        return logits, batch["targets"][:, positions]
+
+    @torch.no_grad()
+    def log_likelihood(self, batch: Batch) -> list[float]:
+        """As for any backbone: the sum over the tokens of answer and end of text."""
+        device = self.language_model.device
+        logits, kept = self._answered({name: value.to(device) for name, value in batch.items()})
+        losses = functional.cross_entropy(logits.float().transpose(1, 2), kept, ignore_index=IGNORED, reduction="none")
+        return (-losses.sum(1)).tolist()
 
     @torch.no_grad()
     def generate(self, batch: Batch, config: GenerateConfig, seed: int) -> tuple[list[str], list[float]]:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from cir.evaluate import METRICS
 from cluster.app import runner
 from cluster.app.checks import check
 from cluster.app.commands.options import Config, Set, graph_of
@@ -40,7 +39,7 @@ def run(
     if dry_run:
         return _show_plan(graph, stages)
     runner.run(graph, stages, keep_config=True)
-    if until in (None, "evaluate"):
+    if until in (None, graph.results.kind):
         _show_results(graph, runner.run_folder(graph.config))
 
 
@@ -65,7 +64,7 @@ for _kind in KINDS:
 def evaluate(config: Config, assignments: Set = [], dry_run: DryRun = False, as_json: Json = False) -> None:  # noqa: B006
     """Score all trained models on the gallery and queries of the evaluate section."""
     graph = graph_of(config, assignments)
-    stages = graph.select("evaluate", None, None)
+    stages = graph.select(graph.results.kind, None, None)
     if dry_run:
         return _show_plan(graph, stages)
     runner.run(graph, stages)
@@ -97,7 +96,7 @@ def _show_results(graph: Graph, folder: Output) -> None:
 def _show_metrics(graph: Graph) -> None:
     """A table for each variant of the protocol, the control rows last; and where submission files are."""
     output = graph.output(graph.evaluation)
-    rows, controls = output.read_json(METRICS), output.read_json("controls.json")
+    rows, controls = runner.metrics_of(graph), output.read_json("controls.json")
     for protocol in output.read_json("protocols.json"):
         if rows:
             _show_protocol(protocol, rows, controls["metrics"])

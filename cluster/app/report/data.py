@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cir.evaluate import METRICS
+from cir.evaluate import GAIN, METRICS
 from cir.index import data_uri, thumbnail
 from cir.train import MODEL, ModelName
 from cluster.app.config import PRESETS, RunConfig, load
@@ -103,7 +103,8 @@ def _results(run: FinishedRun) -> Results:
     pseudo = {name: model["pseudo_triplets"] for name, model in models.items()}
     official = run.config.evaluate.is_official
     protocol = evaluation.read_json("protocols.json")[0]["description"] if official else None
-    metrics, gains = evaluation.read_json(METRICS), evaluation.read_json("gain.json")
+    results = run.graph.output(run.graph.results)
+    metrics, gains = results.read_json(METRICS), results.read_json(GAIN)
     return collect_results(run.config, metrics, gains, rows, pseudo, protocol)
 
 

@@ -36,6 +36,7 @@ ROLE_COLOURS: dict[Role, str] = {
     "shuffled": COLOURS["control"],
     "control": COLOURS["control"],
     "reference": COLOURS["reference"],
+    "reranked": COLOURS["reference"],
 }
 CONTROL_COLOURS = ("#a8a194", "#c9c3b8", "#8c8577", "#dad5cb")
 LONGEST = 200  # words of a delta; longer ones count as so long

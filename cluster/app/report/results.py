@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from cir.config import VariantConfig
+from cir.rerank import RERANKED
 from cluster.app.config import RunConfig
 from cluster.app.recommend import Recommendation
 from cluster.app.report import words
 
-Role = Literal["baseline", "semi", "labelled", "shuffled", "control", "reference"]
+Role = Literal["baseline", "semi", "labelled", "shuffled", "control", "reference", "reranked"]
 HEADLINES = ("mAP@", "R@", "Rs@", "Avg")
 BANDS: list[tuple[str, tuple[Role, ...]]] = [
     ("", ("baseline", "labelled", "semi")),
     ("Controls", ("shuffled", "control")),
+    ("The best images ordered again by the generator's likelihood", ("reranked",)),
     ("Other labels, for orientation", ("reference",)),
 ]
 
@@ -163,11 +165,12 @@ def collect_results(
     labels = config.train.variant(baseline).triplets if baseline in config.train.variants else config.train.triplets
 
     def row(name: str, table: dict[str, Any]) -> Row:
-        variant, gain = config.train.variant(name), gains.get(name)
+        own, gain = name.removesuffix(RERANKED), gains.get(name)
+        variant = config.train.variant(own)
         note = words.recipe(variant, rows[f"ingest:{variant.triplets}"], variant.triplets != labels)
         values = {metric: Value(**value) for metric, value in table.items()}
         found = gain and Gain(gain["mean"], gain["low"], gain["high"], gain["generators"], gain["gap"])
-        return Row(name, _role(name, variant, baseline, labels), note, pseudo[name], values, found)
+        return Row(name, _role(name, variant, baseline, labels), note, pseudo[own], values, found)
 
     return Results(
         metric=config.evaluate.headline,
@@ -180,6 +183,8 @@ def collect_results(
 
 
 def _role(name: str, variant: VariantConfig, baseline: str, labels: str) -> Role:
+    if name.endswith(RERANKED):
+        return "reranked"
     if name == baseline:
         return "baseline"
     if variant.shuffle_deltas:

@@ -101,6 +101,7 @@ def ranking(benchmark: Benchmark, protocol: Protocol, image_ids: np.ndarray) -> 
     columns = {
         "triplet_id": [query.query_id for query in benchmark.queries],
         "image_ids": list(image_ids),
+        "scores": list(np.zeros(image_ids.shape, np.float32)),
         "correct": list(benchmark.correct(image_ids)),
         "target_rank": pa.array((at.argmax(axis=1) + 1).astype(np.float32), mask=~at.any(axis=1)),
         "subset_rank": pa.nulls(len(targets), pa.float32()),

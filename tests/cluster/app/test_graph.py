@@ -51,9 +51,27 @@ def test_a_generator_of_pixels_needs_no_embeddings() -> None:
     assert "align" not in {stage.kind for stage in graph.stages}
 
 
+def test_rows_that_a_generator_ranks_again_change_no_other_stage() -> None:
+    plain, more = (Graph(load("grocery-3", given)) for given in ([], ["evaluate.rerank={}"]))
+    assert more.evaluation.digest == plain.evaluation.digest
+    heavier = Graph(load("grocery-3", ["evaluate.rerank.weight=1"]))
+    assert heavier["likelihood:vdg"].digest == more["likelihood:vdg"].digest
+    assert heavier["rerank:all"].digest != more["rerank:all"].digest
+    assert [stage.instance for stage in more.stages[len(plain.stages) :]] == [
+        "candidates:all",
+        *("likelihood:vdg", "likelihood:vdg.g1", "likelihood:vdg.g2"),
+        "rerank:all",
+    ]
+    again = {role.partition(".")[2] for role in more.results.parents if role.startswith("likelihoods.")}
+    assert again == {f"{name}+rerank{g}.s{s}" for name in ("supervised", "semi") for g in ("", ".g1", ".g2") for s in (0, 1)}
+
+
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
+        (["evaluate.rerank={}", "evaluate.baseline=nobody"], "no variant is 'nobody'"),
+        (["evaluate.rerank={}", "evaluate.own_deltas=true"], "has not seen the target"),
+        (["evaluate.rerank.top=51"], "less than or equal to 50"),
         (["vdg.tower=null"], "'features' needs the name of a tower"),
         (["vdg.backbone=image_text", "align=null"], "'image_text' sees with its own; found 'photo'"),
         (IMAGE_TEXT[:2], "no projection to align"),

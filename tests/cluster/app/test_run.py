@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from cluster.app import config as configs
 from cluster.app import runner
+from cluster.app.api import Run
 from cluster.app.graph import Graph
 from cluster.errors import UserError
 from tests.cluster.app.test_cli import RUNNER, app, invoke
@@ -161,3 +162,18 @@ def test_the_models_of_a_run_are_asked_in_the_generators_deltas(finished: Graph,
     written = graph.output(graph["generate:queries"]).read_parts(tables.TRIPLETS)
     assert 0 < len(written) <= sum(graph.output(graph["mine:queries"]).part_rows().values())
     assert "the texts are the generator's" in " ".join(shown.split())
+
+
+def test_the_generator_ranks_the_best_images_again_in_rows_beside_the_others(finished: Graph, config: str) -> None:
+    before = runner.metrics_of(finished)
+    again = ["--set", "evaluate.rerank.top=5", "--set", "name=again"]
+    assert "supervised+rerank" in invoke("run", config, *again)
+    graph = Graph(configs.load(config, again[1::2]))
+    assert graph.evaluation.digest == finished.evaluation.digest
+    folder = runner.run_folder(graph.config)
+    metrics = folder.read_json("metrics.json")
+    assert {name: row for name, row in metrics.items() if "+" not in name} == before
+    assert set(metrics) - set(before) == {f"{name}+rerank" for name in graph.config.rivals}
+    page = folder.read_bytes("report.html").decode()
+    assert all(f"{name}+rerank" in page for name in graph.config.rivals)
+    assert Run.open(graph.root, "again").metrics() == metrics

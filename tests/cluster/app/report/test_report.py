@@ -139,6 +139,7 @@ def _evaluation(graph: Graph, output: Output) -> None:
         columns = {
             "triplet_id": np.arange(QUERIES),
             "image_ids": [np.append(np.roll(gallery, -i)[:4], -1) for i in range(QUERIES)],
+            "scores": [[0.5, 0.4, 0.3, 0.2, 0.1]] * QUERIES,
             "correct": [[first, False, False, False, False] for first in right.tolist()],
             "target_rank": np.ones(QUERIES, np.float32),
             "subset_rank": pa.nulls(QUERIES, pa.float32()),
