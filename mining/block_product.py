@@ -5,14 +5,12 @@ Half precision is fp16: as fast as bf16 on a GPU, and of numbers between -1 and 
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mining.search import TopK
-
-if TYPE_CHECKING:
-    import torch
 
 SHARD_ROWS = 2**18  # vectors that a block of queries meets at a time
 QUERIES = 1024  # of a block that are multiplied at a time
@@ -31,12 +29,10 @@ class BlockProduct:
 
     def __init__(self, vectors: np.ndarray, device: str) -> None:
         self.vectors, self.device = vectors, device
-        self._kept: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, Tensor] = {}
 
     def __call__(self, queries: np.ndarray, count: int) -> TopK:
         """As `Search`."""
-        import torch
-
         moved = self._moved(queries)
         found = torch.full((len(queries), count), -1, device=self.device)
         scores = torch.full((len(queries), count), -torch.inf, device=self.device)
@@ -47,7 +43,7 @@ class BlockProduct:
                 found[here], scores[here] = _nearer(moved[here], shard, half, first, found[here], scores[here])
         return found.cpu().numpy(), scores.cpu().numpy()
 
-    def _shards(self) -> Iterator[tuple[int, "torch.Tensor"]]:
+    def _shards(self) -> Iterator[tuple[int, Tensor]]:
         for first in range(0, len(self.vectors), SHARD_ROWS):
             if (shard := self._kept.get(first)) is None:
                 shard = self._moved(self.vectors[first : first + SHARD_ROWS])
@@ -55,31 +51,18 @@ class BlockProduct:
                     self._kept[first] = shard
             yield first, shard
 
-    def _moved(self, values: np.ndarray) -> "torch.Tensor":
-        import torch
-
+    def _moved(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(values)).to(self.device)  # a copy: torch takes no array that must not be written
 
     @cached_property
     def _most_kept(self) -> int:
-        import torch
-
         if self.device == "cpu":
             return 0
         return int(KEPT_SHARE * torch.cuda.mem_get_info()[0]) // (SHARD_ROWS * self.vectors.shape[1] * 4)
 
 
-def _nearer(
-    queries: "torch.Tensor",
-    shard: "torch.Tensor",
-    half: "torch.Tensor",
-    first: int,
-    found: "torch.Tensor",
-    scores: "torch.Tensor",
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _nearer(queries: Tensor, shard: Tensor, half: Tensor, first: int, found: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [q, k] and cosines [q, k] of the best of those found so far and of a shard, whose first row is `first`."""
-    import torch
-
     count = min(scores.shape[1] + SPARE, len(shard))
     rough, candidates = (queries.half() @ half.T).topk(count)
     exact = torch.bmm(shard[candidates], queries[:, :, None])[:, :, 0]
@@ -92,11 +75,7 @@ def _nearer(
     return found, scores
 
 
-def _best(
-    found: "torch.Tensor", scores: "torch.Tensor", candidates: "torch.Tensor", exact: "torch.Tensor"
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _best(found: Tensor, scores: Tensor, candidates: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
     """The best of both, as many as have been found."""
-    import torch
-
     best, order = torch.cat([scores, exact], dim=1).topk(scores.shape[1])
     return torch.cat([found, candidates], dim=1).gather(1, order), best

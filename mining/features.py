@@ -44,7 +44,7 @@ class Features:
     more: tuple[Output, ...] = ()
     center: Output | None = None
 
-    @property
+    @cached_property
     def mean(self) -> np.ndarray:
         """What features are centred by, float32 [dim]."""
         assert self.center is not None, "whoever centres features says by what"

@@ -48,12 +48,19 @@ def read_images(galleries: Iterable[Output], image_ids: Iterable[int]) -> dict[i
     Raises KeyError when one is in none of the galleries, OSError when one that is indexed in place cannot be read.
     """
     wanted = np.unique(np.fromiter(image_ids, np.int64))
-    parts = (_rows_of(gallery, part, wanted) for gallery in galleries for part in gallery.parts())
-    reader = BytesReader()
-    found = {row["image_id"]: image_bytes(row, reader) for part in parts for row in part.to_pylist()}
-    if missing := set(wanted.tolist()) - set(found):
-        raise KeyError(f"{len(missing)} images are in none of the galleries, such as {min(missing)}")
-    return found
+    return {int(wanted[place]): content for place, content in _encoded(galleries, wanted)}
+
+
+def _encoded(galleries: Iterable[Output], image_ids: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    """(place among the sorted ids, bytes), part by part. Raises KeyError at the end when an image is in none."""
+    found, reader = np.zeros(len(image_ids), bool), BytesReader()
+    for part in (_rows_of(gallery, name, image_ids) for gallery in galleries for name in gallery.parts()):
+        for row in part.to_pylist():
+            place = int(np.searchsorted(image_ids, row["image_id"]))
+            found[place] = True
+            yield place, image_bytes(row, reader)
+    if len(missing := image_ids[~found]):
+        raise KeyError(f"{len(missing)} images are in none of the galleries, such as {missing[0]}")
 
 
 def encoded_images(galleries: Sequence[Output], image_ids: np.ndarray) -> Mapping[int, bytes]:
@@ -86,16 +93,10 @@ class _Mapped(Mapping[int, bytes]):
 
 
 def _write_encoded(galleries: Sequence[Output], image_ids: np.ndarray, folder: Path) -> None:
-    """Part by part of the galleries."""
     folder.mkdir()
-    places, end, reader = np.full((len(image_ids), 2), -1), 0, BytesReader()
+    places, end = np.empty((len(image_ids), 2), np.int64), 0
     with (folder / "bytes").open("wb") as file:
-        for gallery in galleries:
-            for part in gallery.parts():
-                for row in _rows_of(gallery, part, image_ids).to_pylist():
-                    content = image_bytes(row, reader)
-                    places[np.searchsorted(image_ids, row["image_id"])] = end, len(content)
-                    end += file.write(content)
-    if len(missing := image_ids[places[:, 0] < 0]):
-        raise KeyError(f"{len(missing)} images are in none of the galleries, such as {missing[0]}")
+        for place, content in _encoded(galleries, image_ids):
+            places[place] = end, len(content)
+            end += file.write(content)
     np.save(folder / "places.npy", places)

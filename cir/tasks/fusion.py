@@ -59,7 +59,7 @@ class FusionTask(TripletTask):
         return self._taken(image_ids, np.zeros(len(image_ids), np.int64))
 
     def _taken(self, image_ids: np.ndarray, views: np.ndarray) -> np.ndarray:
-        return self._prepared(self._source.take(image_ids, views), self.features.mean)
+        return self._prepared(self._source.take(image_ids, views))
 
     def _held_out_references(self, image_ids: np.ndarray) -> np.ndarray:
         ids, values = self._gallery

@@ -199,11 +199,11 @@ class TripletTask(ABC):
         """(ids [n], prepared plain features [n, dim]) of the images named in the labelled triplets."""
         ids = tables.images_of(self._labelled)
         plain = self.features.open_plain(ids)
-        return ids, self._prepared(plain.take(ids, np.zeros(len(ids), np.int64)), self.features.mean)
+        return ids, self._prepared(plain.take(ids, np.zeros(len(ids), np.int64)))
 
-    def _prepared(self, values: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    def _prepared(self, values: np.ndarray) -> np.ndarray:
         """[n, 1, dim] as queries are compared with it: [n, dim], centred when the config says so."""
-        return centred(values[:, 0], mean) if self.config.center else values[:, 0]
+        return centred(values[:, 0], self.features.mean) if self.config.center else values[:, 0]
 
     def validate(self, module: Any) -> dict[str, float]:
         """R@1, R@10 and MRR in percent of the held-out triplets' exact targets among `_gallery`, the reference removed."""

@@ -1,11 +1,13 @@
 """What a report shows of mined pairs: how similar they are, beside labelled pairs and the whole gallery."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 
 from cluster.artifacts import Output
 from mining import tables
-from mining.features import ORIGIN, Features, FeatureSource, centred, read_mean
+from mining.features import ORIGIN, Features, centred, read_mean
 
 SIMILARITIES = "similarities.json"  # histograms of gallery, labelled and mined pairs
 HISTOGRAM_BINS = 40
@@ -16,10 +18,14 @@ IDS = ["reference_id", "target_id"]
 
 def cosines(vectors: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Dot products float32 [m] of rows of unit vectors."""
+    return _cosines(vectors.__getitem__, left, right)
+
+
+def _cosines(vectors_of: Callable[[np.ndarray], np.ndarray], left: np.ndarray, right: np.ndarray) -> np.ndarray:
     values = np.empty(len(left), np.float32)
     for first in range(0, len(left), COSINES):
         here = slice(first, first + COSINES)
-        values[here] = np.einsum("nd,nd->n", vectors[left[here]], vectors[right[here]])
+        values[here] = np.einsum("nd,nd->n", vectors_of(left[here]), vectors_of(right[here]))
     return values
 
 
@@ -51,18 +57,12 @@ def write_similarities(
     }
     features = Features(embeddings).open_plain(ids[np.unique(np.hstack(list(rows.values())))])
     edges, densities = np.linspace(-1, 1, HISTOGRAM_BINS + 1), {}
+
+    def vectors(image_ids: np.ndarray) -> np.ndarray:
+        return centred(features.take(image_ids, np.zeros(len(image_ids), int)).mean(axis=1), mean)
+
     for name, pairs in rows.items():
         if pairs.size:
-            values = _centred_cosines(features, mean, *ids[pairs])
+            values = _cosines(vectors, *ids[pairs])
             densities[name] = np.histogram(values, edges, density=True)[0].tolist()
     output.write_json(SIMILARITIES, {"edges": edges.tolist(), **densities})
-
-
-def _centred_cosines(features: FeatureSource, mean: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Cosines float32 [m] of images by their ids."""
-    values = np.empty(len(left), np.float32)
-    for first in range(0, len(left), COSINES):
-        here = slice(first, first + COSINES)
-        vectors = (features.take(ids[here], np.zeros(len(ids[here]), int)).mean(axis=1) for ids in (left, right))
-        values[here] = np.einsum("nd,nd->n", *(centred(v, mean) for v in vectors))
-    return values
