@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from cir.evaluate import RANKINGS
-from cir.metrics import NO_IMAGE
 from cir.index import Thumbnails
+from cir.metrics import NO_IMAGE
 from cir.search import Model
 from cir.train import Train
 from cluster.app.api import Run, load_model
