@@ -220,8 +220,8 @@ def rank_groups(
 
 
 @dataclass(frozen=True)
-class Gain:
-    """Difference of two models in percentage points, with its 95 % interval."""
+class Estimate:
+    """A mean with its 95 % interval: percentage points, or a share."""
 
     mean: float
     low: float
@@ -230,7 +230,7 @@ class Gain:
 
 def paired_bootstrap(
     hits: np.ndarray, baseline: np.ndarray, classes: np.ndarray | None = None, resamples: int = 10_000
-) -> Gain:
+) -> Estimate:
     """Gain of `hits` over `baseline` with a cluster bootstrap's interval.
 
     Both are [generators, queries] in 0..1, averaged over seeds; those that use no generator have one row, or are [queries].
@@ -240,12 +240,12 @@ def paired_bootstrap(
     """
     differences = 100.0 * np.atleast_2d(hits - baseline)
     means = _resampled(differences[None], classes, resamples)[0]
-    return Gain(float(differences.mean()), *_interval(means))
+    return Estimate(float(differences.mean()), *_interval(means))
 
 
 def gap_closed(
     hits: np.ndarray, baseline: np.ndarray, best: np.ndarray, classes: np.ndarray | None = None, resamples: int = 10_000
-) -> Gain | None:
+) -> Estimate | None:
     """(hits - baseline) / (best - baseline), a share; resampled as `paired_bootstrap`. None where `best` gains nothing.
 
     Of the resamples those count in which `best` gains something: the others tell no share.
@@ -257,7 +257,7 @@ def gap_closed(
     told = means[:, means[1] > 0]
     if not told.size:
         return None
-    return Gain(float(gain.mean() / whole.mean()), *_interval(told[0] / told[1]))
+    return Estimate(float(gain.mean() / whole.mean()), *_interval(told[0] / told[1]))
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

@@ -220,11 +220,8 @@ class Output:
         system, _ = filesystem(self.uri)
 
         def sha256(name: str) -> str:
-            digest = hashlib.sha256()
             with system.open_input_stream(self.path(name)) as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-            return digest.hexdigest()
+                return hashlib.file_digest(stream, "sha256").hexdigest()
 
         return _of_each(names, sha256)
 
@@ -254,8 +251,7 @@ class Output:
 
 def read_warnings(output: Output) -> list[str]:
     """What the stage of an output found odd; an earlier version's looked for nothing."""
-    found: list[str] = output.read_json(WARNINGS, list[str]) if output.exists(WARNINGS) else []
-    return found
+    return output.read_json(WARNINGS, list[str]) if output.exists(WARNINGS) else []
 
 
 def _of_each(names: list[str], read: Callable[[str], T]) -> dict[str, T]:

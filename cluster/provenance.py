@@ -41,8 +41,7 @@ def git_commit() -> str:
 
 def _job_metadata() -> dict[str, str]:
     """What a submitted job carries, as Ray's job manager gives it to the entry point; empty in any other process."""
-    metadata: dict[str, str] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
-    return metadata
+    return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
 
 
 def record_environment(output: Output, precision: str) -> None:

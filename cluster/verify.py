@@ -1,7 +1,7 @@
 """Whether finished outputs are still what their manifests say: nobody works on what was changed or cut."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 
 from cluster.artifacts import Output, filesystem, fingerprint
@@ -73,10 +73,8 @@ def described(output: Output) -> tuple[dict[str, Part], dict[str, str]]:
     """What a manifest says of an output's parts, and of its other files."""
     rows, sizes = output.part_rows(), output.sizes()
     hashes, footers = output.hashes(list(sizes)), output.footers(list(rows))
-    parts: Mapping[str, Part] = {
-        name: {"rows": n, "bytes": sizes[name], "footer": footers[name], "sha256": hashes[name]} for name, n in rows.items()
-    }
-    return dict(parts), {name: found for name, found in hashes.items() if name not in rows}
+    parts = {name: Part(rows=n, bytes=sizes[name], footer=footers[name], sha256=hashes[name]) for name, n in rows.items()}
+    return parts, {name: found for name, found in hashes.items() if name not in rows}
 
 
 def remove_broken(output: Output) -> None:

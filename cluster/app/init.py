@@ -2,8 +2,9 @@
 
 import json
 import re
+import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -163,8 +164,8 @@ def _render(folder: Path, images: str, files: Mapping[str, str], captions: str |
 
 def _yaml(content: Any, indent: int) -> str:
     """A part of a preset's recipe, at its place in the page."""
-    lines: Iterator[str] = iter(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110).splitlines())
-    return "\n".join(" " * indent + line for line in lines)
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110)
+    return textwrap.indent(text, " " * indent).rstrip()
 
 
 def _absolute(path: str) -> str:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import networkx as nx
+
 from cluster.app.report import environment
 from cluster.app.report.plots import PALETTE
 from cluster.driver.lineage import Lineage, Made
@@ -48,22 +50,14 @@ def page(lineage: Lineage, shown: dict[str, Made], asked: set[str], root: str) -
 
 
 def _boxes(lineage: Lineage, shown: dict[str, Made], asked: set[str]) -> dict[str, Box]:
-    depths: dict[str, int] = {}
-
-    def depth(name: str) -> int:
-        if name not in depths:
-            parents = [parent for parent in lineage.parents.get(name, {}).values() if parent in shown]
-            depths[name] = 1 + max(map(depth, parents), default=-1)
-        return depths[name]
-
-    used: dict[int, int] = {}
+    """Each in the column behind the last of its parents', in the order of the names."""
+    graph: nx.DiGraph = nx.DiGraph((parent, child) for child in shown for parent in lineage.parents.get(child, {}).values())
+    graph.add_nodes_from(shown)
     boxes = {}
-    for name in sorted(shown):
-        column = depth(name)
-        place = used.get(column, 0)
-        used[column] = place + 1
-        kind = "asked" if name in asked else "removed" if shown[name].manifest is None else "other"
-        boxes[name] = Box(shown[name], MARGIN + column * ACROSS, MARGIN + place * DOWN, kind)
+    for column, names in enumerate(nx.topological_generations(graph.subgraph(shown))):
+        for place, name in enumerate(sorted(names)):
+            kind = "asked" if name in asked else "removed" if shown[name].manifest is None else "other"
+            boxes[name] = Box(shown[name], MARGIN + column * ACROSS, MARGIN + place * DOWN, kind)
     return boxes
 
 

@@ -204,8 +204,7 @@ def tracking_uri(config: RunConfig) -> str:
 
 def metrics_of(graph: Graph) -> dict[str, Any]:
     """variant -> metric -> {"mean", "seeds"}, of a finished evaluation."""
-    content: dict[str, Any] = graph.output(graph.results).read_json(METRICS)
-    return content
+    return graph.output(graph.results).read_json(METRICS)
 
 
 def headline(graph: Graph) -> Mapping[str, float]:

@@ -91,10 +91,9 @@ def read(output: Output) -> Lease | None:
     if not output.has_file(LEASE):
         return None
     try:
-        found: Lease = output.read_json(LEASE, Lease)
+        return output.read_json(LEASE, Lease)
     except (FileNotFoundError, UserError):
         return None
-    return found
 
 
 def check(*outputs: Output) -> None:

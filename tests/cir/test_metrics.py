@@ -129,7 +129,7 @@ def test_bootstrap_gives_the_mean_gain_and_the_normal_interval() -> None:
 
 def test_equal_models_gain_nothing() -> None:
     hits = np.array([0.0, 1.0, 1.0])
-    assert metrics.paired_bootstrap(hits, hits, resamples=10) == metrics.Gain(0.0, 0.0, 0.0)
+    assert metrics.paired_bootstrap(hits, hits, resamples=10) == metrics.Estimate(0.0, 0.0, 0.0)
 
 
 def test_recalls_and_average_precision_agree_with_trec_eval() -> None:
@@ -196,7 +196,7 @@ def test_the_gap_closed_is_a_share_with_an_interval() -> None:
     assert gap.mean == pytest.approx((half - baseline).mean() / (best - baseline).mean())
     assert metrics.gap_closed(half, baseline, baseline, resamples=10) is None
     rare = np.where(np.arange(len(best)) < 2, 1.0 - baseline, 0.0) + baseline  # many a resample has neither of the two
-    assert metrics.gap_closed(rare, baseline, rare, resamples=1000) == metrics.Gain(1.0, 1.0, 1.0)
+    assert metrics.gap_closed(rare, baseline, rare, resamples=1000) == metrics.Estimate(1.0, 1.0, 1.0)
 
 
 def test_generators_are_resampled_too() -> None:

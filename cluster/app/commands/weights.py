@@ -4,9 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.app import config as configs
-from cluster.app.commands.options import Config, Set
-from cluster.app.graph import Graph
+from cluster.app.commands.options import Config, Set, graph_of
 from cluster.driver.progress import console
 from cluster.errors import UserError
 
@@ -25,10 +23,10 @@ def fetch_weights(
     """Fetch the hub weights that a config names, and check that its packages and folders are there."""
     from cluster.driver import fetch, session
 
-    loaded = configs.load(config, assignments)
-    fields = {field: weights for stage in Graph(loaded).stages for field, weights in stage.weights.items()}
+    graph = graph_of(config, assignments)
+    fields = {field: weights for stage in graph.stages for field, weights in stage.weights.items()}
     if every_node:
-        session.start(loaded.resources.ray)
+        session.start(graph.config.resources.ray)
         found = fetch.fetch_on_every_node(list(fields.values()), cache)
     else:
         found = {"here": [fetch.fetch(weights, cache) for weights in fields.values()]}

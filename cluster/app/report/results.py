@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from cir.config import VariantConfig
+from cir.metrics import Estimate
 from cir.rerank import RERANKED
 from cluster.app.config import RunConfig
 from cluster.app.recommend import Recommendation
@@ -35,12 +36,9 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """Points gained over the baseline, with their 95 % interval."""
+class Gain(Estimate):
+    """Points gained over the baseline."""
 
-    mean: float
-    low: float
-    high: float
     generators: int = 1  # over which it is the mean
     gap: Mapping[str, float] | None = None  # share that it closes of the oracle's gain: mean, low and high
 
@@ -156,7 +154,7 @@ def collect_results(
     gains: dict[str, Any],
     rows: Mapping[str, int],
     pseudo: Mapping[str, int],
-    protocol: str | None = None,
+    protocol: str | None,
 ) -> Results:
     """The metric table from `metrics.json`, `gain.json`, the number of rows of each ingest instance, and the number of
     generated triplets that each variant was trained on.
