@@ -22,7 +22,8 @@ from mining import tables
 from mining.config import GalleryConfig
 from mining.gallery import GROUPS, keys, part_name
 from mining.images import BadImage, checked_size, has_suffix, without_suffix
-from mining.labelled import read_captions, read_rows, read_triplets, strings
+from mining.labelled import read_captions, read_triplets
+from mining.rows import read_rows, strings
 from mining.sources import LISTED_ROWS, BytesReader, counted, list_images, normal, read_names, reject
 
 if TYPE_CHECKING:

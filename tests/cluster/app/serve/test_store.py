@@ -12,7 +12,7 @@ from cluster.app.labels import Store, freeze
 from cluster.app.runner import run_folder
 from cluster.app.serve.app import make_app
 from cluster.artifacts import filesystem
-from mining.labelled import read_rows
+from mining.rows import read_rows
 from tests.s3 import bucket
 
 
