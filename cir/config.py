@@ -9,7 +9,7 @@ from cluster.config import FOLDER, NOT_CONTENT, PARTIAL, Section, Seed, Seeds, T
 from mining.config import BenchmarkName, TextTower
 
 _Rank = Annotated[int, Field(ge=1)]
-Scorer = Literal["log_probability", "agreement", "round_trip"]
+ScorerName = Literal["log_probability", "agreement", "round_trip"]
 
 
 class PseudoSelection(Section):
@@ -20,7 +20,7 @@ class PseudoSelection(Section):
     """
 
     drop_repeated: bool = Field(True, description="leave out deltas that repeat themselves; the paper keeps all")
-    scorers: tuple[Scorer, ...] = Field(("log_probability",), min_length=1, description="what the score is made of")
+    scorers: tuple[ScorerName, ...] = Field(("log_probability",), min_length=1, description="what the score is made of")
     min_score: float | None = Field(None, description="least score, in the unit of the one scorer; a share for several")
     top_fraction: float | None = Field(None, gt=0, le=1, description="share to keep, the highest scores first")
     weight_power: float | None = Field(

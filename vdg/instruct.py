@@ -19,7 +19,7 @@ from mining import tables
 from vdg.align import require_rows
 from vdg.config import InstructConfig, VdgConfig
 from vdg.description import Description, describe, read_description, write_description
-from vdg.images import ImageSource, OpenImages, images_of
+from vdg.images import ImageSource, OpenImages, image_source
 
 if TYPE_CHECKING:
     from vdg.backbones.base import Backbone, Batch, Inputs
@@ -50,7 +50,7 @@ class Instruct(Stage):
     def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError before anything is loaded when an image is missing or the aligned projection does not fit."""
         triplets = run.output(self.triplets)
-        images = images_of(run, self.embeddings, self.galleries, self.center, self.instruct.crop)
+        images = image_source(run, self.embeddings, self.galleries, self.center, self.instruct.crop)
         require_rows(triplets, "triplets")
         images.check(tables.images_of(triplets.read_parts(tables.TRIPLETS)), f"instruct.triplets ({triplets.uri})")
         deltas = chain.from_iterable(triplets.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist())
@@ -151,9 +151,9 @@ class InstructTask:
 
     def validate(self, module: Any) -> dict[str, float]:
         """Negative mean loss a token over the held-out triplets: plain views, every triplet's first delta."""
-        device = next(module.parameters()).device
         from vdg.backbones.base import IGNORED
 
+        device = next(module.parameters()).device
         total, tokens = 0.0, 0
         for first in range(0, len(self._validation), VALIDATION_BATCH):
             chosen = self._validation.slice(first, VALIDATION_BATCH)

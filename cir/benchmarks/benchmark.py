@@ -172,7 +172,7 @@ def correct_of(ranking: pa.Table) -> np.ndarray:
     return np.stack(ranking["correct"].to_numpy())
 
 
-def read_rows(file: str, row: type[RowT], count: int) -> list[RowT]:
+def read_queries(file: str, row: type[RowT], count: int) -> list[RowT]:
     """Queries of an official file. Raises UserError naming the file when a row is malformed, or others are there."""
     try:
         rows = TypeAdapter(list[row]).validate_python(read_json(file))  # type: ignore[valid-type]

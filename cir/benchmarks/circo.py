@@ -19,7 +19,7 @@ from cir.benchmarks.benchmark import (
     expect,
     ids_of,
     image_id,
-    read_rows,
+    read_queries,
     reference_first,
 )
 from cir.config import Part, Split
@@ -94,7 +94,7 @@ def names(folder: str, part: Split) -> dict[str, str | None]:
 def load(folder: str, part: Part, remove_reference: bool | None = None) -> Circo:
     """The queries of val, or of test without their right images."""
     file, known = f"{folder}/annotations/{part}.json", names(folder, part)
-    rows = read_rows(file, _Row, QUERIES[part])
+    rows = read_queries(file, _Row, QUERIES[part])
     expect(file, "different ids", len({row.id for row in rows}), QUERIES[part])
     for row in rows:
         check_named(file, str(row.id), map(_name, (row.reference_img_id, *row.gt_img_ids)), known)

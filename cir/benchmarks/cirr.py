@@ -17,7 +17,7 @@ from cir.benchmarks.benchmark import (
     expect,
     ids_of,
     image_id,
-    read_rows,
+    read_queries,
     reference_first,
     target_recalls,
 )
@@ -104,7 +104,7 @@ def names(folder: str, part: Split) -> dict[str, str | None]:
 def load(folder: str, part: Part, remove_reference: bool | None = None) -> Cirr:
     """The queries of val, or of test1 without their targets."""
     file, known = f"{folder}/{_captions(part)}", names(folder, part)
-    rows = read_rows(file, _Row, QUERIES[part])
+    rows = read_queries(file, _Row, QUERIES[part])
     queries = tuple(_query(file, row, known, part) for row in rows)
     expect(file, "different pairids", len({row.pairid for row in rows}), QUERIES[part])
     used = {row.reference for row in rows} | {row.target_hard for row in rows if row.target_hard}

@@ -17,7 +17,7 @@ from cir.benchmarks.benchmark import (
     expect,
     ids_of,
     image_id,
-    read_rows,
+    read_queries,
     reference_first,
     target_recalls,
 )
@@ -106,8 +106,8 @@ def _split(folder: str, category: str, part: Split) -> list[str]:
 
 def load(folder: str, part: Part = "val", remove_reference: bool | None = None) -> FashionIq:
     """The queries of val of all three categories. The reference stays in the ranking unless `remove_reference`."""
-    rows = {c: read_rows(f"{folder}/captions/cap.{c}.val.json", _Row, VAL_QUERIES[c]) for c in CATEGORIES}
-    train = {c: read_rows(f"{folder}/captions/cap.{c}.train.json", _Row, TRAIN_QUERIES[c]) for c in CATEGORIES}
+    rows = {c: read_queries(f"{folder}/captions/cap.{c}.val.json", _Row, VAL_QUERIES[c]) for c in CATEGORIES}
+    train = {c: read_queries(f"{folder}/captions/cap.{c}.train.json", _Row, TRAIN_QUERIES[c]) for c in CATEGORIES}
     galleries = {c: _split(folder, c, part) for c in CATEGORIES}
     queries, clean = [], []
     for category in CATEGORIES:

@@ -284,10 +284,10 @@ def load(config: str, assignments: list[str]) -> RunConfig:
 
     Raises UserError naming each wrong field.
     """
-    return validate(RunConfig, override(content_of(config), assignments), config)
+    return validate(RunConfig, override(read_config(config), assignments), config)
 
 
-def content_of(config: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_config(config: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The content of a config file or preset, put over the presets and files that it `extends`, later ones over earlier.
 
     A relative path in a file starts at the file, one in a preset at the current folder.
@@ -309,7 +309,7 @@ def content_of(config: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         folder = Path(config).resolve().parent
         content = in_folder(RunConfig, content, folder)
         bases = [str(folder / base) if base.endswith((".yaml", ".yml")) else base for base in bases]
-    layers = [content_of(base, (*above, config)) for base in bases]
+    layers = [read_config(base, (*above, config)) for base in bases]
     return _in_project(reduce(merge, [*layers, content]))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cluster.app.config import PRESETS, content_of, load
+from cluster.app.config import PRESETS, load, read_config
 from cluster.driver.progress import console
 from cluster.errors import UserError
 from mining import tables
@@ -147,7 +147,7 @@ def _tell(labelled: list[_Row], queries: list[_Row], held_out: list[str]) -> Non
 def _render(folder: Path, images: str, files: Mapping[str, str], captions: str | None, labelled: int) -> str:
     environment = Environment(loader=FileSystemLoader(PRESETS), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # YAML knows no surrogate pairs
-    recipe = content_of("grocery")
+    recipe = read_config("grocery")
     return environment.get_template("own.yaml.j2").render(
         name=re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "own",
         images=images,

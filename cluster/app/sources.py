@@ -11,7 +11,7 @@ from mining.config import ExcludeConfig, TripletsConfig, ViewsConfig
 from mining.embed import Embed
 from mining.ingest import IngestCaptions, IngestGallery, IngestTriplets
 
-Made = TypeVar("Made", bound=Stage)
+StageT = TypeVar("StageT", bound=Stage)
 
 
 class Seen(TypedDict):
@@ -29,7 +29,7 @@ class Sources:
         self.limit = Limit(config.ingest.max_reject_fraction)
         self._made: dict[str, Stage] = {}  # so that what is outside is looked at once
 
-    def _once(self, stage: Made) -> Made:
+    def _once(self, stage: StageT) -> StageT:
         return self._made.setdefault(stage.instance, stage)  # type: ignore[return-value]
 
     def gallery(self, name: str) -> Stage:

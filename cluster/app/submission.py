@@ -31,7 +31,7 @@ def prepare(
     """
     graph = Graph(_placed(configs.load(config, assignments), local))
     command, stages = _command(graph, only, until)
-    written = override(configs.content_of(config), assignments)
+    written = override(configs.read_config(config), assignments)
     paths = {"root": graph.config.root} | {field: source.path for stage in stages for field, source in stage.sources.items()}
     if (tracking := graph.config.tracking.uri or "").startswith("sqlite:///"):
         paths["tracking.uri"] = tracking.removeprefix("sqlite:///")

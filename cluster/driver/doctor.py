@@ -18,7 +18,7 @@ from cluster.artifacts import filesystem
 from cluster.driver.session import RayConfig, silence
 from cluster.redaction import without_user
 
-PROJECT = "visual-delta"
+DISTRIBUTION = "visual-delta"
 GIGABYTE = 2**30
 TIMEOUT = 5.0  # seconds to wait for a server
 
@@ -57,9 +57,9 @@ def packages() -> Finding:
     from packaging.requirements import Requirement
 
     try:
-        declared = [Requirement(line) for line in requires(PROJECT) or []]
+        declared = [Requirement(line) for line in requires(DISTRIBUTION) or []]
     except PackageNotFoundError:
-        return Finding("packages", "warning", f"{PROJECT} is not installed, so no bounds are known", "`pip install -e .`")
+        return Finding("packages", "warning", f"{DISTRIBUTION} is not installed, so no bounds are known", "`pip install -e .`")
     versions, wrong = [], []
     for requirement in (r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})):
         try:

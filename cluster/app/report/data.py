@@ -55,7 +55,7 @@ class Report:
     results: Results
     mined: examples.Mined | None
     generated: examples.Generated | None
-    retrieval: examples.Retrieval | None
+    retrieval: examples.Comparison | None
     curves: Curves
     manifests: list[Mapping[str, Any]]  # of every stage instance
     command: str

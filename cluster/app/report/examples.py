@@ -17,9 +17,9 @@ from cluster.artifacts import Output
 from cluster.stage import Stage
 from mining import tables
 from mining.pairs.similarities import SIMILARITIES
+from mining.pairs.walk import GROUP_SIZE
 
 SAMPLE_ROWS = 20_000  # of a large table: whole parts, drawn by seed
-GROUP_SIZE = 6
 TOP = 5
 OFTEN = 6
 
@@ -127,7 +127,7 @@ def _groups(table: pa.Table, count: int, rng: np.random.Generator) -> list[list[
 
 
 @dataclass(frozen=True)
-class Pseudo:
+class PseudoTriplet:
     """A generated triplet; `score` is the mean log-probability of the delta's tokens."""
 
     reference_id: int
@@ -171,9 +171,9 @@ class Generated:
     total: int
     rejected: int
     dropped: int
-    random: list[Pseudo]
-    confident: list[Pseudo]
-    unsure: list[Pseudo]
+    random: list[PseudoTriplet]
+    confident: list[PseudoTriplet]
+    unsure: list[PseudoTriplet]
     texts: Texts
     human: Texts
     scores: np.ndarray
@@ -225,9 +225,9 @@ def _flat(table: pa.Table) -> list[str]:
     return [text for texts in table["deltas"].to_pylist() for text in texts]
 
 
-def _examples(table: pa.Table, rows: list[int]) -> list[Pseudo]:
+def _examples(table: pa.Table, rows: list[int]) -> list[PseudoTriplet]:
     chosen = table.take(pa.array(rows, pa.int64())).to_pylist()
-    return [Pseudo(row["reference_id"], row["target_id"], row["deltas"][0], row["score"]) for row in chosen]
+    return [PseudoTriplet(row["reference_id"], row["target_id"], row["deltas"][0], row["score"]) for row in chosen]
 
 
 Outcome = Literal["gained", "lost", "both"]
@@ -253,7 +253,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Comparison:
     """Queries before and after, by who has a right image first. `counts` is over all queries, "neither" included."""
 
     before: str
@@ -269,7 +269,7 @@ class Retrieval:
             yield from (hit.image_id for hit in (*case.before, *case.after))
 
 
-def collect_retrieval(run: FinishedRun, results: Results) -> Retrieval | None:
+def collect_retrieval(run: FinishedRun, results: Results) -> Comparison | None:
     """By the first seed's models: half of the cases gained, a quarter lost, a quarter right in both, of all such queries."""
     if results.baseline is None or results.best is None:
         return None
@@ -289,7 +289,7 @@ def collect_retrieval(run: FinishedRun, results: Results) -> Retrieval | None:
         Case(outcome, *asked[first["triplet_id"]], _hits(first), _hits(second))
         for (outcome, _), first, second in zip(drawn, *rankings, strict=True)
     ]
-    return Retrieval(*models, seed, {name: int(chosen.sum()) for name, chosen in rows.items()}, cases)
+    return Comparison(*models, seed, {name: int(chosen.sum()) for name, chosen in rows.items()}, cases)
 
 
 def _first_right(evaluation: Output, name: str) -> np.ndarray:

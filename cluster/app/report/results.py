@@ -154,7 +154,7 @@ def collect_results(
     gains: dict[str, Any],
     rows: Mapping[str, int],
     pseudo: Mapping[str, int],
-    protocol: str | None,
+    protocol: str | None = None,
 ) -> Results:
     """The metric table from `metrics.json`, `gain.json`, the number of rows of each ingest instance, and the number of
     generated triplets that each variant was trained on.

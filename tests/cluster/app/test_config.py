@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.app.config import RunConfig, content_of, load
+from cluster.app.config import RunConfig, load, read_config
 from cluster.app.graph import Graph
 from cluster.app.sources import Sources
 from cluster.config import validate
@@ -44,7 +44,7 @@ def test_what_a_config_extends(extends: str, said: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text(f"extends: {extends}")
     with pytest.raises(UserError, match=said):
-        content_of("a.yaml")
+        read_config("a.yaml")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_numbers_that_mean_nothing_are_refused(assignment: str) -> None:
 
 @pytest.mark.parametrize("name", ["../../../evil", "", "a/b", "a b", ".", "a\n", "a" * 65])
 def test_names_of_folders_are_checked(name: str) -> None:
-    content = content_of("demo")
+    content = read_config("demo")
     tower = next(iter(content["embed"]["towers"].values()))
     with pytest.raises(UserError, match=r"embed\.towers: .* is part of a folder's name"):
         validate(

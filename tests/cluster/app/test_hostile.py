@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cir.vectors import Given
-from cluster.app.config import RunConfig, content_of, load
+from cluster.app.config import RunConfig, load, read_config
 from cluster.config import override, read_yaml, validate
 from cluster.errors import UserError
 from mining.config import GalleryConfig
@@ -26,7 +26,7 @@ from mining.sources import list_images
 EXAMPLES = int(os.environ.get("EXAMPLES", "60"))
 quick = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 KNOWN = {"a": 1, "b": 2}
-SMOKE = content_of("demo")
+SMOKE = read_config("demo")
 PARTS = [": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!int ", "!!binary ", "? ", "|", ">", "\n", "  ", '"\\ud800"', "\0"]
 PARTS += ["2024-13-45", "9" * 5000, ".inf", ".nan", "0x", "1e999", "<<", "~nobody/x", "http://", "ingest", "embed", "'", "#"]
 yaml_texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=4), max_size=12).map("".join)

@@ -45,7 +45,7 @@ Photos = list[tuple[str, bytes]]
 
 def graph_of(folder: Path, variants: list[str], **sections: Any) -> Graph:
     """The grocery preset with some of its variants, two seeds, and its outputs in a folder."""
-    content = configs.content_of("grocery")
+    content = configs.read_config("grocery")
     content["root"] = str(folder)
     content["train"] |= {"seeds": list(SEEDS), "variants": {name: content["train"]["variants"][name] for name in variants}}
     path = folder / "run.yaml"
