@@ -20,7 +20,7 @@ from mining.deltas import are_garbled
 from vdg.agreement import medoid
 from vdg.config import GenerateConfig
 from vdg.description import read_description
-from vdg.images import ImageSource, image_source
+from vdg.images import ImageSource, images_of
 from vdg.instruct import Instruct
 from vdg.prompts import says_no_change
 
@@ -53,7 +53,7 @@ class Generate(Stage):
     def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError when the model is no trained generator, before an actor starts."""
         pairs, model = run.output(self.pairs), run.output(self.vdg)
-        images = image_source(run, self.embeddings, self.galleries, None)
+        images = images_of(run, self.embeddings, self.galleries, None)
         read_description(model)
         images.check(_image_ids(pairs), f"mine: {pairs.uri}")
         job = Generation(output, images, pairs, model, self.config, self.seed)

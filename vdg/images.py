@@ -43,7 +43,7 @@ class Images:
             )
 
 
-def image_source(
+def images_of(
     run: RunContext, embeddings: Sequence[Stage], galleries: Sequence[Stage], center: Stage | None, crop: bool = True
 ) -> "ImageSource":
     """What a generator sees of some stages' images: their features where they were embedded, else their pixels."""

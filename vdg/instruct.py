@@ -19,7 +19,7 @@ from mining import tables
 from vdg.align import require_rows
 from vdg.config import InstructConfig, VdgConfig
 from vdg.description import Description, describe, read_description, write_description
-from vdg.images import ImageSource, OpenImages, image_source
+from vdg.images import ImageSource, OpenImages, images_of
 
 if TYPE_CHECKING:
     from vdg.backbones.base import Backbone, Batch, Inputs
@@ -50,7 +50,7 @@ class Instruct(Stage):
     def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError before anything is loaded when an image is missing or the aligned projection does not fit."""
         triplets = run.output(self.triplets)
-        images = image_source(run, self.embeddings, self.galleries, self.center, self.instruct.crop)
+        images = images_of(run, self.embeddings, self.galleries, self.center, self.instruct.crop)
         require_rows(triplets, "triplets")
         images.check(tables.images_of(triplets.read_parts(tables.TRIPLETS)), f"instruct.triplets ({triplets.uri})")
         deltas = chain.from_iterable(triplets.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist())
