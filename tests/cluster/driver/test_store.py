@@ -48,24 +48,21 @@ def runs(path: Path) -> list[str]:
     return sorted(run.info.status for run in client.search_runs([experiment.experiment_id]))
 
 
-def test_a_driver_killed_in_the_birth_leaves_nothing_half(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pause", [0.0, 0.1, 0.3, 0.8])
+def test_a_driver_killed_in_the_birth_leaves_nothing_half(tmp_path: Path, pause: float) -> None:
     """Nothing, or on a fast machine a whole one, as the file gets its name last."""
     path = tmp_path / "mlflow.db"
-    for pause in (0.0, 0.1, 0.3, 0.8):
-        killed = driver(path)
-        assert killed.stdout is not None
-        killed.stdout.readline()
-        while not list(tmp_path.glob(".mlflow.db.new/*.db")):
-            time.sleep(0.005)
-        time.sleep(pause)
-        killed.send_signal(signal.SIGKILL)
-        killed.communicate()
-        if path.exists():
-            connect(sqlite_uri(path))
-            path.unlink()
+    killed = driver(path)
+    assert killed.stdout is not None
+    killed.stdout.readline()
+    while not list(tmp_path.glob(".mlflow.db.new/*.db")):
+        time.sleep(0.005)
+    time.sleep(pause)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
     Tracker(sqlite_uri(path), "vdg", "run", {})
     assert {name for name in os.listdir(tmp_path) if "new" in name} == set()
-    assert runs(path) == ["RUNNING"]
+    assert runs(path).count("RUNNING") == 1
 
 
 def test_of_two_drivers_on_a_fresh_root_one_makes_it(tmp_path: Path) -> None:
