@@ -12,7 +12,6 @@ from cir.candidates import candidate_id
 from cir.config import RerankConfig
 from cir.evaluate import GAIN, METRICS, RANKINGS, Evaluate, figures_of, ranking
 from cir.metrics import ALIKE, NO_IMAGE
-from cir.train import ModelName
 from cluster.artifacts import Output
 from cluster.stage import RunContext, Stage
 from mining import tables
@@ -32,7 +31,8 @@ class Rerank(Stage):
     """
 
     evaluation: Evaluate
-    likelihoods: Mapping[str, Stage]  # of the evaluation's candidates, by the name that the re-ranked model gets
+    models: Mapping[str, str]  # the evaluation's, by the name that each gets re-ranked
+    likelihoods: Mapping[str, Stage]  # of the evaluation's candidates, by the same names
     config: RerankConfig
 
     def config_field(self, name: str) -> str:
@@ -47,7 +47,7 @@ class Rerank(Stage):
             scores = run.output(stage).read_parts(tables.SCORES).to_pydict()
             likelihoods = dict(zip(scores["triplet_id"], scores["value"], strict=True))
             for protocol in benchmark.protocols:
-                plain = evaluation.read_table(ranking(protocol, self._own(name)), RANKINGS)
+                plain = evaluation.read_table(ranking(protocol, self.models[name]), RANKINGS)
                 again = reranked(plain, benchmark.queries, likelihoods, self.config)
                 output.write_table(ranking(protocol, name), again, RANKINGS)
             run.monitor.advance(len(benchmark.queries))
@@ -55,11 +55,6 @@ class Rerank(Stage):
         found |= {name: figures.flat(figures_of(benchmark, output, name)) for name in self.likelihoods}
         output.write_json(METRICS, figures.by_variant(found))
         output.write_json(GAIN, figures.gains(found, self.evaluation.config, benchmark.classes_of_queries))
-
-    def _own(self, name: str) -> str:
-        """The model of a re-ranked name: that of the same generator, or the one for all of them."""
-        own, model = name.replace(RERANKED, ""), ModelName.parse(name.replace(RERANKED, ""))
-        return own if own in self.evaluation.models else f"{model.variant}.s{model.seed}"
 
 
 def reranked(plain: pa.Table, queries: Sequence[Query], likelihoods: Mapping[int, float], config: RerankConfig) -> pa.Table:

@@ -29,7 +29,7 @@ class Center(Stage):
         from safetensors.numpy import save
 
         triplets, features = run.output(self.triplets), Features(run.output(self.embeddings))
-        images = tables.images_of(triplets.read_parts(tables.TRIPLETS, ["reference_id", "target_id"]))
+        images = tables.images_in(triplets, tables.TRIPLETS)
         features.check(images, triplets.uri)
         source = features.open_plain(images)
         blocks = np.array_split(images, -(-len(images) // BLOCK))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
+from cluster.artifacts import Output
 from cluster.errors import UserError
 
 GALLERY = pa.schema(
@@ -84,3 +85,8 @@ def check_unique(ids: Iterable[int], what: str) -> None:
 def images_of(table: pa.Table) -> np.ndarray:
     """Sorted ids of the images that triplets name."""
     return np.unique(np.concatenate([table["reference_id"].to_numpy(), table["target_id"].to_numpy()]))
+
+
+def images_in(output: Output, schema: pa.Schema) -> np.ndarray:
+    """As `images_of`, of all rows of an output: TRIPLETS or PAIRS."""
+    return images_of(output.read_parts(schema, ["reference_id", "target_id"]))

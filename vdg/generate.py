@@ -55,7 +55,7 @@ class Generate(Stage):
         pairs, model = run.output(self.pairs), run.output(self.vdg)
         images = images_of(run, self.embeddings, self.galleries, None)
         read_description(model)
-        images.check(_image_ids(pairs), f"mine: {pairs.uri}")
+        images.check(tables.images_in(pairs, tables.PAIRS), f"mine: {pairs.uri}")
         job = Generation(output, images, pairs, model, self.config, self.seed)
         run_actors(PartGenerator, job, pairs.part_rows(), self.resources, run.monitor, "delta")
         _flag(output, read_warnings(model))
@@ -114,7 +114,7 @@ class PartGenerator:
         limit_threads(cpus)
         self.job = job
         open_images = job.images.open if job.config.views else job.images.open_plain
-        self.images = open_images(_image_ids(job.pairs))
+        self.images = open_images(tables.images_in(job.pairs, tables.PAIRS))  # of all: a node's actors share one join
         self.generator, self.inputs = load_generator(job.model, job.config.precision)
         record_environment(job.output, job.config.precision)
 
@@ -172,8 +172,3 @@ def _best(candidates: tuple[Delta, ...]) -> Delta:
     """The delta that agrees best with the others of its pair, and how well."""
     place, agreement = medoid([delta.text for delta in candidates])
     return Delta(candidates[place].text, {**candidates[place].scores, tables.AGREEMENT: agreement})
-
-
-def _image_ids(pairs: Output) -> np.ndarray:
-    """All images of all pairs: opened once, so that the actors of a node share one join of pairs and features."""
-    return tables.images_of(pairs.read_parts(tables.PAIRS, ["reference_id", "target_id"]))

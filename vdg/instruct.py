@@ -52,7 +52,7 @@ class Instruct(Stage):
         triplets = run.output(self.triplets)
         images = images_of(run, self.embeddings, self.galleries, self.center, self.instruct.crop)
         require_rows(triplets, "triplets")
-        images.check(tables.images_of(triplets.read_parts(tables.TRIPLETS)), f"instruct.triplets ({triplets.uri})")
+        images.check(tables.images_in(triplets, tables.TRIPLETS), f"instruct.triplets ({triplets.uri})")
         deltas = chain.from_iterable(triplets.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist())
         description = describe("instruct", images, self.vdg, deltas)
         write_description(output, description, images)

@@ -33,7 +33,7 @@ class Likelihood(Stage):
         triplets, model = run.output(self.triplets), run.output(self.vdg)
         images = images_of(run, self.embeddings, self.galleries, None)
         read_description(model)
-        images.check(_image_ids(triplets), f"likelihood: {triplets.uri}")
+        images.check(tables.images_in(triplets, tables.TRIPLETS), f"likelihood: {triplets.uri}")
         job = Reading(output, images, triplets, model, self.batch_size, self.precision)
         run_actors(PartReader, job, triplets.part_rows(), self.resources, run.monitor, "triplet")
 
@@ -59,7 +59,8 @@ class PartReader:
         from vdg.backbones import load_generator
 
         limit_threads(cpus)
-        self.job, self.images = job, job.images.open_plain(_image_ids(job.triplets))
+        self.job = job
+        self.images = job.images.open_plain(tables.images_in(job.triplets, tables.TRIPLETS))  # of all: a node's actors share it
         texts = {deltas[0] for deltas in job.triplets.read_parts(tables.TRIPLETS, ["deltas"])["deltas"].to_pylist()}
         self.generator, self.inputs = load_generator(job.model, job.precision, sorted(texts))
         record_environment(job.output, job.precision)
@@ -79,8 +80,3 @@ class PartReader:
         plain, texts = np.zeros(len(triplets), np.int64), [deltas[0] for deltas in triplets["deltas"].to_pylist()]
         references, targets = (self.images.take(triplets[name].to_numpy(), plain) for name in ("reference_id", "target_id"))
         return self.generator.log_likelihood(self.inputs.pairs(references, targets, texts))
-
-
-def _image_ids(triplets: Output) -> np.ndarray:
-    """All images of all triplets: opened once, so that the actors of a node share one file of features."""
-    return tables.images_of(triplets.read_parts(tables.TRIPLETS, ["reference_id", "target_id"]))

@@ -427,19 +427,20 @@ def evaluated(config: RunConfig, sources: Sources, rounds: list[Rounds], folds: 
 
 def reranked(config: RunConfig, section: RerankConfig, rounds: list[Rounds], evaluation: Evaluate) -> Rerank:
     """`rerank:all`: the variants that could be recommended, each by every generator that it uses, or by all of them."""
-    seeds = config.train.seeds
-    models = [one.model(name, seed).name for name in config.rivals for one in rounds for seed in seeds]
-    top = Candidates(name="all", evaluation=evaluation, models=tuple(dict.fromkeys(models)), top=section.top)
-    likelihoods = {one.generator.suffix(): one.generator.likelihood(one.vdg(1), top, "evaluate") for one in rounds}
+    ranks = {
+        f"{variant}{RERANKED}{one.generator.suffix()}.s{seed}": (one, one.model(variant, seed).name)
+        for variant in config.rivals
+        for one in rounds
+        for seed in config.train.seeds
+    }
+    models = {name: model for name, (_, model) in ranks.items()}
+    top = Candidates(name="all", evaluation=evaluation, models=tuple(dict.fromkeys(models.values())), top=section.top)
+    likelihoods = {one: one.generator.likelihood(one.vdg(1), top, "evaluate") for one in rounds}
     return Rerank(
         name="all",
         evaluation=evaluation,
-        likelihoods={
-            f"{name}{RERANKED}{generator}.s{seed}": likelihood
-            for name in config.rivals
-            for generator, likelihood in likelihoods.items()
-            for seed in seeds
-        },
+        models=models,
+        likelihoods={name: likelihoods[one] for name, (one, _) in ranks.items()},
         config=section,
     )
 

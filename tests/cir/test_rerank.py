@@ -127,11 +127,17 @@ def test_rows_stand_beside_the_plain_ones_by_every_generator(tmp_path: Path) -> 
     ids, values = zip(*likelihoods(i11=-30.0).items(), strict=True)
     rows = {"triplet_id": ids, "scorer": [tables.LIKELIHOOD] * len(ids), "value": np.array(values, np.float32)}
     likely.write_table("part-00000.parquet", pa.table(rows, tables.SCORES), tables.SCORES)
-    names = ("supervised+rerank.s0", "supervised+rerank.g1.s0", "semi+rerank.s0", "semi+rerank.g1.s0")
+    models = {
+        "supervised+rerank.s0": "supervised.s0",
+        "supervised+rerank.g1.s0": "supervised.s0",
+        "semi+rerank.s0": "semi.s0",
+        "semi+rerank.g1.s0": "semi.g1.s0",
+    }
     Rerank(
         name="all",
         evaluation=evaluation(Output(str(tmp_path / "e"))),
-        likelihoods=dict.fromkeys(names, given(likely)),
+        models=models,
+        likelihoods=dict.fromkeys(models, given(likely)),
         config=RerankConfig(top=3, weight=0.01),
     ).work(output, running())
     metrics, gain = output.read_json("metrics.json"), output.read_json("gain.json")
@@ -142,4 +148,4 @@ def test_rows_stand_beside_the_plain_ones_by_every_generator(tmp_path: Path) -> 
         "semi+rerank": [50, 50],
     }
     assert (gain["supervised+rerank"]["mean"], gain["supervised+rerank"]["generators"]) == (50, 2)
-    assert output.names("rankings") == sorted(f"{name}.parquet" for name in names)
+    assert output.names("rankings") == sorted(f"{name}.parquet" for name in models)

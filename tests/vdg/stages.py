@@ -2,16 +2,22 @@
 
 from typing import Any
 
+import torch
+from safetensors.torch import save
+
 from cluster.artifacts import Output
 from cluster.config import (
     ActorResources,
     WorkerResources,
 )
 from cluster.monitor import Monitor
-from mining.features import Features
-from tests.stages import center_of, given, maybe, running, seen
+from cluster.training.checkpoints import WEIGHTS
+from mining.features import Features, copy_mean
+from tests.stages import center_of, centred_by_own, given, maybe, running, seen
 from vdg.align import Align
+from vdg.backbones import build
 from vdg.config import AlignConfig, GenerateConfig, InstructConfig, VdgConfig
+from vdg.description import DESCRIPTION, Description
 from vdg.generate import Generate
 from vdg.images import ImageSource
 from vdg.instruct import Instruct
@@ -84,3 +90,13 @@ def generate(
         seed=seed,
         resources=resources,
     ).work(output, running(monitor))
+
+
+def untrained(output: Output, description: Description, embeddings: Output) -> Output:
+    """A generator as `instruct` leaves it, untrained."""
+    output.write_json(DESCRIPTION, description.model_dump(mode="json"))
+    copy_mean(centred_by_own(embeddings), output)
+    torch.manual_seed(0)
+    module = build(description)
+    output.write_bytes(WEIGHTS, save({name: p.detach() for name, p in module.named_parameters() if p.requires_grad}))
+    return output

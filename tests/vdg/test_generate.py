@@ -10,22 +10,20 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.numpy import save as save_arrays
-from safetensors.torch import save
 
 from cluster.artifacts import WARNINGS, Output
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.training.checkpoints import WEIGHTS
 from mining import tables
-from mining.features import copy_mean, read_mean
+from mining.features import read_mean
 from tests.chaos.killing import assert_same_table, killing
 from tests.stages import centred_by_own
-from tests.vdg.stages import generate
+from tests.vdg.stages import generate, untrained
 from vdg.agreement import medoid
-from vdg.backbones import build, load_generator
+from vdg.backbones import load_generator
 from vdg.config import GenerateConfig
-from vdg.description import DESCRIPTION, describe
+from vdg.description import describe
 from vdg.generate import GARBLED, Generation, PartGenerator, _flag
 
 CONFIG = GenerateConfig(batch_size=3, temperature=2.0, max_new_tokens=7)
@@ -35,14 +33,8 @@ PARTS = ["part-00000.parquet", "part-00001.parquet"]
 @pytest.fixture
 def model(embeddings, vdg, tmp_path: Path) -> Output:
     """A generator as `instruct` leaves it, untrained."""
-    output = Output(str(tmp_path / "model"))
     description = describe("instruct", centred_by_own(embeddings), vdg())
-    output.write_json(DESCRIPTION, description.model_dump(mode="json"))
-    copy_mean(centred_by_own(embeddings), output)
-    torch.manual_seed(0)
-    module = build(description)
-    output.write_bytes(WEIGHTS, save({name: p.detach() for name, p in module.named_parameters() if p.requires_grad}))
-    return output
+    return untrained(Output(str(tmp_path / "model")), description, embeddings)
 
 
 @pytest.fixture

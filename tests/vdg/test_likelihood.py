@@ -8,20 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import save
 
 from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
-from cluster.training.checkpoints import WEIGHTS
 from mining import tables
-from mining.features import copy_mean, read_mean
+from mining.features import read_mean
 from tests.stages import centred_by_own, given, running, seen
+from tests.vdg.stages import untrained
 from vdg.backbones import build, load_generator, make_inputs
 from vdg.backbones.base import IGNORED
 from vdg.config import GenerateConfig, VdgConfig
-from vdg.description import DESCRIPTION, Description, describe
+from vdg.description import describe
 from vdg.likelihood import Likelihood
 
 
@@ -37,15 +36,6 @@ def model(
     output, chooser = Output(str(tmp_path / "model")), {"backbone": "chooser", "text": tiny_bert, "hidden": 16}
     config = VdgConfig.model_validate(chooser) if request.param == "chooser" else vdg()
     return untrained(output, describe("instruct", centred_by_own(embeddings), config, ["in red", "in blue"]), embeddings)
-
-
-def untrained(output: Output, description: Description, embeddings: Output) -> Output:
-    output.write_json(DESCRIPTION, description.model_dump(mode="json"))
-    copy_mean(centred_by_own(embeddings), output)
-    torch.manual_seed(0)
-    module = build(description)
-    output.write_bytes(WEIGHTS, save({name: p.detach() for name, p in module.named_parameters() if p.requires_grad}))
-    return output
 
 
 def read(output: Output, embeddings: Output, triplets: Output, model: Output, monitor: Monitor) -> dict[int, float]:

@@ -54,7 +54,7 @@ def collect_precision(graph: Graph) -> list[DeltaPrecision]:
             found[generator, ALL] = judge.precision(generator, ALL, table)
             found[generator, ONCE] = judge.precision(generator, ONCE, table.filter(pa.array(~repeated(table))))
         if (generator, variant) not in found:
-            images = tables.images_of(run.output(model.triplets).read_parts(tables.TRIPLETS))
+            images = tables.images_in(run.output(model.triplets), tables.TRIPLETS)
             used = chosen(pseudo, len(images), model.config.selection)[0]
             found[generator, variant] = judge.precision(generator, variant, used)
     return list(found.values())
