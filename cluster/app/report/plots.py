@@ -25,6 +25,7 @@ PALETTE = {
     "baseline": ("#76879a", "#8093a8"),
     "control": ("#c9c3b8", "#555c64"),
     "reference": ("#c98a2e", "#d9a45a"),
+    "reranked": ("#7d6ca8", "#a596d0"),
     "right": ("#2c8a4b", "#55c07a"),
     "wrong": ("#b3473d", "#e2796e"),
 }
@@ -36,7 +37,7 @@ ROLE_COLOURS: dict[Role, str] = {
     "shuffled": COLOURS["control"],
     "control": COLOURS["control"],
     "reference": COLOURS["reference"],
-    "reranked": COLOURS["reference"],
+    "reranked": COLOURS["reranked"],
 }
 CONTROL_COLOURS = ("#a8a194", "#c9c3b8", "#8c8577", "#dad5cb")
 LONGEST = 200  # words of a delta; longer ones count as so long
