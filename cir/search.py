@@ -93,6 +93,10 @@ class Encoder:
         self._loading = Lock()
         self._loaded: Any = None
 
+    def __reduce__(self) -> tuple[type["Encoder"], tuple[TowerConfig]]:
+        """Another process loads its own."""
+        return Encoder, (self.tower,)
+
     def pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 [size, size, 3], as the tower takes them."""
         return np.asarray(plain(image, self.tower))
@@ -160,6 +164,10 @@ class Searcher:
         self._composers: dict[str, Composer] = {}
         self._matrices: dict[bytes, Matrix] = {}  # by the mean
         self._matrix_of: dict[str, Matrix] = {}
+
+    def __reduce__(self) -> tuple[type["Searcher"], tuple[Mapping[str, Output], Output, Output, TowerConfig]]:
+        """Another process loads its own."""
+        return Searcher, (self.models, self.embeddings, self.gallery, self.encoder.tower)
 
     def composer(self, name: str) -> Composer:
         """A model, loaded. Raises UserError when there is none of this name."""

@@ -114,8 +114,8 @@ def serving(command: list[str], what: str) -> Iterator[psutil.Process]:
                 time.sleep(0.05)
         seconds = time.perf_counter() - began
         report(f"{what}: ready", seconds, 10, " s")
-        private = server.memory_full_info().uss / 2**20
-        print(f"{what}: {cpu(server):.1f} s of CPU until then, {private:.0f} MiB of its own")
+        private = [one.memory_full_info().uss / 2**20 for one in (server, *server.children(recursive=True))]
+        print(f"{what}: {cpu(server):.1f} s of CPU until then, {' + '.join(f'{one:.0f}' for one in private)} MiB of its own")
         yield server
     finally:
         server.terminate()
@@ -199,9 +199,9 @@ def throughput(what: str, server: psutil.Process, request: Request, work: Callab
 
 
 def cpu(process: psutil.Process) -> float:
-    """Seconds that a process has used."""
-    times = process.cpu_times()
-    return times.user + times.system
+    """Seconds that a server and its processes have used."""
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
 
 
 def latency(what: str, request: Request, rate: float, goals: dict[int, float]) -> None:

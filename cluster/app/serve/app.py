@@ -6,8 +6,9 @@ import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -27,8 +28,9 @@ from cir.train import ModelName
 from cluster.app.api import Run
 from cluster.app.labels import Found, Judged, Label, Labelling, Teaching
 from cluster.app.serve.guard import Guard
-from cluster.app.serve.together import Batched, Together, workers
+from cluster.app.serve.together import Together
 from cluster.app.serve.turns import Turns
+from cluster.app.serve.workers import Batch, EncoderApart, OneSearch, Took, finder
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from mining.gallery import read_images
@@ -71,16 +73,6 @@ class Asked(Body):
     exclude_reference: bool = True
 
 
-@dataclass(frozen=True)
-class OneSearch:
-    """What one model is asked."""
-
-    reference: Reference
-    text: str
-    top: int
-    without: int | None  # an image that is no answer
-
-
 class Pair(Body):
     """A pair to explain: where a search starts, and what it found."""
 
@@ -115,21 +107,26 @@ class Service:
     def __init__(self, run: Run, models: list[str], uploads: Uploads) -> None:
         """Loads the models and what they search."""
         self.run, self.models, self.searcher, self.uploads = run, models, run.searcher, uploads
-        encodes, finds = workers()
-        self.searcher.encoder = Batched(self.searcher.encoder.tower, encodes)
+        encodes, finds = (ThreadPoolExecutor(1, name) for name in ("encode", "find"))
+        self.finder = finder(self.searcher, models)
+        self.searcher.encoder = EncoderApart(self.searcher.encoder.tower, encodes)
         self.finding = {name: Together(partial(self._find, name), finds) for name in models}
         self.digests = {name: run.graph.evaluation.parents[f"models.{name}"].digest for name in models}
         self.registry = CollectorRegistry()
         self._steps = Histogram("vdg_step_seconds", "Time of a step", ["step"], registry=self.registry)
         self.decoding, self.explaining = Turns(DECODED, DECODING), Turns(1, EXPLAINING)
         self.thumbnails = run.thumbnails
-        matrices = [finds.submit(self.searcher.matrix, name) for name in models]  # read while the towers' code is imported
-        self.searcher.encoder.load()
-        for matrix in matrices:
-            matrix.result()
-        first = next(iter(self.thumbnails))
-        for name in models:
-            self.finding[name](OneSearch(self.searcher.known(first), "warm", 1, None))
+        self._warm()
+
+    def _warm(self) -> None:
+        """Both processes load, side by side."""
+        first = self.searcher.known(next(iter(self.thumbnails)))
+        size = self.searcher.encoder.tower.image_size
+        with ThreadPoolExecutor(1) as beside:
+            encoded = beside.submit(self.searcher.encoder.encode, np.zeros((size, size, 3), np.uint8))
+            for model in self.models:
+                self.finding[model](OneSearch(first, "warm", 1, None))
+            encoded.result()
 
     @contextmanager
     def step(self, name: str, took: dict[str, float]) -> Iterator[None]:
@@ -186,19 +183,17 @@ class Service:
         answers = []
         for name in dict.fromkeys(asked.models):
             found, steps = self.finding[name](OneSearch(reference, asked.text, asked.top, without))
-            took |= {step: took.get(step, 0) + ms for step, ms in steps.items()}
+            took |= {step: round(took.get(step, 0) + 1000 * seconds, 3) for step, seconds in steps.items()}
             # ids are strings: JavaScript's numbers are too short
             hits = [asdict(hit) | {"image_id": str(hit.image_id)} for hit in self.run.hits(found)]
             answers.append({"model": name, "digest": self.digests[name], "hits": hits})
         return {"answers": answers, "took_ms": took}
 
-    def _find(self, name: str, asked: list[OneSearch]) -> list[tuple[Hits, dict[str, float]]]:
+    def _find(self, name: str, searches: list[OneSearch]) -> list[tuple[Hits, Took]]:
         """What a model finds for each of a batch, and the batch's steps."""
-        took: dict[str, float] = {}
-        with self.step("compose", took):
-            queries = self.searcher.compose(name, [(one.reference, one.text) for one in asked])
-        with self.step("search", took):
-            found = self.searcher.matrix(name).nearest_of(queries, [one.top for one in asked], [one.without for one in asked])
+        found, took = self.finder(Batch(name, searches))
+        for step, seconds in took.items():
+            self._steps.labels(step).observe(seconds)
         return [(hits, took) for hits in found]
 
 

@@ -2,15 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Generic, TypeVar
-
-import numpy as np
-
-from cir.search import Encoder
-from cluster import devices
-from mining import search
-from mining.config import TowerConfig
 
 MOST = 16  # of a batch
 Asked = TypeVar("Asked")
@@ -51,32 +44,3 @@ class Together(Generic[Asked, Answer]):
             return
         for (_, future), answer in zip(batch, answers, strict=True):
             future.set_result(answer)
-
-
-def workers() -> tuple[Executor, Executor]:
-    """Two threads for all that torch and FAISS do, each with half of the cores: one encodes, the other composes and searches.
-
-    Any thread that calls them gets threads of its own, which wait for their next work at full speed: two waste the least.
-    """
-    import torch
-
-    threads = max(1, torch.get_num_threads() // 2)
-    encodes, finds = (ThreadPoolExecutor(1, name, _limit_threads, (threads,)) for name in ("encode", "find"))
-    return encodes, finds
-
-
-def _limit_threads(threads: int) -> None:
-    devices.limit_threads(threads)
-    search.limit_threads(threads)
-
-
-class Batched(Encoder):
-    """An encoder to which images that come at about the same time are one batch."""
-
-    def __init__(self, tower: TowerConfig, worker: Executor) -> None:
-        super().__init__(tower)
-        self._together: Together[np.ndarray, np.ndarray] = Together(lambda pixels: self.vectors(np.stack(pixels)), worker)
-
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """As `Encoder.encode`, for many threads."""
-        return self._together(pixels)
