@@ -123,11 +123,16 @@ def _log_sum(first: float, exponents: torch.Tensor, mask: torch.Tensor) -> torch
     return torch.cat([firsts, exponents.masked_fill(~mask, float("-inf"))], 1).logsumexp(1)
 
 
+# L_c by its name in a config
+CONTRASTIVE: dict[str, Callable[[Pairs, torch.Tensor, LossConfig], torch.Tensor]] = {
+    "info_nce": lambda pairs, scale, config: info_nce(pairs, scale, config.alike),
+    "hn_nce": lambda pairs, scale, config: hn_nce(pairs, scale, config.alpha, config.beta, config.alike),
+}
+
+
 def contrastive(pairs: Pairs, scale: torch.Tensor, config: LossConfig) -> torch.Tensor:
     """L_c as the config has it."""
-    if config.contrastive == "info_nce":
-        return info_nce(pairs, scale, config.alike)
-    return hn_nce(pairs, scale, config.alpha, config.beta, config.alike)
+    return CONTRASTIVE[config.contrastive](pairs, scale, config)
 
 
 def semi_supervised(pairs: Pairs, labelled: int, scale: torch.Tensor, config: LossConfig) -> dict[str, torch.Tensor]:

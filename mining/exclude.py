@@ -1,4 +1,7 @@
-"""The stage exclude: the images of a gallery that no benchmark's val or test images keep from being mined."""
+"""The stage exclude: the images of a gallery that no benchmark's val or test images keep from being mined.
+
+The photos of a run's own held-out queries never come into its gallery: `without` of `mining/ingest.py`.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

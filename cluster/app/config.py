@@ -317,6 +317,8 @@ def _in_project(node: Any) -> Any:
     """Presets name the bundled photos as `{project}/...`, so that they run from any folder."""
     if isinstance(node, dict):
         return {name: _in_project(value) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_in_project(value) for value in node]
     return node.replace("{project}", str(PROJECT)) if isinstance(node, str) else node
 
 

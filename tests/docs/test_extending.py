@@ -14,7 +14,8 @@ import torch
 from torchvision.models import resnet18
 
 from cir.benchmarks.official import OFFICIAL, Annotations
-from cir.config import VariantConfig
+from cir.config import LossConfig, VariantConfig
+from cir.losses import CONTRASTIVE, Pairs, negatives, semi_supervised
 from cir.models import composed
 from cir.select import SCORERS, Pseudo
 from cluster.monitor import Monitor
@@ -35,7 +36,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 @pytest.fixture(autouse=True)
 def _registered_for_one_test() -> Iterator[None]:
-    registries: list[dict[str, Any]] = [towers.LIBRARIES, backbones.BACKBONES, composed.FUSIONS, OFFICIAL, SCORERS]
+    registries: list[dict[str, Any]] = [towers.LIBRARIES, backbones.BACKBONES, composed.FUSIONS, OFFICIAL, SCORERS, CONTRASTIVE]
     before = [dict(registry) for registry in registries]
     yield
     for registry, content in zip(registries, before, strict=True):
@@ -122,6 +123,20 @@ def test_a_retrieval_model(tmp_path: Path) -> None:
     losses = model({**batch, "supervised": 4})
     losses["loss"].backward()
     assert all(parameter.grad is not None for parameter in model.fusion.parameters())
+
+
+def test_a_loss() -> None:
+    loss = run("A loss")["hardest"]
+    torch.manual_seed(0)
+    queries, targets = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1)
+    pairs = Pairs(queries, targets, torch.arange(6), torch.arange(6) + 10)
+    scale, config = torch.tensor(10.0, requires_grad=True), LossConfig(contrastive="hn_nce")
+    value = loss(pairs, scale, config)
+    margins = negatives(pairs, scale, None)[0].margins
+    others = margins.masked_fill(torch.eye(6, dtype=torch.bool), -1000)
+    torch.testing.assert_close(value, (1 + others.exp().amax(1)).log().mean())
+    semi_supervised(pairs, 4, scale, config.model_copy(update={"contrastive": "hardest"}))["loss"].backward()
+    assert scale.grad is not None
 
 
 @pytest.mark.usefixtures("ray_session")

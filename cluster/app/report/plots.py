@@ -1,4 +1,7 @@
-"""The report's charts: matplotlib figures as inline SVG whose colours are the page's, in light and in dark."""
+"""The report's charts: matplotlib figures as inline SVG whose colours are the page's, in light and in dark.
+
+Photos and tables are collected in `data.py`.
+"""
 
 import re
 from io import StringIO

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.app import config
 from cluster.app.config import RunConfig, load, read_config
 from cluster.app.graph import Graph
 from cluster.app.sources import Sources
@@ -45,6 +46,12 @@ def test_what_a_config_extends(extends: str, said: str, tmp_path: Path, monkeypa
     Path("a.yaml").write_text(f"extends: {extends}")
     with pytest.raises(UserError, match=said):
         read_config("a.yaml")
+
+
+def test_a_preset_names_the_bundled_photos_alone_or_in_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "PRESETS", tmp_path)
+    (tmp_path / "shop.yaml").write_text('images: "{project}/a"\nfile: ["{project}/b.json", c.json]')
+    assert read_config("shop") == {"images": f"{config.PROJECT}/a", "file": [f"{config.PROJECT}/b.json", "c.json"]}
 
 
 @pytest.mark.parametrize(
