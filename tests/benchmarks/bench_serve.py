@@ -45,7 +45,8 @@ from mining.embeddings import INFO, plain_parts, read_part
 from mining.images import decode
 from mining.search import Lists
 
-PORT, CLIENTS, REQUESTS, MODEL = 8765, 16, 320, "semi.s0"
+PORT, REQUESTS, MODEL = 8765, 320, "semi.s0"
+CLIENTS = 24  # at a time: the service takes 32, 26 of them with photos to decode, and half wait while half are at work
 LATENCIES = 600  # requests of an open loop
 LOAD = 0.3  # share of the capacity that the open loop asks for
 QUERIES, TOP, TURNS, NEAR = 1000, 10, 5, 20
