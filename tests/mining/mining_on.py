@@ -21,15 +21,16 @@ def mine_on(address: str, photos: str, tower: TowerConfig, folder: Path, actors:
     from ray.util.state import list_actors
 
     session.start(session.RayConfig(address=address))
-    neighbours.BLOCK = 100
+    neighbours.BLOCK = 16
     gallery, embeddings, nearest, pairs = (Output(str(folder / name)) for name in OUTPUTS)
     decoding = EmbedResources(actors=actors, cpus=0.75, decode_cpus=0.25, decode_tasks=2, batch_size=16)
-    options = IngestConfig(galleries={}, triplets={}, shard_rows=50)
+    options = IngestConfig(galleries={}, triplets={}, shard_rows=16)
     ingest_gallery(gallery, "photos", GalleryConfig(images=photos), options, decoding, Monitor())
     embed_gallery(embeddings, gallery, tower, ViewsConfig(count=2), decoding)
     find_neighbours(nearest, embeddings, None, WALK, ActorResources(actors=actors))
     mine_pairs(pairs, embeddings, None, None, WALK, 0, TaskResources(), Monitor())
-    return sorted({str(actor.node_id) for actor in list_actors(limit=1000) if actor.class_name.startswith("MapWorker")})
+    found = {actor.node_id for actor in list_actors(limit=1000) if actor.class_name.startswith("MapWorker")}
+    return sorted(str(node) for node in found if node)  # None: it was never placed
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Work in a process of its own: neither waits for the other's Python, whatever either does."""
 
-import multiprocessing
+import os
 import signal
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from threading import Lock
 from typing import Any, Generic, TypeVar
@@ -16,7 +20,8 @@ Answer = TypeVar("Answer")
 class Apart(Generic[Asked, Answer]):
     """What `make()` returns, made in another process by the first call and called there, one call at a time.
 
-    The process ends with this one, however this one ends. One that ended is started again.
+    The process ends with this one, however this one ends. One that ended is started again. It is none of `multiprocessing`,
+    whose processes begin by importing what the program imports that starts them.
     """
 
     def __init__(self, make: Callable[[], Callable[[Asked], Answer]]) -> None:
@@ -25,11 +30,13 @@ class Apart(Generic[Asked, Answer]):
         self._start()
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")  # what a fork would share with threads of this process is unsafe
-        self._pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_answer, args=(self._make, theirs), daemon=True)
-        self.process.start()
+        self._pipe, theirs = Pipe()
+        command = [sys.executable, "-m", __name__, str(theirs.fileno())]
+        path = os.pathsep.join(filter(None, sys.path))
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
         theirs.close()
+        self._pipe.send(self._make)
+        self._end = weakref.finalize(self, _end, self._pipe, self.process)
 
     def __call__(self, asked: Asked) -> Answer:
         """Raises what `make()` or the call raises; HTTPException 503 where the process ended, for want of memory for one."""
@@ -38,7 +45,7 @@ class Apart(Generic[Asked, Answer]):
                 self._pipe.send(asked)
                 failed, answer = self._pipe.recv()
             except (EOFError, OSError):
-                self._pipe.close()
+                self._end()
                 self._start()
                 raise HTTPException(503, "the models had to be started again; try again", {"retry-after": "10"}) from None
         if failed:
@@ -46,10 +53,15 @@ class Apart(Generic[Asked, Answer]):
         return answer
 
 
-def _answer(make: Callable[[], Callable[[Any], Any]], pipe: Connection) -> None:
+def _end(pipe: Connection, process: "subprocess.Popen[bytes]") -> None:
+    pipe.close()
+    process.wait()
+
+
+def answer(pipe: Connection) -> None:
     """Call for call, until nobody can ask any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both: the one that asks decides
-    call: Callable[[Any], Any] | None = None
+    make, call = pipe.recv(), None
     while True:
         try:
             asked = pipe.recv()
@@ -57,7 +69,11 @@ def _answer(make: Callable[[], Callable[[Any], Any]], pipe: Connection) -> None:
             return
         try:
             call = call or make()
-            answered = False, call(asked)
+            answered: tuple[bool, Any] = False, call(asked)
         except Exception as error:
             answered = True, error
         pipe.send(answered)
+
+
+if __name__ == "__main__":
+    answer(Connection(int(sys.argv[1])))

@@ -79,7 +79,6 @@ def _share_cores() -> None:
     """Half of the cores for each: more threads than cores wait for one another at full speed."""
     import torch
 
-
     threads = max(1, torch.get_num_threads() // 2)
     devices.limit_threads(threads)
     search.limit_threads(threads)

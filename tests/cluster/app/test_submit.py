@@ -46,7 +46,8 @@ def test_a_failed_run_says_why_and_its_next_attempt_is_numbered(cluster: LocalCl
 
 def test_a_run_without_an_address_starts_a_ray_of_its_own(cluster: LocalCluster) -> None:
     code = (
-        "import ray; from cluster.driver import session as s; s.start(s.RayConfig(num_cpus=1)); print(ray.cluster_resources()['CPU'])"
+        "import ray; from cluster.driver import session as s\n"
+        "s.start(s.RayConfig(num_cpus=1)); print(ray.cluster_resources()['CPU'])"
     )
     environment = {**cluster.environment, "PYTHONPATH": str(PROJECT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True).stdout == b"1.0\n"

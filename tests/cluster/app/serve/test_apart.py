@@ -54,7 +54,7 @@ def test_a_process_that_ended_is_started_again() -> None:
 def test_the_process_ends_with_the_one_that_asks_and_not_at_ctrl_c(sign: signal.Signals) -> None:
     script = (
         "import time; from tests.cluster.app.serve.test_apart import divider; from cluster.app.serve.apart import Apart\n"
-        "if __name__ == '__main__':\n    print(Apart(divider)(1)[1], flush=True)\n    time.sleep(60)"
+        "divide = Apart(divider)\nprint(divide(1)[1], flush=True)\ntime.sleep(60)"
     )
     asking = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert asking.stdout is not None
