@@ -93,10 +93,6 @@ class Encoder:
         self._loading = Lock()
         self._loaded: Any = None
 
-    def __reduce__(self) -> tuple[type["Encoder"], tuple[TowerConfig]]:
-        """Another process loads its own."""
-        return Encoder, (self.tower,)
-
     def pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 [size, size, 3], as the tower takes them."""
         return np.asarray(plain(image, self.tower))

@@ -89,7 +89,7 @@ def serve(
     author: Annotated[str | None, typer.Option("--author", help="whose labels are kept; None: this user")] = None,
     on_ray: Annotated[bool, typer.Option("--ray", help="on Ray Serve, with the replicas of resources.serve")] = False,
 ) -> None:
-    """A page and an API that search the gallery with the run's models, in one process, or on Ray Serve."""
+    """A page and an API that search the gallery with the run's models, on this machine alone, or on Ray Serve."""
     if on_ray:
         from cluster.app.serve.ray import Options, serve_on_ray
 

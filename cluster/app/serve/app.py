@@ -27,10 +27,11 @@ from cir.search import Hits, Reference
 from cir.train import ModelName
 from cluster.app.api import Run
 from cluster.app.labels import Found, Judged, Label, Labelling, Teaching
+from cluster.app.serve.admission import Admission
+from cluster.app.serve.batching import Batching
+from cluster.app.serve.child import Ended
 from cluster.app.serve.guard import Guard
-from cluster.app.serve.together import Together
-from cluster.app.serve.turns import Turns
-from cluster.app.serve.workers import Batch, EncoderApart, OneSearch, Took, finder
+from cluster.app.serve.models import Batch, EncoderProcess, OneSearch, Took, finder
 from cluster.artifacts import Output
 from cluster.errors import UserError
 from mining.gallery import read_images
@@ -109,24 +110,27 @@ class Service:
         self.run, self.models, self.searcher, self.uploads = run, models, run.searcher, uploads
         encodes, finds = (ThreadPoolExecutor(1, name) for name in ("encode", "find"))
         self.finder = finder(self.searcher, models)
-        self.searcher.encoder = EncoderApart(self.searcher.encoder.tower, encodes)
-        self.finding = {name: Together(partial(self._find, name), finds) for name in models}
+        self.searcher.encoder = EncoderProcess(self.searcher.encoder.tower, encodes)
+        self.finding = {name: Batching(partial(self._find, name), finds) for name in models}
         self.digests = {name: run.graph.evaluation.parents[f"models.{name}"].digest for name in models}
         self.registry = CollectorRegistry()
         self._steps = Histogram("vdg_step_seconds", "Time of a step", ["step"], registry=self.registry)
-        self.decoding, self.explaining = Turns(DECODED, DECODING), Turns(1, EXPLAINING)
+        self.decoding, self.explaining = Admission(DECODED, DECODING), Admission(1, EXPLAINING)
         self.thumbnails = run.thumbnails
         self._warm()
 
     def _warm(self) -> None:
-        """Both processes load, side by side."""
+        """Both processes load, side by side. Raises UserError where one cannot."""
         first = self.searcher.known(next(iter(self.thumbnails)))
         size = self.searcher.encoder.tower.image_size
-        with ThreadPoolExecutor(1) as beside:
-            encoded = beside.submit(self.searcher.encoder.encode, np.zeros((size, size, 3), np.uint8))
-            for model in self.models:
-                self.finding[model](OneSearch(first, "warm", 1, None))
-            encoded.result()
+        try:
+            with ThreadPoolExecutor(1) as beside:
+                encoded = beside.submit(self.searcher.encoder.encode, np.zeros((size, size, 3), np.uint8))
+                for model in self.models:
+                    self.finding[model](OneSearch(first, "warm", 1, None))
+                encoded.result()
+        except Ended as error:
+            raise UserError(f"the models cannot be loaded: {error}") from error
 
     @contextmanager
     def step(self, name: str, took: dict[str, float]) -> Iterator[None]:
@@ -210,6 +214,7 @@ def make_app(
     app = FastAPI(title="Visual Delta", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, hosts=hosts, token=token)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Ended, _ended)
     _add_state(app, service)
     _add_search(app, service)
     _add_explain(app, service)
@@ -226,6 +231,12 @@ def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     detail = [{name: found[name] for name in ("type", "loc", "msg")} for found in error.errors()]
     return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
+
+
+def _ended(request: Request, error: Exception) -> Response:
+    """The process starts again with the next request."""
+    detail = {"detail": "the models have to be started again; try again"}
+    return Response(json.dumps(detail), 503, {"retry-after": "10"}, "application/json")
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

@@ -1,4 +1,4 @@
-"""One process that serves a run: uvicorn on a socket that is bound here."""
+"""A service without Ray: uvicorn on a socket that is bound here."""
 
 import ipaddress
 import socket

@@ -7,7 +7,7 @@ from threading import Semaphore
 from fastapi import HTTPException
 
 
-class Turns:
+class Admission:
     """At most `at_a_time` threads inside, and `waiting` more before them."""
 
     def __init__(self, at_a_time: int, waiting: int) -> None:

@@ -6,7 +6,7 @@ from threading import Event
 
 import pytest
 
-from cluster.app.serve.together import MOST, Together
+from cluster.app.serve.batching import MOST, Batching
 
 
 @pytest.fixture
@@ -25,12 +25,12 @@ def test_what_comes_while_a_batch_is_at_work_is_the_next_one(worker: Executor) -
         assert go_on.wait(10)
         return [2 * one for one in asked]
 
-    together = Together(work, worker)
+    batching = Batching(work, worker)
     with ThreadPoolExecutor(MOST + 9) as pool:
-        first = pool.submit(together, 0)
+        first = pool.submit(batching, 0)
         assert begun.wait(10)
-        others = [pool.submit(together, n) for n in range(1, MOST + 9)]
-        while len(together._waiting) < MOST + 8:
+        others = [pool.submit(batching, n) for n in range(1, MOST + 9)]
+        while len(batching._waiting) < MOST + 8:
             pass
         go_on.set()
         assert [future.result(10) for future in (first, *others)] == [2 * n for n in range(MOST + 9)]
@@ -41,12 +41,12 @@ def test_a_mistake_is_that_of_the_one_who_made_it(worker: Executor) -> None:
     def work(asked: list[int]) -> list[float]:
         return [1 / one for one in asked]
 
-    together = Together(work, worker)
+    batching = Batching(work, worker)
     busy = Event()
     worker.submit(busy.wait, 10)
     with ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(together, n) for n in (1, 0, 2)]
-        while len(together._waiting) < 3:
+        futures = [pool.submit(batching, n) for n in (1, 0, 2)]
+        while len(batching._waiting) < 3:
             pass
         busy.set()
         assert (futures[0].result(10), futures[2].result(10)) == (1, 0.5)

@@ -10,8 +10,8 @@ import numpy as np
 
 from cir.search import Encoder, Hits, Reference, Searcher
 from cluster import devices
-from cluster.app.serve.apart import Apart
-from cluster.app.serve.together import Together
+from cluster.app.serve.batching import Batching
+from cluster.app.serve.child import ChildProcess
 from mining import search
 from mining.config import TowerConfig
 
@@ -36,13 +36,15 @@ class Batch:
     searches: list[OneSearch]
 
 
-def finder(searcher: Searcher, models: Sequence[str]) -> Apart[Batch, tuple[list[Hits], Took]]:
+def finder(searcher: Searcher, models: Sequence[str]) -> ChildProcess[Batch, tuple[list[Hits], Took]]:
     """What finds the answers of each batch, with the batch's steps."""
-    return Apart(partial(_find, searcher, models))
+    return ChildProcess(partial(_find, searcher, models))
 
 
 def _find(searcher: Searcher, models: Sequence[str]) -> Callable[[Batch], tuple[list[Hits], Took]]:
-    _share_cores()
+    threads = _half_of_the_cores()
+    devices.limit_threads(threads)
+    search.limit_threads(threads)
     for name in models:
         searcher.composer(name), searcher.matrix(name)
 
@@ -57,28 +59,26 @@ def _find(searcher: Searcher, models: Sequence[str]) -> Callable[[Batch], tuple[
     return find
 
 
-class EncoderApart(Encoder):
+class EncoderProcess(Encoder):
     """An encoder in a process of its own, to which images that come at about the same time are one batch."""
 
-    def __init__(self, tower: TowerConfig, worker: Executor) -> None:
+    def __init__(self, tower: TowerConfig, thread: Executor) -> None:
         super().__init__(tower)
-        encodes: Apart[np.ndarray, np.ndarray] = Apart(partial(_encode, tower))
-        self._together: Together[np.ndarray, np.ndarray] = Together(lambda pixels: encodes(np.stack(pixels)), worker)
+        encodes: ChildProcess[np.ndarray, np.ndarray] = ChildProcess(partial(_encode, tower))
+        self._batching: Batching[np.ndarray, np.ndarray] = Batching(lambda pixels: encodes(np.stack(pixels)), thread)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """As `Encoder.encode`, for many threads."""
-        return self._together(pixels)
+        return self._batching(pixels)
 
 
 def _encode(tower: TowerConfig) -> Callable[[np.ndarray], np.ndarray]:
-    _share_cores()
+    devices.limit_threads(_half_of_the_cores())
     return Encoder(tower).vectors
 
 
-def _share_cores() -> None:
-    """Half of the cores for each: more threads than cores wait for one another at full speed."""
+def _half_of_the_cores() -> int:
+    """More threads than cores wait for one another at full speed."""
     import torch
 
-    threads = max(1, torch.get_num_threads() // 2)
-    devices.limit_threads(threads)
-    search.limit_threads(threads)
+    return max(1, torch.get_num_threads() // 2)

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from typing import Generic, TypeVar
 
+from cluster.app.serve.child import Ended
+
 MOST = 16  # of a batch
 Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 
 
-class Together(Generic[Asked, Answer]):
+class Batching(Generic[Asked, Answer]):
     """`work`, which answers a list, for single calls: those that come while the worker is busy are its next batch.
 
     Nobody waits for others to come.
@@ -36,8 +38,9 @@ class Together(Generic[Asked, Answer]):
         try:
             answers = self._work([asked for asked, _ in batch])
         except Exception as error:
-            if len(batch) == 1:
-                batch[0][1].set_exception(error)
+            if len(batch) == 1 or isinstance(error, Ended):  # else each would load the models again
+                for _, future in batch:
+                    future.set_exception(error)
                 return
             for one in batch:
                 self._answer([one])
