@@ -1,7 +1,7 @@
 """The unit of resume in a Ray Data stage: one input shard gives one output part."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cluster.artifacts import Output
 from cluster.config import ActorResources
@@ -24,12 +24,27 @@ def run_parts(
     gives one row {"part", "rows"} for each part written. A part is renamed into place when it is whole, so a killed
     stage goes on from the parts that exist.
     """
-    finished = set(output.parts())
-    monitor.start(sum(parts.values()), unit, sum(rows for name, rows in parts.items() if name in finished))
-    missing = [name for name in parts if name not in finished]
+    run_parts_of([Parts(output, parts, monitor)], lambda missing: dataset([name for _, name in missing]), unit)
+
+
+class Parts(NamedTuple):
+    """The parts of an output, with their numbers of rows, and who hears of them."""
+
+    output: Output
+    rows: Mapping[str, int]
+    monitor: Monitor
+
+
+def run_parts_of(outputs: Sequence[Parts], dataset: Callable[[list[tuple[int, str]]], "ray.data.Dataset"], unit: str) -> None:
+    """As `run_parts`, of several outputs in one execution: of each part is said, and said back as "output", whose it is."""
+    missing = []
+    for place, (output, rows, monitor) in enumerate(outputs):
+        finished = set(output.parts())
+        monitor.start(sum(rows.values()), unit, sum(count for name, count in rows.items() if name in finished))
+        missing += [(place, name) for name in rows if name not in finished]
     if missing:
         for row in dataset(missing).iter_rows():
-            monitor.advance(row["rows"])
+            outputs[row.get("output", 0)].monitor.advance(row["rows"])
 
 
 class PartJob(Protocol):

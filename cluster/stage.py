@@ -11,10 +11,11 @@ Digest, parents, checks, dry run, manifest and MLflow's record read the fields; 
 """
 
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -124,6 +125,16 @@ class Stage(ABC):
     @abstractmethod
     def work(self, output: Output, run: RunContext) -> None:
         """Write the output; what an earlier run of it left there is kept where it is whole."""
+
+    def joins(self, other: "Stage") -> bool:
+        """Whether both are one piece of work when both are ready, as `work_together` does it."""
+        return False
+
+    @classmethod
+    def work_together(cls, stages: Sequence[tuple["Stage", Output, "RunContext"]]) -> None:
+        """As `work`, of stages that join one another."""
+        for stage, output, run in stages:
+            stage.work(output, run)
 
     @property
     def instance(self) -> str:
@@ -248,15 +259,15 @@ class Stage(ABC):
         Raises UserError when a parent is not as it was made, and when more rows were rejected than allowed; what was done
         stays for a later run.
         """
+        found = run_together({self: monitor}, root, groups)[self]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _finish(self, root: str, seconds: float, startup: float) -> Manifest:
         output = self.output(root)
-        if (done := output.manifest()) is not None:
-            return done
-        verify(parent.output(root) for parent in self.parents.values())
-        remove_broken(output)
-        clock = _Clock()
-        self.work(output, RunContext(root, Several(monitor, clock), groups))
         output.sweep()
-        manifest = self._describe(output, clock.seconds(), clock.startup)
+        manifest = self._describe(output, seconds, startup)
         self._check_rejects(manifest, output)
         output.write_json(MANIFEST, manifest)
         return manifest
@@ -297,19 +308,52 @@ class Stage(ABC):
             )
 
 
+def run_together(
+    stages: Mapping[Stage, Monitor], root: str, groups: "Groups | None" = None
+) -> dict[Stage, Manifest | UserError]:
+    """As `Stage.run`, of stages that join one another, in one piece of work.
+
+    Returns the manifest of each, or what is wrong with its rows. The time is shared out: a stage has the seconds from the last
+    unit of the one before it to its own last, the last one those until all is done.
+    """
+    found: dict[Stage, Manifest | UserError] = {}
+    clocks: dict[Stage, _Clock] = {}
+    for stage in stages:
+        if (done := stage.output(root).manifest()) is not None:
+            found[stage] = done
+        else:
+            verify(parent.output(root) for parent in stage.parents.values())
+            remove_broken(stage.output(root))
+            clocks[stage] = _Clock()
+    runs = {stage: RunContext(root, Several(stages[stage], clock), groups) for stage, clock in clocks.items()}
+    if runs:
+        next(iter(runs)).work_together([(stage, stage.output(root), run) for stage, run in runs.items()])
+    began = min((clock.began for clock in clocks.values()), default=0.0)
+    for place, (stage, clock) in enumerate(clocks.items(), 1):
+        ended = time.monotonic() if place == len(clocks) else clock.last
+        try:
+            found[stage] = stage._finish(root, ended - began, clock.startup(began))
+        except UserError as error:
+            found[stage] = error
+        began = ended
+    return found
+
+
 class _Clock(Monitor):
-    """`startup`: the seconds until the first unit of work was finished."""
+    """When the first and the last unit of work were finished."""
 
     def __init__(self) -> None:
-        self.began, self.startup = time.monotonic(), 0.0
-
-    def seconds(self) -> float:
-        """Since the stage began."""
-        return time.monotonic() - self.began
+        self.began = self.last = time.monotonic()
+        self.first = math.inf
 
     def advance(self, count: int) -> None:
-        """The first one ends the start-up."""
-        self.startup = self.startup or self.seconds()
+        """A unit more."""
+        self.last = time.monotonic()
+        self.first = min(self.first, self.last)
+
+    def startup(self, began: float) -> float:
+        """Seconds until the first unit; without any none."""
+        return max(self.first - began, 0.0) if self.first < math.inf else 0.0
 
 
 def _content(value: Any) -> Any:

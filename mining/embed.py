@@ -4,6 +4,7 @@ CPU tasks decode to uint8, a pool of actors runs the tower, CPU tasks write: one
 """
 
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ import pyarrow as pa
 from cluster.artifacts import REJECTS, REUSED, Output, output_of, reject_row
 from cluster.config import EmbedResources
 from cluster.errors import UserError
-from cluster.parts import run_parts
+from cluster.parts import Parts, run_parts_of
 from cluster.stage import RunContext, Stage
 from cluster.verify import differences
 from mining import tables
@@ -57,38 +58,24 @@ class Embed(Stage):
         """The tower's name is the first part of the instance's."""
         return f"embed.towers.{self.name.partition('.')[0]}" if name == "tower" else f"embed.{name}"
 
+    def joins(self, other: Stage) -> bool:
+        """Galleries that one tower looks at."""
+        return isinstance(other, Embed) and (other.tower, other.resources) == (self.tower, self.resources)
+
     def work(self, output: Output, run: RunContext) -> None:
         """Raises UserError when no image can be read."""
-        gallery, earlier = run.output(self.gallery), self._earlier(run)
-        parts = {view_part(part, view): n for part, n in gallery.part_rows().items() for view in range(self.views.count)}
-        decode = partial(_decode_part, gallery=gallery, output=output, tower=self.tower, views=self.views, earlier=earlier)
+        self.work_together([(self, output, run)])
 
-        def dataset(names: list[str]) -> "ray.data.Dataset":
-            """Decoding tasks for these parts, then the actors that hold the tower."""
-            import ray.data
-
-            resources = self.resources
-            return (
-                ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names))
-                .map_batches(
-                    decode,
-                    batch_size=1,
-                    num_cpus=resources.decode_cpus,
-                    compute=ray.data.TaskPoolStrategy(size=resources.decode_tasks),
-                )
-                .map_batches(
-                    Embedder,
-                    fn_constructor_args=(self.tower, resources.batch_size, output, resources.cpus),
-                    batch_size=1,
-                    compute=_pool(resources),
-                    **resources.ray_options(),
-                )
-            )
-
-        run_parts(output, parts, dataset, run.monitor, "image")
-        _summarise(output, self.views)
-        if earlier is not None:
-            output.write_json(REUSED, count_reused(output, plain_parts(output)))
+    @classmethod
+    def work_together(cls, stages: Sequence[tuple["Embed", Output, RunContext]]) -> None:  # type: ignore[override]
+        """In one Ray Data execution, whose actors load the tower once."""
+        looks = [Look(run.output(one.gallery), output, one.tower, one.views, one._earlier(run)) for one, output, run in stages]
+        parts = [Parts(look.output, look.parts(), run.monitor) for look, (_, _, run) in zip(looks, stages, strict=True)]
+        run_parts_of(parts, partial(_embed, looks, stages[0][0].resources), "image")
+        for look in looks:
+            _summarise(look.output, look.views)
+            if look.earlier is not None:
+                look.output.write_json(REUSED, count_reused(look.output, plain_parts(look.output)))
 
     def _earlier(self, run: RunContext) -> Earlier | None:
         """Embeddings of an earlier state of the gallery, where both are still there."""
@@ -102,22 +89,54 @@ class Embed(Stage):
         return open_earlier(embeddings, gallery) if whole else None
 
 
-def _decode_part(
-    row: dict[str, Any],
-    gallery: Output,
-    output: Output,
-    tower: TowerConfig,
-    views: ViewsConfig,
-    earlier: Earlier | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Look:
+    """How the images of a gallery are seen, and where that is kept."""
+
+    gallery: Output
+    output: Output
+    tower: TowerConfig
+    views: ViewsConfig
+    earlier: Earlier | None = None
+
+    def parts(self) -> dict[str, int]:
+        """Each with its number of images."""
+        return {view_part(part, view): n for part, n in self.gallery.part_rows().items() for view in range(self.views.count)}
+
+
+def _embed(looks: list[Look], resources: EmbedResources, parts: list[tuple[int, str]]) -> "ray.data.Dataset":
+    """Decoding tasks for these parts, each of one of the looks, then the actors that hold the tower."""
+    import ray.data
+
+    outputs, tower = [look.output for look in looks], looks[0].tower
+    return (
+        ray.data.from_items([{"output": place, "part": name} for place, name in parts], override_num_blocks=len(parts))
+        .map_batches(
+            partial(_decode_part, looks=looks),
+            batch_size=1,
+            num_cpus=resources.decode_cpus,
+            compute=ray.data.TaskPoolStrategy(size=resources.decode_tasks),
+        )
+        .map_batches(
+            Embedder,
+            fn_constructor_args=(tower, resources.batch_size, outputs, resources.cpus),
+            batch_size=1,
+            compute=_pool(resources),
+            **resources.ray_options(),
+        )
+    )
+
+
+def _decode_part(row: dict[str, Any], looks: list[Look]) -> dict[str, Any]:
     """One row: the pixels uint8 [n, size, size, 3] of one view of one gallery part, so that no batch mixes parts.
 
     Images that were embedded earlier are not decoded: their values float16 come along, as int16, which Arrow tensors know,
     and the name of the output that they are from. Images that can no longer be read are rejected. A part with nothing to
     decode gives one black image: its embeddings may be an empty part, whose shape only the tower knows.
     """
-    name = str(row["part"][0])
-    images = gallery.read_table(gallery_part(name), tables.GALLERY)
+    name, look = str(row["part"][0]), looks[int(row["output"][0])]
+    tower, views, earlier = look.tower, look.views, look.earlier
+    images = look.gallery.read_table(gallery_part(name), tables.GALLERY)
     known = earlier.find(images, view_of(name)) if earlier else {}
     reader, ids, pixels, rejects = BytesReader(), [], [], []
     for image in images.to_pylist():
@@ -129,9 +148,10 @@ def _decode_part(
             ids.append(image["image_id"])
         except (BadImage, OSError) as error:
             rejects.append(_reject(image["key"], "unreadable", f"image_id {image['image_id']}: {error}"))
-    output.write_rejects(name, rejects)
+    look.output.write_rejects(name, rejects)
     black = np.zeros((tower.image_size, tower.image_size, 3), np.uint8)
     return {
+        "output": row["output"],
         "part": np.array([name]),
         "rows": np.array([len(ids) + len(rejects)]),
         "image_id": np.array([ids], np.int64),
@@ -155,19 +175,21 @@ def _pool(resources: EmbedResources) -> "ray.data.ActorPoolStrategy":
 class Embedder:
     """An actor that holds the tower and turns decoded parts into written parts; threads may call it."""
 
-    def __init__(self, config: TowerConfig, batch_size: int, output: Output, cpus: float) -> None:
+    def __init__(self, config: TowerConfig, batch_size: int, outputs: Sequence[Output], cpus: float) -> None:
         from cluster.devices import limit_threads
         from cluster.provenance import record_environment
         from mining.towers import ImageTower
 
         limit_threads(cpus)
-        self.tower, self.batch_size, self.output = ImageTower(config), batch_size, output
+        self.tower, self.batch_size, self.outputs = ImageTower(config), batch_size, outputs
         self.local = threading.local()
-        record_environment(output, config.precision)
+        for output in outputs:
+            record_environment(output, config.precision)
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
         """Embed and write one row of `_decode_part`."""
         name, ids, reused = str(row["part"][0]), row["image_id"][0], row["reused"][0].astype(bool)
+        output = self.outputs[int(row["output"][0])]
         new = self._embed(row["pixels"][0])
         values = np.empty((len(ids), *new.shape[1:]), np.float16)
         values[~reused] = new[: (~reused).sum()]
@@ -175,19 +197,10 @@ class Embedder:
             values[reused] = row["values"][0].view(np.float16)
         finite = np.isfinite(values).all(axis=(1, 2))
         if not finite.all():
-            self._reject(name, ids[~finite])
+            _reject_values(output, name, ids[~finite])
         table = _to_table(ids[finite], view_of(name), values[finite])
-        self.output.write_table(name, note_reused(table, str(row["earlier"][0]), int((reused & finite).sum())), _schema(values))
-        return {"part": row["part"], "rows": row["rows"]}
-
-    def _reject(self, name: str, image_ids: np.ndarray) -> None:
-        """Add to a part's rejects those whose values are not finite."""
-        path = f"rejects/{name}"
-        before = self.output.read_table(path, REJECTS).to_pylist() if self.output.exists(path) else []
-        wrong = [
-            _reject(str(i), "not_finite", f"image_id {i}: the tower gives NaN, or more than float16 holds") for i in image_ids
-        ]
-        self.output.write_rejects(name, before + wrong)
+        output.write_table(name, note_reused(table, str(row["earlier"][0]), int((reused & finite).sum())), _schema(values))
+        return {"output": row["output"], "part": row["part"], "rows": row["rows"]}
 
     def _embed(self, pixels: np.ndarray) -> np.ndarray:
         import torch
@@ -205,6 +218,14 @@ class Embedder:
         if not hasattr(self.local, "stream"):
             self.local.stream = torch.cuda.Stream()
         return torch.cuda.stream(self.local.stream)
+
+
+def _reject_values(output: Output, name: str, image_ids: np.ndarray) -> None:
+    """Add to a part's rejects those whose values are not finite."""
+    path = f"rejects/{name}"
+    before = output.read_table(path, REJECTS).to_pylist() if output.exists(path) else []
+    wrong = [_reject(str(i), "not_finite", f"image_id {i}: the tower gives NaN, or more than float16 holds") for i in image_ids]
+    output.write_rejects(name, before + wrong)
 
 
 def _schema(values: np.ndarray) -> pa.Schema:

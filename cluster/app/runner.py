@@ -3,6 +3,7 @@
 import uuid
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -23,12 +24,13 @@ from cluster.config import WorkerResources, in_folder
 from cluster.driver import lease, session
 from cluster.driver.demand import nodes, require, resources_of
 from cluster.driver.progress import RunProgress, StageProgress, console
-from cluster.driver.schedule import Room, Schedule
+from cluster.driver.schedule import Room, Schedule, Work
 from cluster.driver.store import sqlite_uri
 from cluster.errors import UserError
+from cluster.manifest import Manifest
 from cluster.monitor import Several
 from cluster.redaction import hidden, without_user
-from cluster.stage import Stage
+from cluster.stage import Stage, run_together
 from cluster.training.groups import Groups
 from cluster.verify import verify
 
@@ -69,7 +71,7 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
             session.start(config.resources.ray, log)
             for line in require(todo, nodes(config.resources.ray) or []):
                 console.print(f"  waiting for an autoscaler: {line}")
-            with RunProgress() as progress, Groups() as groups:
+            with RunProgress() as progress, Groups(config.resources.ray.where != "local") as groups:
                 _Driver(config, tracker, progress, groups).do(todo)
         if keep_config and graph.output(graph.results).manifest() is not None:
             write_results(graph)
@@ -125,33 +127,54 @@ class _Driver:
         return isinstance(resources, WorkerResources) and alike > 0 and not self.groups.worth(resources, alike)
 
     def _let_go(self, room: Room, running: list[Stage], waiting: list[Stage]) -> None:
-        """Workers that wait for a stage to come stay where there is room for them beside the stages at work."""
-        kept = list(running)
+        """Workers that wait for a stage to come stay where there is room for what they reserve beside the stages at work."""
+        kept, free = list(running), list[Stage]()
         for stage in waiting:
-            if self.groups.waiting(resources_of(stage)) and room.takes(stage, kept):
-                kept.append(stage)
-        self.groups.keep([resources_of(stage) for stage in kept])
+            resources = resources_of(stage)
+            if isinstance(resources, WorkerResources) and self.groups.waiting(resources):
+                if not self.groups.reserve(resources):
+                    free.append(stage)
+                elif room.takes(stage, kept):
+                    kept.append(stage)
+        self.groups.keep([resources_of(stage) for stage in (*kept, *free)])
 
-    def _do(self, stage: Stage) -> None:
+    def _do(self, work: Work) -> None:
         root = self.config.root
         with self.recording:
-            record = self.tracker.begin(stage, root)
+            records = {stage: self.tracker.begin(stage, root) for stage in work}
         try:
-            with StageProgress(stage.instance, self.progress.bars) as progress, lease.hold(stage.output(root)):
-                manifest = stage.run(root, Several(progress, record), self.groups)
+            with ExitStack() as held:
+                bars = {stage: held.enter_context(StageProgress(stage.instance, self.progress.bars)) for stage in work}
+                for stage in work:
+                    held.enter_context(lease.hold(stage.output(root)))
+                found = run_together({stage: Several(bars[stage], records[stage]) for stage in work}, root, self.groups)
         except BaseException as error:
             with self.recording:
-                record.fail("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+                for record in records.values():
+                    record.fail("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
-        with self.recording:
-            record.finish(manifest)
-        rejected = sum(manifest["rejects"].values())
-        counts = f"{manifest['rows']:,} rows" if manifest["rows"] else stage.model or ""
-        rejects = f", {rejected} rejected {manifest['rejects']}" if rejected else ""
-        startup = f", {manifest['startup_seconds']:.0f} s of them start-up" if manifest["startup_seconds"] >= 1 else ""
-        console.print(f"  {stage.instance}-{stage.digest}: {counts}{rejects} in {manifest['seconds']:.0f} s{startup}")
-        for warning in manifest.get("warnings", ()):
-            console.print(Text(f"  {stage.instance}: {warning}", style="yellow"))
+        failure = None
+        for stage, manifest in found.items():
+            with self.recording:
+                if isinstance(manifest, UserError):
+                    records[stage].fail("FAILED")
+                    failure = failure or manifest
+                else:
+                    records[stage].finish(manifest)
+                    _say(stage, manifest)
+        if failure is not None:
+            raise failure
+
+
+def _say(stage: Stage, manifest: Manifest) -> None:
+    """The line of a stage that is done."""
+    rejected = sum(manifest["rejects"].values())
+    counts = f"{manifest['rows']:,} rows" if manifest["rows"] else stage.model or ""
+    rejects = f", {rejected} rejected {manifest['rejects']}" if rejected else ""
+    startup = f", {manifest['startup_seconds']:.0f} s of them start-up" if manifest["startup_seconds"] >= 1 else ""
+    console.print(f"  {stage.instance}-{stage.digest}: {counts}{rejects} in {manifest['seconds']:.0f} s{startup}")
+    for warning in manifest.get("warnings", ()):
+        console.print(Text(f"  {stage.instance}: {warning}", style="yellow"))
 
 
 def write_results(graph: Graph) -> Output:

@@ -19,6 +19,7 @@ LEAVE = 15.0  # seconds in which the workers of a group have gone
 THREAD = "vdg"  # begins the names of threads that wait for Ray
 WORTH = 2.0  # starts of its workers, which a job that takes longer is worth
 POLL = 0.2  # seconds between looks into the mailbox
+NEARLY_NOTHING = 0.001  # CPUs: Ray places nothing that asks for nothing
 FOLDER = ".workers"  # of a group's first output: what Ray Train keeps of the group
 Job = Callable[[Callable[[Any], None]], None]  # done by every worker; what it is given takes reports, of rank 0 alone
 
@@ -66,12 +67,12 @@ class Mailbox:
 class Group:
     """Workers of one shape, until it is closed or has failed more often than its resources allow."""
 
-    def __init__(self, resources: WorkerResources, place: Output) -> None:
+    def __init__(self, resources: WorkerResources, place: Output, reserve: bool) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.resources, self.place = resources, Output(below(place.uri, FOLDER))
+        self.resources, self.place, self.reserve = resources, Output(below(place.uri, FOLDER)), reserve
         actor: Any = ray.remote(Mailbox)
         self.mailbox = actor.options(num_cpus=0, scheduling_strategy=here).remote()
         self.error: BaseException | None = None
@@ -87,8 +88,8 @@ class Group:
         system.create_dir(base, recursive=True)
         trainer = TorchTrainer(
             _serve,
-            train_loop_config={"mailbox": self.mailbox},
-            scaling_config=_scaling(self.resources),
+            train_loop_config={"mailbox": self.mailbox, "cpus": self.resources.cpus},
+            scaling_config=_scaling(self.resources, self.reserve),
             run_config=ray.train.RunConfig(
                 name=uuid.uuid4().hex,
                 storage_path=base,
@@ -140,7 +141,9 @@ class Group:
 class Groups:
     """The groups of a run that work or wait for their next job. A context manager that lets all go; threads may share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = True) -> None:
+        """`shared`: whether other runs use this Ray too. Where none does, workers on CPUs alone reserve none there."""
+        self.shared = shared
         self.made: list[Group] = []
         self.failed: list[Group] = []
         self.idle: list[Group] = []
@@ -162,7 +165,7 @@ class Groups:
             found = next((group for group in self.idle if group.resources == resources and group.thread.is_alive()), None)
             if found is not None:
                 self.idle.remove(found)
-        group = found or Group(resources, place)
+        group = found or Group(resources, place, self.reserve(resources))
         with self.lock:
             self.busy.append(group)
             self.made += [] if found else [group]
@@ -179,6 +182,10 @@ class Groups:
                 (self.idle if healthy else self.failed).append(group)
             if not healthy:
                 group.kill()
+
+    def reserve(self, resources: WorkerResources) -> bool:
+        """Whether workers take from Ray what they are to use, also while they wait: else others could not start beside them."""
+        return self.shared or resources.gpus > 0 or resources.memory_gb is not None
 
     def waiting(self, resources: Any) -> bool:
         """Whether a group of this shape waits for a job."""
@@ -207,10 +214,10 @@ class Groups:
                 left[repr(group.resources)] -= 1
 
 
-def _scaling(resources: WorkerResources) -> Any:
+def _scaling(resources: WorkerResources, reserve: bool) -> Any:
     import ray.train
 
-    wanted = {"CPU": resources.cpus}
+    wanted = {"CPU": resources.cpus if reserve else NEARLY_NOTHING}
     if resources.gpus:
         wanted["GPU"] = resources.gpus
     if resources.memory_gb:
@@ -230,6 +237,9 @@ def _serve(arguments: dict[str, Any]) -> None:
     import torch
     from ray import cloudpickle
 
+    from cluster.devices import limit_threads
+
+    limit_threads(arguments["cpus"])
     mailbox, first, done = arguments["mailbox"], ray.train.get_context().get_world_rank() == 0, 0
     while True:
         number, job, closed = ray.get(mailbox.take.remote(done))

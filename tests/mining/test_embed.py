@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +8,17 @@ from cluster.artifacts import Output
 from cluster.config import EmbedResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
+from cluster.stage import run_together
 from mining import tables
 from mining.config import GalleryConfig, IngestConfig, TowerConfig, ViewsConfig
-from mining.embed import Embedder
+from mining.embed import Embed, Embedder
 from mining.embeddings import plain_parts, read_part
 from mining.features import Features, Online
 from mining.gallery import keys
 from tests.chaos.killing import assert_same_embeddings, killing
+from tests.conftest import Recorder
 from tests.mining.stages import embed_gallery, ingest_gallery
+from tests.stages import given
 
 RESOURCES = EmbedResources(actors=1, cpus=1, decode_cpus=0.5, decode_tasks=2, batch_size=4)
 VIEWS = ViewsConfig(count=3)
@@ -124,6 +128,33 @@ def test_a_gallery_without_a_readable_image_is_an_error(
         embed(gallery, tower, tmp_path / "e", monitor, ViewsConfig())
 
 
+def test_galleries_of_one_tower_are_embedded_in_one_execution(
+    ray_session: None, photo_folder: Path, photos: list[tuple[str, bytes]], tower: TowerConfig, tmp_path: Path, monitor: Monitor
+) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    for key, content in photos[30:40]:
+        (more / f"{key}.jpg").write_bytes(content)
+    galleries = [ingest(photo_folder, tmp_path / "first", monitor), ingest(more, tmp_path / "second", monitor)]
+    stages = [
+        Embed(name=f"t.{i}", gallery=given(gallery), tower=tower, views=ViewsConfig(count=1 + i), resources=RESOURCES)
+        for i, gallery in enumerate(galleries)
+    ]
+    assert stages[0].joins(stages[1])
+    assert not stages[0].joins(replace(stages[1], tower=tower.model_copy(update={"output": "tokens"})))
+    monitors = {stage: Recorder() for stage in stages}
+    found = run_together(monitors, str(tmp_path / "root"))  # type: ignore[arg-type]
+    assert [(one.total, one.advanced) for one in monitors.values()] == [(24, 24), (20, 20)]
+    seconds = [manifest["startup_seconds"] for manifest in found.values() if not isinstance(manifest, UserError)]
+    assert seconds[0] > seconds[1]
+    for stage, gallery in zip(stages, galleries, strict=True):
+        alone = embed(gallery, tower, tmp_path / f"alone{stage.name}", monitor, stage.views)
+        together = stage.output(str(tmp_path / "root"))
+        assert together.parts() == alone.parts()
+        for part in alone.parts():
+            assert all(np.array_equal(*pair) for pair in zip(read_part(together, part), read_part(alone, part), strict=True))
+
+
 def test_tokens_are_kept_apart(gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor) -> None:
     tokens = tower.model_copy(update={"output": "tokens"})
     output = embed(gallery, tokens, tmp_path / "e", monitor, ViewsConfig())
@@ -136,8 +167,9 @@ def test_a_value_that_is_not_finite_rejects_its_image(tmp_path: Path) -> None:
     actor = object.__new__(Embedder)
     values = np.ones((3, 1, 4), np.float16)
     values[1, 0, 2], values[2] = np.nan, 1
-    actor.output, actor._embed = output, lambda pixels: values  # type: ignore[method-assign]
-    row = {"part": np.array(["part-00000.v0.parquet"]), "rows": np.array([3]), "image_id": np.array([[5, 6, 7]])}
+    actor.outputs, actor._embed = [output], lambda pixels: values  # type: ignore[method-assign]
+    part = {"output": np.zeros(1, int), "part": np.array(["part-00000.v0.parquet"])}
+    row = {**part, "rows": np.array([3]), "image_id": np.array([[5, 6, 7]])}
     none = np.zeros((1, 3), np.uint8)
     actor({**row, "pixels": np.zeros((1, 3, 2, 2, 3), np.uint8), "reused": none, "earlier": np.array([""])})
     table = output.read_table("part-00000.v0.parquet", tables.embeddings(1, 4))

@@ -9,7 +9,7 @@ import pytest
 from cluster.artifacts import Output
 from mining import tables
 from mining.config import TowerConfig, ViewsConfig
-from mining.embed import Embedder, _decode_part, _summarise
+from mining.embed import Embedder, Look, _decode_part, _summarise
 from mining.embeddings import plain_parts, read_part, view_part
 from mining.reuse import Earlier, count_reused, open_earlier
 
@@ -43,10 +43,10 @@ class Counting(Embedder):
 def embed(images: Output, folder: Path, tower: TowerConfig, earlier: Earlier | None = None) -> tuple[Output, int]:
     """The embeddings of both views, and how many images went through the tower for them."""
     output = Output(str(folder))
-    embedder = Counting(tower, 4, output, 1)
+    embedder, look = Counting(tower, 4, [output], 1), Look(images, output, tower, VIEWS, earlier)
     for part in images.parts():
         for view in range(VIEWS.count):
-            embedder(_decode_part({"part": [view_part(part, view)]}, images, output, tower, VIEWS, earlier))
+            embedder(_decode_part({"output": np.zeros(1, int), "part": [view_part(part, view)]}, [look]))
     _summarise(output, VIEWS)
     return output, embedder.images
 

@@ -4,7 +4,7 @@ import math
 from threading import Event
 
 from cluster.config import ActorResources, DecodeResources, EmbedResources, TaskResources, WorkerResources
-from cluster.driver.schedule import Room, Schedule
+from cluster.driver.schedule import Room, Schedule, Work
 from cluster.stage import Stage
 from mining.config import TowerConfig, ViewsConfig
 from mining.embed import Embed
@@ -40,8 +40,8 @@ def test_a_stage_that_waits_begins_when_it_need_not_any_longer() -> None:
     asked: list[tuple[str, list[str]]] = []
     begun = Event()
 
-    def do(stage: Stage) -> None:
-        if stage.name == "b":
+    def do(work: Work) -> None:
+        if work[0].name == "b":
             begun.set()
         assert begun.wait(10)
 
@@ -52,3 +52,15 @@ def test_a_stage_that_waits_begins_when_it_need_not_any_longer() -> None:
     stages = [simple("mine:a"), simple("mine:b")]
     Schedule(stages, Room({"CPU": 2.0}), do).run(first=lambda stage: False, wait=wait, started=lambda running, waiting: None)
     assert asked == [("a", []), ("b", ["a"]), ("b", ["a"]), ("b", ["a"])]
+
+
+def test_stages_that_join_one_another_begin_together(tower: TowerConfig) -> None:
+    done: list[list[str]] = []
+    views = ViewsConfig()
+    stages = [Embed(name=n, gallery=simple("mine:x"), tower=tower, views=views, resources=EMBED) for n in ("a", "b")]
+    later = Embed(name="c", gallery=stages[0], tower=tower, views=views, resources=EMBED)
+    waiting: list[Stage] = [simple("mine:y"), stages[0], later, stages[1]]
+    Schedule(waiting, Room({"CPU": 2.0}), lambda work: done.append([stage.name for stage in work])).run(
+        first=lambda stage: isinstance(stage, Embed), wait=lambda stage, beside: False, started=lambda running, waiting: None
+    )
+    assert done == [["a", "b"], ["c"], ["y"]]

@@ -291,6 +291,14 @@ class Counting(RegressionTask):
         return Regression()
 
 
+class Threads(RegressionTask):
+    """Notes how many it has."""
+
+    def build(self) -> Regression:
+        Path(self.marker).write_text(str(torch.get_num_threads()))
+        return Regression()
+
+
 @pytest.mark.workers
 def test_a_group_trains_one_model_after_another_in_the_same_process(
     ray_session: None, tmp_path: Path, monitor: Monitor
@@ -316,6 +324,20 @@ def test_a_group_trains_one_model_after_another_in_the_same_process(
     assert groups.worth(resources, 1)
     groups.keep([])
     assert not groups.waiting(resources)
+
+
+@pytest.mark.workers
+def test_workers_that_wait_on_a_ray_of_their_own_take_nothing_from_others(
+    ray_session: None, tmp_path: Path, monitor: Monitor
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    groups, marker, resources = Groups(shared=False), str(tmp_path / "threads"), WorkerResources(workers=1, cpus=2)
+    assert groups.reserve(WorkerResources(gpus=1))
+    train(Output(str(tmp_path / "out")), Threads(marker=marker), config(), 0, resources, monitor, groups)
+    assert Path(marker).read_text() == "2"
+    assert groups.waiting(resources)
+    assert ray.available_resources()["CPU"] > ray.cluster_resources()["CPU"] - 0.1
+    groups.keep([])
 
 
 @pytest.mark.workers
