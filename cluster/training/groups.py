@@ -19,7 +19,6 @@ LEAVE = 15.0  # seconds in which the workers of a group have gone
 THREAD = "vdg"  # begins the names of threads that wait for Ray
 WORTH = 2.0  # starts of its workers, which a job that takes longer is worth
 POLL = 0.2  # seconds between looks into the mailbox
-NEARLY_NOTHING = 0.001  # CPUs: Ray places nothing that asks for nothing
 FOLDER = ".workers"  # of a group's first output: what Ray Train keeps of the group
 Job = Callable[[Callable[[Any], None]], None]  # done by every worker; what it is given takes reports, of rank 0 alone
 
@@ -217,7 +216,9 @@ class Groups:
 def _scaling(resources: WorkerResources, reserve: bool) -> Any:
     import ray.train
 
-    wanted = {"CPU": resources.cpus if reserve else NEARLY_NOTHING}
+    wanted: dict[str, float] = (
+        {"CPU": resources.cpus} if reserve else {"memory": 1}
+    )  # a byte: Ray places nothing that asks for nothing
     if resources.gpus:
         wanted["GPU"] = resources.gpus
     if resources.memory_gb:

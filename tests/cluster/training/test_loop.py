@@ -336,7 +336,7 @@ def test_workers_that_wait_on_a_ray_of_their_own_take_nothing_from_others(
     train(Output(str(tmp_path / "out")), Threads(marker=marker), config(), 0, resources, monitor, groups)
     assert Path(marker).read_text() == "2"
     assert groups.waiting(resources)
-    assert ray.available_resources()["CPU"] > ray.cluster_resources()["CPU"] - 0.1
+    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]  # others may want them all
     groups.keep([])
 
 
