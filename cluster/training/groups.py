@@ -216,9 +216,8 @@ class Groups:
 def _scaling(resources: WorkerResources, reserve: bool) -> Any:
     import ray.train
 
-    wanted: dict[str, float] = (
-        {"CPU": resources.cpus} if reserve else {"memory": 1}
-    )  # a byte: Ray places nothing that asks for nothing
+    # a byte, where they are to take nothing: Ray places nothing that asks for nothing
+    wanted: dict[str, float] = {"CPU": resources.cpus} if reserve else {"memory": 1}
     if resources.gpus:
         wanted["GPU"] = resources.gpus
     if resources.memory_gb:
