@@ -13,11 +13,12 @@ import pyarrow as pa
 
 from cluster.artifacts import Output, reject_row
 from cluster.config import DecodeResources
+from cluster.errors import Rejected
 from cluster.parts import run_parts
 from cluster.stage import RunContext, Stage
 from mining import tables
 from mining.gallery import image_bytes
-from mining.images import BadImage, decode
+from mining.images import decode
 from mining.scratch import shared
 from mining.sources import BytesReader
 
@@ -75,7 +76,7 @@ def _make_part(row: dict[str, Any], gallery: Output, output: Output, side: int, 
         try:
             packed.append(thumbnail(image_bytes(image, reader), side, quality))
             shown.append({"image_id": image["image_id"], "key": image["key"]})
-        except (BadImage, OSError) as error:
+        except (Rejected, OSError) as error:
             rejects.append(reject_row("index", image["key"], "unreadable", str(error)))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, PACK) as writer:
@@ -93,7 +94,7 @@ def _pack(part: str) -> str:
 def thumbnail(content: bytes, side: int = SIDE, quality: int = QUALITY) -> bytes:
     """A JPEG whose longer side is at most `side` pixels, without what the image's file says beside its pixels.
 
-    Raises BadImage when the image cannot be decoded.
+    Raises Rejected when the image cannot be decoded.
     """
     image = decode(content)
     image.thumbnail((side, side))

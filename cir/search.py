@@ -28,8 +28,8 @@ from mining.indexes import filled, trained
 from mining.scratch import shared
 from mining.search import Exact, Lists, Search
 
-EXACT_ROWS = 20_000  # one query over larger galleries goes through inverted lists
-LISTS_A_PROBE = 16  # of so many lists one is searched: a composed query lies farther from the gallery than its own images do
+EXACT_PHOTOS = 20_000  # one query over larger galleries goes through inverted lists
+LISTS_A_SEARCHED = 16  # of so many lists one is searched: a composed query lies farther from the gallery than its own images do
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Matrix:
 
     def __init__(self, image_ids: np.ndarray, vectors: np.ndarray) -> None:
         self.image_ids, self.vectors = image_ids, vectors
-        self.search: Search = Exact(vectors) if len(vectors) <= EXACT_ROWS else _lists(vectors)
+        self.search: Search = Exact(vectors) if len(vectors) <= EXACT_PHOTOS else _lists(vectors)
 
     def nearest(self, query: np.ndarray, top: int, without: int | None) -> Hits:
         """The best of one unit query float32 [dim], without one image."""
@@ -81,7 +81,7 @@ def _lists(vectors: np.ndarray) -> Lists:
     content.update(np.ascontiguousarray(vectors).data)
     path = shared(content.digest(), ".index", lambda made: faiss.write_index(trained(vectors, None), str(made)))
     lists = filled(faiss.read_index(str(path)), vectors, on_disk=True)
-    lists.nprobe = -(-lists.nlist // LISTS_A_PROBE)
+    lists.nprobe = -(-lists.nlist // LISTS_A_SEARCHED)
     return Lists(vectors, lists)
 
 
@@ -136,7 +136,7 @@ class Model:
 
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """float32 [n, dim] of norm 1 of images to search in: `images(...) @ query(...)` are their scores."""
-        return unit(self._composer.prepare(np.stack([self.encoder.vector(image) for image in images])))
+        return unit(self._composer.prepare(self.encoder.vectors(np.stack([self.encoder.pixels(image) for image in images]))))
 
 
 def _queries(composer: Composer, asked: Sequence[tuple[Reference, str]]) -> np.ndarray:

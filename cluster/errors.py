@@ -1,4 +1,4 @@
-"""The one exception that is shown to users without a traceback, and how a text is shown in it."""
+"""The exception that is shown to users without a traceback, that of a row that is rejected, and how a text is shown in them."""
 
 
 class UserError(Exception):
@@ -6,6 +6,17 @@ class UserError(Exception):
 
     The message names the field, file or row, what was found, and what to do.
     """
+
+
+class Rejected(Exception):
+    """An image or a row that is not taken: a short reason, which is counted, and what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 def shown(text: str) -> str:

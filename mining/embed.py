@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from cluster.artifacts import REJECTS, REUSED, Output, output_of, reject_row
 from cluster.config import EmbedResources
-from cluster.errors import UserError
+from cluster.errors import Rejected, UserError
 from cluster.parts import Parts, run_parts_of
 from cluster.stage import RunContext, Stage
 from cluster.verify import differences
@@ -23,7 +23,7 @@ from mining import tables
 from mining.config import TowerConfig, ViewsConfig
 from mining.embeddings import INFO, gallery_part, plain_parts, view_of, view_part
 from mining.gallery import image_bytes
-from mining.images import BadImage, render
+from mining.images import render
 from mining.reuse import Earlier, count_reused, note_reused, open_earlier
 from mining.sources import BytesReader
 
@@ -146,7 +146,7 @@ def _decode_part(row: dict[str, Any], looks: list[Look]) -> dict[str, Any]:
         try:
             pixels.append(render(image_bytes(image, reader), tower, views, (image["image_id"], view_of(name))))
             ids.append(image["image_id"])
-        except (BadImage, OSError) as error:
+        except (Rejected, OSError) as error:
             rejects.append(_reject(image["key"], "unreadable", f"image_id {image['image_id']}: {error}"))
     look.output.write_rejects(name, rejects)
     black = np.zeros((tower.image_size, tower.image_size, 3), np.uint8)

@@ -1,6 +1,7 @@
 """The stage exclude: the images of a gallery that no benchmark's val or test images keep from being mined.
 
-The photos of a run's own held-out queries never come into its gallery: `without` of `mining/ingest.py`.
+The photos of a run's own held-out queries never come into its gallery: `without` of `mining/ingest.py`. A query's own photo is
+taken out of its ranking by `cir/benchmarks/benchmark.py` (`remove_reference`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,9 +75,9 @@ class _Excluder:
     """An actor that holds what the benchmarks forbid."""
 
     def __init__(self, job: _Job, cpus: float) -> None:
-        from mining.search import limit_threads
+        from mining.search import limit_faiss_threads
 
-        limit_threads(cpus)
+        limit_faiss_threads(cpus)
         self.job, self.guards = job, Guards(job.gallery, job.benchmarks, job.similarity)
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageEnhance, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
+from cluster.errors import Rejected
 from mining.config import TowerConfig, ViewsConfig
 
 try:
@@ -40,14 +41,6 @@ _BITS, _SAMPLE_FORMAT, _UNSIGNED, _SIGNED, _WHITE_IS_ZERO = 258, 339, 1, 2, 0  #
 _RANGES = {"F": (1, 255, 65535), "I": (255, 65535, 2**31 - 1, 2**32 - 1)}  # that 32 bits are used for
 
 
-class BadImage(Exception):
-    """An image that is rejected, with a short reason."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-
 def has_suffix(name: str) -> bool:
     """Whether a file is an image's by its name."""
     return PurePosixPath(name).suffix.lower() in SUFFIXES
@@ -61,7 +54,7 @@ def without_suffix(name: str) -> str:
 def decode(content: bytes, max_pixels: int | None = None, formats: list[str] | tuple[str, ...] = tuple(FORMATS)) -> Image.Image:
     """Decode an image whole, upright, as RGB; of an animation the first frame. What is clear becomes white.
 
-    `formats`: Pillow's names of those that are tried. Raises BadImage: empty_file, not_an_image, too_large or truncated.
+    `formats`: Pillow's names of those that are tried. Raises Rejected: empty_file, not_an_image, too_large or truncated.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,7 +64,7 @@ def decode(content: bytes, max_pixels: int | None = None, formats: list[str] | t
 def checked_size(content: bytes, max_pixels: int | None = None) -> tuple[int, int]:
     """Width and height, upright, of an image that can be decoded whole.
 
-    A JPEG is decoded at an eighth of its size: all its data is read, in a third of the time. Raises BadImage, as `decode`.
+    A JPEG is decoded at an eighth of its size: all its data is read, in a third of the time. Raises Rejected, as `decode`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,14 +78,14 @@ def checked_size(content: bytes, max_pixels: int | None = None) -> tuple[int, in
 
 def _opened(content: bytes, max_pixels: int | None, formats: list[str] | tuple[str, ...]) -> Image.Image:
     if not content:
-        raise BadImage("empty_file", "0 bytes")
+        raise Rejected("empty_file", "0 bytes")
     try:
         image: Image.Image = Image.open(BytesIO(content), formats=formats)
     except Exception as error:  # of whatever class: each of Pillow's decoders has its own
         reason = "too_large" if isinstance(error, Image.DecompressionBombError) else "not_an_image"
-        raise BadImage(reason, str(error)) from error
+        raise Rejected(reason, str(error)) from error
     if max_pixels is not None and image.width * image.height > max_pixels:
-        raise BadImage("too_large", f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
+        raise Rejected("too_large", f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
     return image
 
 
@@ -103,7 +96,7 @@ def _loaded(image: Image.Image) -> Image.Image:
         turn, upright = _TURNS.get(_orientation(image)), _to_rgb(image)
         return upright if turn is None else upright.transpose(turn)
     except Exception as error:
-        raise BadImage("truncated", str(error)) from error
+        raise Rejected("truncated", str(error)) from error
 
 
 def _scale_clear(image: Image.Image) -> None:

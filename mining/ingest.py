@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 
 from cluster.artifacts import AUTHORS, Output
 from cluster.config import DecodeResources
-from cluster.errors import UserError
+from cluster.errors import Rejected, UserError
 from cluster.parts import run_parts
 from cluster.stage import LOOKED_UP, Limit, RunContext, Source, Stage
 from mining import tables
 from mining.config import GalleryConfig
 from mining.gallery import GROUPS, keys, part_name
-from mining.images import BadImage, checked_size, has_suffix, without_suffix
+from mining.images import checked_size, has_suffix, without_suffix
 from mining.labelled import read_captions, read_triplets
 from mining.rows import read_rows, strings
 from mining.sources import LISTED_ROWS, BytesReader, counted, list_images, normal, read_names, reject
@@ -164,8 +164,8 @@ def _ingest_shard(index: pa.Table, output: Output, gallery: str, copy_images: bo
             held = {"image": content} if copy_images else place
             image_id, sha256 = tables.stable_id(gallery, entry["key"]), hashlib.sha256(content).hexdigest()
             rows.append({"image_id": image_id, "key": entry["key"], "sha256": sha256, "width": width, "height": height, **held})
-        except (BadImage, OSError) as error:
-            reason = error.reason if isinstance(error, BadImage) else "unreadable"
+        except (Rejected, OSError) as error:
+            reason = error.reason if isinstance(error, Rejected) else "unreadable"
             rejects.append(reject(entry["key"], reason, str(error)))
     output.write_rejects(part, rejects)
     output.write_table(part, pa.Table.from_pylist(rows, tables.GALLERY), tables.GALLERY)

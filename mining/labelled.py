@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from cluster.errors import Rejected
 from cluster.files import is_text
 from mining import tables
-from mining.images import BadImage, without_suffix
+from mining.images import without_suffix
 from mining.rows import read_caption_rows, read_rows, strings
 from mining.sources import normal, reject
 
@@ -66,7 +67,7 @@ def read_captions(file: str, known: Mapping[str, int], until: str | None) -> tup
         text = (pair.text().split(until)[0] if until else pair.text()).strip()
         image_id = _known(pair.image, "image", known)
         if not text:
-            raise BadImage("empty_caption", "the row has no text")
+            raise Rejected("empty_caption", "the row has no text")
         return {"image_id": image_id, "caption": text}
 
     return _accepted(read_caption_rows(file), row)
@@ -81,9 +82,9 @@ def _accepted(entries: Iterable[Any], make: Callable[[_Row, str], _Row]) -> tupl
             given = _given(entry)
             name = str(given.get("pairid", name))
             if bad := next((text for text in strings(given) if not is_text(text)), None):
-                raise BadImage("not_utf8", f"{bad[:80]!r} is not valid Unicode")
+                raise Rejected("not_utf8", f"{bad[:80]!r} is not valid Unicode")
             rows.append(make(given, name))
-        except BadImage as error:
+        except Rejected as error:
             rejects.append(reject(name, error.reason, error.detail))
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
@@ -93,11 +94,11 @@ def _accepted(entries: Iterable[Any], make: Callable[[_Row, str], _Row]) -> tupl
 
 
 def _given(entry: Any) -> _Row:
-    """The fields that a row gives. Raises BadImage when it is no row."""
-    if isinstance(entry, BadImage):
+    """The fields that a row gives. Raises Rejected when it is no row."""
+    if isinstance(entry, Rejected):
         raise entry
     if not isinstance(entry, dict) or not all(isinstance(field, str) for field in entry):
-        raise BadImage("malformed_row", f"found {str(entry)[:80]}, expected named fields")
+        raise Rejected("malformed_row", f"found {str(entry)[:80]}, expected named fields")
     return {field: value for field, value in entry.items() if value is not None and value == value}  # a table has every field
 
 
@@ -111,7 +112,7 @@ def _found(name: str, known: Mapping[str, int]) -> int | None:
 
 def _known(key: str, role: str, known: Mapping[str, int]) -> int:
     if (image_id := _found(key, known)) is None:
-        raise BadImage("unknown_image", f"{role} {key!r} is not in the gallery")
+        raise Rejected("unknown_image", f"{role} {key!r} is not in the gallery")
     return image_id
 
 
@@ -170,7 +171,7 @@ class _TripletMaker:
         self._ids: set[int] = set()
 
     def row(self, entry: _Row, name: str) -> _Row:
-        """Raises BadImage or ValidationError when the row is rejected."""
+        """Raises Rejected or ValidationError when the row is rejected."""
         triplet, triplet_id = _Triplet.model_validate(entry), tables.stable_id(self.file, name)
         row = {
             "triplet_id": triplet_id,
@@ -182,15 +183,15 @@ class _TripletMaker:
             "author": triplet.author,  # counted, and no column of the table
         }
         if row["reference_id"] == row["target_id"]:
-            raise BadImage("same_image", "the reference is the target")
+            raise Rejected("same_image", "the reference is the target")
         if not row["deltas"]:
-            raise BadImage("empty_delta", "the row has no text")
+            raise Rejected("empty_delta", "the row has no text")
         if triplet_id in self._ids:
-            raise BadImage("duplicate_name", f"an earlier row has the pairid {name}")
+            raise Rejected("duplicate_name", f"an earlier row has the pairid {name}")
         if triplet.group is not None and triplet.members:
             if not {triplet.reference, triplet.target} <= set(triplet.members):
-                raise BadImage("malformed_row", "the members of its group lack the reference or the target")
+                raise Rejected("malformed_row", "the members of its group lack the reference or the target")
             if self.members.setdefault(triplet.group, triplet.members) != triplet.members:
-                raise BadImage("malformed_row", "an earlier row lists other members of its group")
+                raise Rejected("malformed_row", "an earlier row lists other members of its group")
         self._ids.add(triplet_id)
         return row

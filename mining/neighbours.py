@@ -25,7 +25,7 @@ from mining.features import ORIGIN, read_mean, unit_vectors
 from mining.gallery import part_name
 from mining.indexes import filled, kind_for
 from mining.scratch import new_array, shared
-from mining.search import Exact, Lists, Search, TopK, limit_threads, neighbours_of, plan
+from mining.search import Exact, Lists, Search, TopK, limit_faiss_threads, neighbours_of, plan
 
 BLOCK = 4096  # images of one part
 REPORT = "neighbours.json"  # how the neighbours were found, and with which recall
@@ -93,7 +93,7 @@ class _Job:
 def _write_plan(job: _Job, index: IndexConfig, seed: int, cpus: float) -> None:
     import faiss
 
-    limit_threads(cpus)
+    limit_faiss_threads(cpus)
     report, lists = plan(job.vectors()[1], job.top, index, seed)
     job.output.write_bytes(LISTS, faiss.serialize_index(lists).tobytes())
     job.output.write_json(REPORT, report | job.output.hashes([LISTS]))
@@ -112,7 +112,7 @@ class _Searcher:
     """An actor that searches block by block."""
 
     def __init__(self, job: _Job, cpus: float) -> None:
-        limit_threads(cpus)
+        limit_faiss_threads(cpus)
         self.job = job
         self.ids, vectors = job.vectors()
         self.search = _opened(job, vectors)

@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from cluster.artifacts import filesystem
-from cluster.errors import UserError, shown
+from cluster.errors import Rejected, UserError, shown
 from cluster.files import File, files_below, is_hidden, is_text
-from mining.images import BadImage
 from mining.sources import is_textual, read_file, read_json, texts
 from mining.tars import CAPTION_SUFFIXES, naming, read_members, resolve
 
@@ -33,7 +32,7 @@ _BROKEN = (OSError, ValueError, MemoryError, OverflowError, pa.ArrowException, t
 def read_rows(file: str) -> list[Any]:
     """Rows of a JSON list, JSON lines, CSV or Parquet. Raises UserError naming the file when it is none of these.
 
-    A line that cannot be read is a BadImage in its row's place.
+    A line that cannot be read is a Rejected in its row's place.
     """
     suffix = PurePosixPath(file).suffix.lower()
     if suffix == ".parquet":
@@ -62,7 +61,7 @@ def _line(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return BadImage("malformed_row", f"the line is no JSON: {str(error)[:120]}")
+        return Rejected("malformed_row", f"the line is no JSON: {str(error)[:120]}")
 
 
 def _read_csv(file: str) -> list[Any]:
@@ -91,12 +90,12 @@ def _lines(lines: "csv.DictReader[str]") -> Iterator[Any]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield BadImage("malformed_row", f"up to line {lines.reader.line_num}: {error}")
+            yield Rejected("malformed_row", f"up to line {lines.reader.line_num}: {error}")
 
 
 def _cells(row: dict[Any, Any]) -> Any:
     if None in row:
-        return BadImage("malformed_row", "the row has more cells than the header")
+        return Rejected("malformed_row", "the row has more cells than the header")
     return {field: _cell(value) for field, value in row.items() if value}
 
 
@@ -156,11 +155,11 @@ def _is_container(path: str) -> bool:
 def _rows_or_reject(system: pafs.FileSystem, file: File) -> list[Any]:
     """Of a folder's file: one that cannot be read is a reject, and the others are still good."""
     if file.broken or not is_text(file.path):
-        return [BadImage("unreadable", f"{file.relative}: {file.broken or 'the name is not UTF-8'}")]
+        return [Rejected("unreadable", f"{file.relative}: {file.broken or 'the name is not UTF-8'}")]
     try:
         return _rows_in(system, file.path)
     except UserError as error:
-        return [BadImage("unreadable", str(error))]
+        return [Rejected("unreadable", str(error))]
 
 
 def _rows_in(system: pafs.FileSystem, path: str) -> list[_Row]:
@@ -217,10 +216,10 @@ def _tar_rows(stream: Any) -> list[Any]:
             else:
                 captions.setdefault(key_of(name), _json_caption(content))
     rows: list[Any] = [{"image": key, "caption": text} for key, text in captions.items()]
-    rows += [BadImage("unreadable", f"{name}: {why}") for name, why in found.broken]
+    rows += [Rejected("unreadable", f"{name}: {why}") for name, why in found.broken]
     if found.error and not rows:
         raise ValueError(found.error)
-    return rows + ([BadImage("unreadable", found.error)] if found.error else [])
+    return rows + ([Rejected("unreadable", found.error)] if found.error else [])
 
 
 def _json_caption(content: bytes) -> str:

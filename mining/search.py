@@ -123,7 +123,7 @@ def without_self(rows: np.ndarray, best: TopK) -> TopK:
     return found[~own].reshape(shape), scores[~own].reshape(shape)
 
 
-def limit_threads(cpus: float) -> None:
+def limit_faiss_threads(cpus: float) -> None:
     """Give FAISS as many threads as Ray gave this process CPUs."""
     import faiss
 

@@ -25,13 +25,13 @@ from cluster.app.runner import metrics_of, run
 from cluster.artifacts import MANIFEST, Output, below, filesystem, outputs_of
 from cluster.config import validate
 from cluster.driver.lineage import Lineage
-from cluster.errors import UserError
+from cluster.errors import Rejected, UserError
 from cluster.stage import Stage
 from cluster.verify import verify
 from mining import tables
 from mining.config import TowerConfig
 from mining.gallery import keys
-from mining.images import BadImage, decode
+from mining.images import decode
 from mining.ingest import IngestGallery
 from vdg.explain import Explainer, Explanation
 from vdg.generate import Generate
@@ -125,7 +125,7 @@ class Run:
             content = image if isinstance(image, bytes) else Path(image).read_bytes()
             pixels = self.searcher.encoder.pixels(decode(content, self.graph.config.ingest.max_pixels))
             return self.searcher.uploaded(content, pixels)
-        except (OSError, BadImage) as error:
+        except (OSError, Rejected) as error:
             name = "the image" if isinstance(image, bytes) else image
             raise UserError(f"{name}: cannot be read ({error}); give an image file or a key of the gallery") from error
 

@@ -29,7 +29,7 @@ class Registered:
     def predict(self, table: "pd.DataFrame", params: Any = None) -> np.ndarray:
         """float32 [n, dim] of norm 1: of an image (a file, or its bytes) and a text the query, without a text what is searched.
 
-        Raises BadImage for what is no image.
+        Raises Rejected for what is no image.
         """
         vectors = []
         for image, text in zip(table["image"], table["text"], strict=True):

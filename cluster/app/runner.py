@@ -23,9 +23,9 @@ from cluster.artifacts import Output, below, filesystem
 from cluster.config import WorkerResources, in_folder
 from cluster.driver import lease, session
 from cluster.driver.demand import nodes, require, resources_of
+from cluster.driver.mlflow_store import sqlite_uri
 from cluster.driver.progress import RunProgress, StageProgress, console
 from cluster.driver.schedule import Room, Schedule, Work
-from cluster.driver.store import sqlite_uri
 from cluster.errors import UserError
 from cluster.manifest import Manifest
 from cluster.monitor import Several

@@ -1,4 +1,7 @@
-"""A full disk, a store out of reach or a user's mistake, said as a user's error behind whatever the libraries made of it."""
+"""A full disk, a store out of reach or a user's mistake, said as a user's error behind whatever the libraries made of it.
+
+How often lost workers are replaced: `max_failures` of `cluster/config.py`.
+"""
 
 import errno
 import os

@@ -17,7 +17,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from cluster.driver import records
 from cluster.driver.interrupt import uninterrupted
-from cluster.driver.store import connect, reason, said, sqlite_file
+from cluster.driver.mlflow_store import connect, reason, said, sqlite_file
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.provenance import git_commit

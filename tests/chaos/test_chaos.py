@@ -21,8 +21,8 @@ from cluster.app import config as configs
 from cluster.app.graph import Graph
 from cluster.artifacts import MANIFEST, Output
 from cluster.driver import lease
+from cluster.driver.mlflow_store import sqlite_uri
 from cluster.driver.progress import console
-from cluster.driver.store import sqlite_uri
 from cluster.training.checkpoints import latest
 from cluster.training.loop import METRICS
 from tests.chaos.conftest import LIMIT, assert_same, start

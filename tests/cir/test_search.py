@@ -88,8 +88,8 @@ def test_inverted_lists_find_what_an_exact_search_finds(monkeypatch: pytest.Monk
     vectors = unit(np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32))
     ids = np.arange(3000) * 7
     exact = Matrix(ids, vectors)
-    monkeypatch.setattr(search, "EXACT_ROWS", 100)
-    monkeypatch.setattr(search, "LISTS_A_PROBE", 1)
+    monkeypatch.setattr(search, "EXACT_PHOTOS", 100)
+    monkeypatch.setattr(search, "LISTS_A_SEARCHED", 1)
     lists = Matrix(ids, vectors)
     assert (type(exact.search), type(lists.search)) == (Exact, Lists)
     for query in vectors[:20]:
@@ -112,7 +112,7 @@ def test_an_uploaded_copy_of_a_photo_of_the_gallery_is_that_photo(
 
 def test_the_lists_are_trained_once_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(search, "EXACT_ROWS", 100)
+    monkeypatch.setattr(search, "EXACT_PHOTOS", 100)
     vectors = unit(np.random.default_rng(0).standard_normal((500, 16)).astype(np.float32))
     first = Matrix(np.arange(500), vectors).nearest(vectors[3], 5, None)
     monkeypatch.delattr(search, "trained")

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from cluster.errors import Rejected
 from mining.config import TowerConfig, ViewsConfig
-from mining.images import _OPERATIONS, BadImage, _augment, _crop_box, _to_rgb, checked_size, decode, render
+from mining.images import _OPERATIONS, _augment, _crop_box, _to_rgb, checked_size, decode, render
 
 PROJECT = Path(__file__).parents[2]
 TOWER = TowerConfig(library="timm", model="unused", image_size=64)
@@ -36,7 +37,7 @@ def jpeg(width: int = 90, height: int = 60) -> bytes:
 )
 def test_bad_images_have_a_reason(content: bytes, reason: str) -> None:
     for read in (decode, checked_size):
-        with pytest.raises(BadImage) as error:
+        with pytest.raises(Rejected) as error:
             read(content, max_pixels=100_000)
         assert error.value.reason == reason
 
@@ -62,7 +63,7 @@ def test_a_jpeg_that_is_cut_anywhere_is_checked_as_it_is_decoded(progressive: bo
 def _reason(read: Callable[[bytes], object], content: bytes) -> str | None:
     try:
         read(content)
-    except BadImage as error:
+    except Rejected as error:
         return error.reason
     return None
 
@@ -75,13 +76,13 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 @pytest.mark.parametrize("kind", ["DDS", "EPS", "ICO", "PCX", "TGA"])
 def test_other_formats_reach_no_decoder(kind: str) -> None:
-    with pytest.raises(BadImage, match="not_an_image: cannot identify"):
+    with pytest.raises(Rejected, match="not_an_image: cannot identify"):
         decode(encoded(Image.new("RGB", (8, 8)), kind))
 
 
 def test_postscript_starts_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
-    with pytest.raises(BadImage, match="not_an_image"):
+    with pytest.raises(Rejected, match="not_an_image"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n%%EOF\n")
 
 
@@ -90,7 +91,7 @@ def test_an_image_is_bad_whatever_its_decoder_raises(monkeypatch: pytest.MonkeyP
         raise NotImplementedError("Unknown pixel format")
 
     monkeypatch.setitem(Image.OPEN, "JPEG", (fails, None))
-    with pytest.raises(BadImage, match="not_an_image: Unknown pixel format"):
+    with pytest.raises(Rejected, match="not_an_image: Unknown pixel format"):
         decode(jpeg())
 
 
@@ -285,7 +286,7 @@ def test_decompression_bomb_is_refused_before_it_is_decoded() -> None:
     stream = BytesIO()
     Image.new("1", (20_000, 20_000)).save(stream, "PNG")
     assert len(stream.getvalue()) < 100_000
-    with pytest.raises(BadImage, match="too_large"):
+    with pytest.raises(Rejected, match="too_large"):
         decode(stream.getvalue(), max_pixels=89_478_485)
 
 

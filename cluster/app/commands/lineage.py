@@ -17,8 +17,8 @@ from cluster.app.export import export as write
 from cluster.app.runner import headline, record_results, tracking_uri
 from cluster.artifacts import Output
 from cluster.driver.lineage import Lineage, Made, problems
+from cluster.driver.mlflow_store import sqlite_uri
 from cluster.driver.progress import answers, console
-from cluster.driver.store import sqlite_uri
 from cluster.errors import UserError
 from cluster.redaction import without_user
 
@@ -73,7 +73,7 @@ def track(config: Config, assignments: Set = []) -> None:  # noqa: B006
 
     A SQLite file that is damaged is set aside, and a new one made.
     """
-    from cluster.driver.store import said, set_aside
+    from cluster.driver.mlflow_store import said, set_aside
     from cluster.driver.tracking import Tracker
 
     graph = graph_of(config, assignments)
@@ -169,7 +169,7 @@ def _root(place: str, assignments: list[str]) -> tuple[str, str | None]:
 def _digest_of_run(run_id: str, uri: str | None) -> str:
     if uri is None:
         raise UserError(f"{run_id}: a root without mlflow.db knows no MLflow runs; give the config, with its tracking.uri")
-    from cluster.driver.store import connect, reason, said
+    from cluster.driver.mlflow_store import connect, reason, said
 
     with said(uri):
         client = connect(uri)

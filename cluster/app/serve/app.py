@@ -30,14 +30,13 @@ from cluster.app.labels import Found, Judged, Label, Labelling, Teaching
 from cluster.app.serve.admission import Admission
 from cluster.app.serve.batching import Batching
 from cluster.app.serve.child import Ended
-from cluster.app.serve.guard import Guard
+from cluster.app.serve.guard import UPLOAD_BYTES, Guard
 from cluster.app.serve.models import Batch, EncoderProcess, OneSearch, Took, finder
 from cluster.artifacts import Output
-from cluster.errors import UserError
+from cluster.errors import Rejected, UserError
 from mining.gallery import read_images
-from mining.images import BadImage, decode
+from mining.images import decode
 
-UPLOAD_BYTES = 10 * 2**20
 UPLOAD_PIXELS = 50_000_000
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP")  # what browsers send: the fewer parsers a stranger reaches the better
 UPLOADS = 256  # whose vectors are kept
@@ -142,7 +141,7 @@ class Service:
         took[name] = round(took.get(name, 0) + 1000 * seconds, 3)
 
     def upload(self, content: bytes) -> dict[str, Any]:
-        """Keep an image's vector. Raises BadImage."""
+        """Keep an image's vector. Raises Rejected."""
         took: dict[str, float] = {}
         with self.decoding.take(), self.step("decode", took):
             image = decode(content, UPLOAD_PIXELS, UPLOAD_FORMATS)
@@ -270,7 +269,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
         content = await _body(request)
         try:
             return await run_in_threadpool(service.upload, content)
-        except BadImage as error:
+        except Rejected as error:
             raise HTTPException(422, str(error)) from error
 
     @app.post("/v1/search")

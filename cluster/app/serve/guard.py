@@ -16,6 +16,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 COOKIE = "vdg_token"
 OPEN = {"/healthz", "/readyz"}  # say nothing of the run
 BODY_BYTES = 64 * 1024  # of a request that is no image
+UPLOAD_BYTES = 10 * 2**20  # of one that is
 AT_A_TIME = 32  # requests in flight; further ones are sent away
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "

@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 
 from cir.search import Encoder, Hits, Reference, Searcher
-from cluster import devices
 from cluster.app.serve.batching import Batching
 from cluster.app.serve.child import ChildProcess
-from mining import search
+from cluster.devices import limit_threads
 from mining.config import TowerConfig
+from mining.search import limit_faiss_threads
 
 Took = dict[str, float]  # step -> its seconds
 
@@ -43,8 +43,8 @@ def finder(searcher: Searcher, models: Sequence[str]) -> ChildProcess[Batch, tup
 
 def _find(searcher: Searcher, models: Sequence[str]) -> Callable[[Batch], tuple[list[Hits], Took]]:
     threads = _half_of_the_cores()
-    devices.limit_threads(threads)
-    search.limit_threads(threads)
+    limit_threads(threads)
+    limit_faiss_threads(threads)
     for name in models:
         searcher.composer(name), searcher.matrix(name)
 
@@ -73,7 +73,7 @@ class EncoderProcess(Encoder):
 
 
 def _encode(tower: TowerConfig) -> Callable[[np.ndarray], np.ndarray]:
-    devices.limit_threads(_half_of_the_cores())
+    limit_threads(_half_of_the_cores())
     return Encoder(tower).vectors
 
 

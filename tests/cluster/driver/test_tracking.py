@@ -22,7 +22,7 @@ from mlflow.tracking import MlflowClient
 
 from cluster.artifacts import Output
 from cluster.driver.interrupt import interrupt
-from cluster.driver.store import connect, sqlite_uri
+from cluster.driver.mlflow_store import connect, sqlite_uri
 from cluster.driver.tracking import COMPLETE, Tracker
 from cluster.monitor import Monitor
 from cluster.stage import Stage

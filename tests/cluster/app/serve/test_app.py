@@ -86,7 +86,7 @@ def test_an_upload_is_searched_with_and_its_pixels_are_not_kept(client: TestClie
         (encoded("BMP"), 422, "not_an_image"),
         (encoded("JPEG", (200, 200), quality=95)[:-100], 422, "truncated"),
         (encoded("PNG", (10_000, 5001)), 422, "too_large"),
-        (b"\xff" * (serving.UPLOAD_BYTES + 1), 413, "larger than"),
+        (b"\xff" * (guard.UPLOAD_BYTES + 1), 413, "larger than"),
     ],
 )
 def test_what_is_no_image_is_refused(client: TestClient, content: bytes, status: int, reason: str) -> None:

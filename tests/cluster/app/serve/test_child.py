@@ -13,7 +13,13 @@ import psutil
 import pytest
 
 from cluster.app.serve.child import ChildProcess, Ended
-from mining.images import BadImage
+
+
+class TwoArguments(Exception):
+    """Comes out of no pickle."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
 
 
 def divider() -> Callable[[int], tuple[float, int]]:
@@ -32,7 +38,7 @@ def odd() -> Callable[[str], object]:
     def answer(asked: str) -> object:
         if asked == "lambda":
             return lambda: None
-        raise BadImage("truncated", "cut")
+        raise TwoArguments("truncated", "cut")
 
     return answer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cluster.driver.store import connect, reason, said, set_aside, sqlite_file, sqlite_uri
+from cluster.driver.mlflow_store import connect, reason, said, set_aside, sqlite_file, sqlite_uri
 from cluster.driver.tracking import Tracker
 from cluster.errors import UserError
 
