@@ -1,6 +1,7 @@
 """The stage evaluate: everything that can be ranked, on one benchmark. The driver stays free of torch."""
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -176,8 +177,8 @@ def _figures(
     missing = {name: entrant for name, entrant in entrants.items() if not output.exists(ranking(benchmark.protocols[0], name))}
     count = len(benchmark.queries)
     monitor.start(len(entrants) * count, "ranking", (len(entrants) - len(missing)) * count)
-    for _ in _ranked(inputs, missing, resources):
-        monitor.advance(count)
+    for seconds in _ranked(inputs, missing, resources):
+        monitor.advance(count, seconds)
     if benchmark.hidden:
         output.write_json("protocols.json", figures.protocols(benchmark, []))
         return {}, {}
@@ -205,8 +206,8 @@ def ranking(protocol: Protocol, name: str) -> str:
     return f"rankings/{f'{protocol.name}/' if protocol.label else ''}{name}.parquet"
 
 
-def _ranked(inputs: _Inputs, entrants: dict[str, Entrant], resources: ActorResources) -> Iterator[None]:
-    """Rank entrants in Ray tasks, `resources.actors` at a time; yields as each is finished."""
+def _ranked(inputs: _Inputs, entrants: dict[str, Entrant], resources: ActorResources) -> Iterator[float]:
+    """Rank entrants in Ray tasks, `resources.actors` at a time; yields the seconds of each as it is finished."""
     import ray
 
     task = ray.remote(_rank).options(**resources.ray_options())
@@ -217,15 +218,18 @@ def _ranked(inputs: _Inputs, entrants: dict[str, Entrant], resources: ActorResou
         while waiting and len(running) < resources.actors:
             running.append(task.remote(*waiting.pop(0), shared, resources.cpus))
         (finished, *_), running = ray.wait(running)
-        ray.get(finished)
-        yield
+        yield ray.get(finished)
 
 
-def _rank(name: str, entrant: Entrant, inputs: _Inputs, cpus: float) -> None:
-    """A Ray task: compose all queries and rank the gallery part by part. The benchmark's own ranking is written last."""
+def _rank(name: str, entrant: Entrant, inputs: _Inputs, cpus: float) -> float:
+    """A Ray task: compose all queries and rank the gallery part by part. The benchmark's own ranking is written last.
+
+    Returns the seconds that it took in a process that has loaded torch.
+    """
     from cluster.devices import limit_threads
 
     limit_threads(cpus)
+    began = time.monotonic()
     benchmark = inputs.benchmark
     take = inputs.vectors.open(benchmark.query_images)
     queries, prepare = entrant.compose(benchmark.queries, take, inputs.batch_size)
@@ -242,6 +246,7 @@ def _rank(name: str, entrant: Entrant, inputs: _Inputs, cpus: float) -> None:
             best = [group.image_ids if group else np.empty(0, np.int64) for group in groups]
             _write_submissions(inputs, name, benchmark.submissions(protocol, found.image_ids, best))
         inputs.output.write_table(ranking(protocol, name), _table(benchmark, found, groups), RANKINGS)
+    return time.monotonic() - began
 
 
 def _groups(benchmark: Benchmark, queries: np.ndarray, features_of: Take) -> list[metrics.RankedGroup | None]:

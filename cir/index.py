@@ -14,7 +14,7 @@ import pyarrow as pa
 from cluster.artifacts import Output, reject_row
 from cluster.config import DecodeResources
 from cluster.errors import Rejected
-from cluster.parts import run_parts
+from cluster.parts import run_parts, timed
 from cluster.stage import RunContext, Stage
 from mining import tables
 from mining.gallery import image_bytes
@@ -58,7 +58,7 @@ class Index(Stage):
             import ray.data
 
             return ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names)).map_batches(
-                make,
+                partial(timed, make),
                 batch_size=1,
                 num_cpus=self.resources.decode_cpus,
                 compute=ray.data.TaskPoolStrategy(size=self.resources.decode_tasks),

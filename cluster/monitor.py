@@ -7,8 +7,8 @@ class Monitor:
     def start(self, total: int, unit: str, done: int = 0) -> None:
         """A stage of `total` units begins, `done` of them finished by an earlier run."""
 
-    def advance(self, count: int) -> None:
-        """`count` more units are finished."""
+    def advance(self, count: int, seconds: float = 0.0) -> None:
+        """`count` more units are finished, at which a process has worked so long."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Training metrics at an optimiser step."""
@@ -25,10 +25,10 @@ class Several(Monitor):
         for monitor in self.monitors:
             monitor.start(total, unit, done)
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, seconds: float = 0.0) -> None:
         """As `Monitor`."""
         for monitor in self.monitors:
-            monitor.advance(count)
+            monitor.advance(count, seconds)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """As `Monitor`."""

@@ -1,7 +1,8 @@
 """The unit of resume in a Ray Data stage: one input shard gives one output part."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cluster.artifacts import Output
 from cluster.config import ActorResources
@@ -21,8 +22,8 @@ def run_parts(
     """Make the parts that are missing from `output` in one Ray Data execution, so that its actors load their models once.
 
     `parts` maps a part's file name to its number of rows; `dataset` turns names into a Dataset that writes them and
-    gives one row {"part", "rows"} for each part written. A part is renamed into place when it is whole, so a killed
-    stage goes on from the parts that exist.
+    gives one row {"part", "rows", "seconds"} for each part written (`timed`). A part is renamed into place when it is whole,
+    so a killed stage goes on from the parts that exist.
     """
     run_parts_of([Parts(output, parts, monitor)], lambda missing: dataset([name for _, name in missing]), unit)
 
@@ -44,7 +45,13 @@ def run_parts_of(outputs: Sequence[Parts], dataset: Callable[[list[tuple[int, st
         missing += [(place, name) for name in rows if name not in finished]
     if missing:
         for row in dataset(missing).iter_rows():
-            outputs[row.get("output", 0)].monitor.advance(row["rows"])
+            outputs[row.get("output", 0)].monitor.advance(row["rows"], row["seconds"])
+
+
+def timed(make: Callable[[Any], dict[str, Any]], row: Any) -> dict[str, Any]:
+    """What `make` gives for a row of one part, and the "seconds" that it took."""
+    began = time.monotonic()
+    return make(row) | {"seconds": [time.monotonic() - began]}
 
 
 class PartJob(Protocol):
@@ -65,11 +72,21 @@ def run_actors(
         import ray.data
 
         return ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names)).map_batches(
-            actor,
-            fn_constructor_args=(job, resources.cpus),
+            _Actor,
+            fn_constructor_args=(actor, job, resources.cpus),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(resources.actors, len(names))),
             **resources.ray_options(),
         )
 
     run_parts(job.output, parts, dataset, monitor, unit)
+
+
+class _Actor:
+    """Calls another, and tells how long it took."""
+
+    def __init__(self, actor: type, job: PartJob, cpus: float) -> None:
+        self.actor = actor(job, cpus)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return timed(self.actor, row)

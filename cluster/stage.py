@@ -340,19 +340,19 @@ def run_together(
 
 
 class _Clock(Monitor):
-    """When the first and the last unit of work were finished."""
+    """When work on the first unit began, and when the last was finished."""
 
     def __init__(self) -> None:
         self.began = self.last = time.monotonic()
         self.first = math.inf
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, seconds: float = 0.0) -> None:
         """A unit more."""
         self.last = time.monotonic()
-        self.first = min(self.first, self.last)
+        self.first = min(self.first, self.last - seconds)
 
     def startup(self, began: float) -> float:
-        """Seconds until the first unit; without any none."""
+        """Seconds until a process began to work; without any unit none."""
         return max(self.first - began, 0.0) if self.first < math.inf else 0.0
 
 

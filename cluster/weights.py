@@ -4,8 +4,9 @@ import hashlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -130,7 +131,10 @@ def _package_folder(package: str) -> Path:
 
 @cache
 def _package_version(package: str) -> str | None:
-    distributions = packages_distributions().get(package.partition(".")[0])
+    name = package.partition(".")[0]
+    with suppress(PackageNotFoundError):
+        return version(name)
+    distributions = packages_distributions().get(name)  # reads the lists of files of all that is installed
     return version(distributions[0]) if distributions else None
 
 

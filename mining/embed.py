@@ -16,7 +16,7 @@ import pyarrow as pa
 from cluster.artifacts import REJECTS, REUSED, Output, output_of, reject_row
 from cluster.config import EmbedResources
 from cluster.errors import Rejected, UserError
-from cluster.parts import Parts, run_parts_of
+from cluster.parts import Parts, run_parts_of, timed
 from cluster.stage import RunContext, Stage
 from cluster.verify import differences
 from mining import tables
@@ -188,6 +188,9 @@ class Embedder:
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
         """Embed and write one row of `_decode_part`."""
+        return timed(self._write, row)
+
+    def _write(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
         name, ids, reused = str(row["part"][0]), row["image_id"][0], row["reused"][0].astype(bool)
         output = self.outputs[int(row["output"][0])]
         new = self._embed(row["pixels"][0])

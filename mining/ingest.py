@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from cluster.artifacts import AUTHORS, Output
 from cluster.config import DecodeResources
 from cluster.errors import Rejected, UserError
-from cluster.parts import run_parts
+from cluster.parts import run_parts, timed
 from cluster.stage import LOOKED_UP, Limit, RunContext, Source, Stage
 from mining import tables
 from mining.config import GalleryConfig
@@ -82,7 +82,7 @@ class IngestGallery(Ingest):
 
             blocks = [shards[n].append_column("part", pa.array([n] * len(shards[n]))) for n in names]
             return ray.data.from_arrow(blocks).map_batches(
-                ingest,
+                partial(timed, ingest),
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=self.resources.decode_cpus,

@@ -3,6 +3,7 @@
 The neighbours were found by the stage before. One Ray task pairs: its tables and vectors lie in memory-mapped files.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ class Mine(Stage):
         job = Mining(output, embeddings, mineable, neighbours, labelled, center, self.config, self.seed, shards or {})
         task: Any = ray.remote(**self.resources.ray_options())(_mine)
         for paired in task.remote(job):
-            run.monitor.advance(ray.get(paired))
+            run.monitor.advance(*ray.get(paired))
 
     def _images(self, embeddings: Output, mineable: Output | None) -> int:
         parts = plain_parts(embeddings)
@@ -101,9 +102,12 @@ class MineLabelled(Stage, kind="mine"):
         run.monitor.advance(len(pairs))
 
 
-def _mine(job: Mining) -> Iterator[int]:
-    """Yields the number of anchors paired, block by block."""
-    yield from METHODS[job.config.method](job)
+def _mine(job: Mining) -> Iterator[tuple[int, float]]:
+    """Yields the number of anchors paired, block by block, and the seconds since the last."""
+    began = time.monotonic()
+    for count in METHODS[job.config.method](job):
+        yield count, time.monotonic() - began
+        began = time.monotonic()
     if not sum(job.output.part_rows().values()):
         raise UserError(f"mine: no pairs found among the images of '{job.config.gallery}'; relax mine.{job.config.method}")
     ids = np.concatenate(list(mineable_ids(job.embeddings, job.mineable).values()))

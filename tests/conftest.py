@@ -44,14 +44,15 @@ class Recorder:
     """A monitor that keeps what a stage reports."""
 
     def __init__(self) -> None:
-        self.total, self.resumed, self.advanced = 0, 0, 0
+        self.total, self.resumed, self.advanced, self.seconds = 0, 0, 0, 0.0
         self.reports: list[tuple[int, dict[str, float]]] = []
 
     def start(self, total: int, unit: str, done: int = 0) -> None:
         self.total, self.resumed = total, done
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, seconds: float = 0.0) -> None:
         self.advanced += count
+        self.seconds += seconds
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.reports.append((step, values))

@@ -102,7 +102,7 @@ class StageProgress(Monitor):
         self._began, self._first = time.monotonic(), None
         self._bar.update(self._task, total=total, completed=done)
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, seconds: float = 0.0) -> None:
         """`count` more units are finished."""
         now = time.monotonic()
         self.done = min(self.done + count, self.total)

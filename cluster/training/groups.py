@@ -5,7 +5,7 @@ import math
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -64,18 +64,19 @@ class Mailbox:
 
 
 class Group:
-    """Workers of one shape, until it is closed or has failed more often than its resources allow."""
+    """Workers of one shape, until it is closed or has failed more often than that allows."""
 
-    def __init__(self, resources: WorkerResources, place: Output, reserve: bool) -> None:
+    def __init__(self, shape: WorkerResources, place: Output, reserve: bool) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.resources, self.place, self.reserve = resources, Output(below(place.uri, FOLDER)), reserve
+        self.shape, self.place, self.reserve = shape, Output(below(place.uri, FOLDER)), reserve
         actor: Any = ray.remote(Mailbox)
         self.mailbox = actor.options(num_cpus=0, scheduling_strategy=here).remote()
         self.error: BaseException | None = None
-        self.made, self.start, self.longest = time.monotonic(), math.inf, 0.0  # seconds of its start, and of its longest job
+        self.made, self.start = time.monotonic(), math.inf  # when, and the seconds of its start
+        self.longest: dict[float, float] = defaultdict(float)  # CPUs a worker of a job -> seconds of the longest
         self.thread = threading.Thread(target=self._fit, daemon=True, name=f"{THREAD} workers")
         self.thread.start()
 
@@ -87,13 +88,13 @@ class Group:
         system.create_dir(base, recursive=True)
         trainer = TorchTrainer(
             _serve,
-            train_loop_config={"mailbox": self.mailbox, "cpus": self.resources.cpus},
-            scaling_config=_scaling(self.resources, self.reserve),
+            train_loop_config={"mailbox": self.mailbox},
+            scaling_config=_scaling(self.shape, self.reserve),
             run_config=ray.train.RunConfig(
                 name=uuid.uuid4().hex,
                 storage_path=base,
                 storage_filesystem=system,
-                failure_config=ray.train.FailureConfig(max_failures=self.resources.max_failures),
+                failure_config=ray.train.FailureConfig(max_failures=self.shape.max_failures),
             ),
         )
         try:
@@ -105,12 +106,15 @@ class Group:
             with suppress(OSError):
                 system.delete_dir(base)
 
-    def train(self, job: Job, heard: Callable[[Any], None]) -> None:
-        """Do a job, and pass on what is reported. Raises a user's mistake, and what ended the group."""
+    def train(self, job: Job, cpus: float, heard: Callable[[Any], None]) -> None:
+        """Do a job with as many threads a worker, and pass on what is reported.
+
+        Raises a user's mistake, and what ended the group.
+        """
         import ray
         from ray import cloudpickle
 
-        ray.get(self.mailbox.give.remote(cloudpickle.dumps(job)))
+        ray.get(self.mailbox.give.remote(cloudpickle.dumps((job, cpus))))
         finished, mistake, begun = False, None, math.inf
         while not finished:
             time.sleep(POLL)
@@ -120,7 +124,7 @@ class Group:
                 begun = min(begun, time.monotonic())
                 self.start = min(self.start, begun - self.made)
                 heard(report)
-            self.longest = max(self.longest, time.monotonic() - begun)
+            self.longest[cpus] = max(self.longest[cpus], time.monotonic() - begun)
             if not alive and not finished:
                 raise self.error or RuntimeError("the workers ended before their job")
         if mistake is not None:
@@ -159,12 +163,13 @@ class Groups:
 
     @contextmanager
     def take(self, resources: WorkerResources, place: Output) -> Iterator[Group]:
-        """A group of this shape for a job; one that failed is not used again."""
+        """A group of their shape for a job; one that failed is not used again."""
+        shape = self.shape(resources)
         with self.lock:
-            found = next((group for group in self.idle if group.resources == resources and group.thread.is_alive()), None)
+            found = next((group for group in self.idle if group.shape == shape and group.thread.is_alive()), None)
             if found is not None:
                 self.idle.remove(found)
-        group = found or Group(resources, place, self.reserve(resources))
+        group = found or Group(shape, place, self.reserve(resources))
         with self.lock:
             self.busy.append(group)
             self.made += [] if found else [group]
@@ -186,31 +191,38 @@ class Groups:
         """Whether workers take from Ray what they are to use, also while they wait: else others could not start beside them."""
         return self.shared or resources.gpus > 0 or resources.memory_gb is not None
 
+    def shape(self, resources: Any) -> Any:
+        """What one group's jobs have in common. Workers that reserve nothing take jobs of any number of threads."""
+        if not isinstance(resources, WorkerResources) or self.reserve(resources):
+            return resources
+        return resources.model_copy(update={"cpus": 1.0})
+
     def waiting(self, resources: Any) -> bool:
-        """Whether a group of this shape waits for a job."""
+        """Whether a group of their shape waits for a job."""
         with self.lock:
-            return any(group.resources == resources for group in self.idle)
+            return any(group.shape == self.shape(resources) for group in self.idle)
 
     def worth(self, resources: WorkerResources, at_work: int) -> bool:
         """Whether a job should begin beside as many of its shape: a group waits for it, or another is worth its start.
 
-        It is once a job of this shape has taken `WORTH` times as long as its workers took to start. Short jobs are done
+        It is once a job of these resources has taken `WORTH` times as long as its workers took to start. Short jobs are done
         sooner one after another by workers that are there; long ones have lost little.
         """
+        shape = self.shape(resources)
         with self.lock:
-            there = [group for group in self.idle + self.busy if group.resources == resources and group.thread.is_alive()]
-            known = [group for group in self.made if group.resources == resources]
-        return at_work < len(there) or any(group.longest > WORTH * group.start for group in known)
+            there = [group for group in self.idle + self.busy if group.shape == shape and group.thread.is_alive()]
+            known = [group for group in self.made if group.shape == shape]
+        return at_work < len(there) or any(group.longest[resources.cpus] > WORTH * group.start for group in known)
 
     def keep(self, wanted: list[Any]) -> None:
         """Let go of the groups that wait beyond one for each of these resources; a group at work counts."""
         with self.lock:
-            left = Counter(repr(resources) for resources in wanted) - Counter(repr(group.resources) for group in self.busy)
+            left = Counter(repr(self.shape(one)) for one in wanted) - Counter(repr(group.shape) for group in self.busy)
             for group in list(self.idle):
-                if left[repr(group.resources)] <= 0:
+                if left[repr(group.shape)] <= 0:
                     self.idle.remove(group)
                     group.close()
-                left[repr(group.resources)] -= 1
+                left[repr(group.shape)] -= 1
 
 
 def _scaling(resources: WorkerResources, reserve: bool) -> Any:
@@ -237,14 +249,12 @@ def _serve(arguments: dict[str, Any]) -> None:
     import torch
     from ray import cloudpickle
 
-    from cluster.devices import limit_threads
-
-    limit_threads(arguments["cpus"])
     mailbox, first, done = arguments["mailbox"], ray.train.get_context().get_world_rank() == 0, 0
     while True:
         number, job, closed = ray.get(mailbox.take.remote(done))
         if job is not None:
-            mistake = _mistake(cloudpickle.loads(job), lambda content: ray.get(mailbox.report.remote(content)))
+            given, cpus = cloudpickle.loads(job)
+            mistake = _mistake(given, cpus, lambda content: ray.get(mailbox.report.remote(content)))
             done = number
             gc.collect()  # a module and its engine hold each other
             if torch.cuda.is_available():
@@ -257,8 +267,11 @@ def _serve(arguments: dict[str, Any]) -> None:
             time.sleep(POLL)
 
 
-def _mistake(job: Job, report: Callable[[Any], None]) -> UserError | None:
-    """A user's mistake, raised, would make Ray Train start over."""
+def _mistake(job: Job, cpus: float, report: Callable[[Any], None]) -> UserError | None:
+    """Do a job. A user's mistake, raised, would make Ray Train start over."""
+    from cluster.devices import limit_threads
+
+    limit_threads(cpus)
     try:
         job(report)
     except UserError as error:

@@ -116,7 +116,7 @@ def train(
     job, heard = partial(_train, output, task, config, seed), partial(_pass_on, monitor, [done])
     if resources.workers:
         with nullcontext(groups) if groups else Groups() as mine, mine.take(resources, output) as group:
-            group.train(job, heard)
+            group.train(job, resources.cpus, heard)
     else:
         with LOCAL, process_group():
             job(heard)

@@ -30,7 +30,7 @@ class Clock(Monitor):
     def __init__(self) -> None:
         self.parts: list[tuple[float, int]] = []
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, seconds: float = 0.0) -> None:
         """A part of `count` images is finished."""
         self.parts.append((time.perf_counter(), count))
 

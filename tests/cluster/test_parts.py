@@ -36,6 +36,7 @@ class _Model:
 def test_a_stage_loads_its_models_once(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
     output, resources = Output(str(tmp_path / "o")), ActorResources(cpus=0.5)
     run_actors(_Model, _Job(output), PARTS, resources, monitor, "row")
+    assert 0 < monitor.seconds < 10
     assert output.parts() == sorted(PARTS)
     assert (monitor.total, monitor.advanced, len(output.names("loaded"))) == (300, 300, 1)
     run_actors(_Model, _Job(output), PARTS, resources, monitor, "row")

@@ -1,6 +1,7 @@
 """The newest finished output of the same instance and settings is found."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,12 @@ def test_the_newest_is_taken_and_an_unfinished_one_is_not(tmp_path: Path) -> Non
     found = stage(source, {}).earlier(root)
     assert found is not None
     assert found[0] == outputs[1]
+
+
+def test_a_stage_has_started_when_its_first_unit_begins(tmp_path: Path) -> None:
+    def work(output: Output, monitor: Monitor) -> None:
+        time.sleep(0.5)
+        monitor.advance(1, 0.4)
+        monitor.advance(1, 0.4)
+
+    assert simple("embed:t.g", 1, {}, work).run(str(tmp_path), Monitor())["startup_seconds"] == 0.1

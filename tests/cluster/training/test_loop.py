@@ -320,7 +320,7 @@ def test_a_group_trains_one_model_after_another_in_the_same_process(
     assert groups.waiting(resources)
     assert groups.worth(resources, 0)
     assert not groups.worth(resources, 1), "these few steps are shorter than a start"
-    groups.made[0].longest = 2.1 * groups.made[0].start
+    groups.made[0].longest[resources.cpus] = 2.1 * groups.made[0].start
     assert groups.worth(resources, 1)
     groups.keep([])
     assert not groups.waiting(resources)
@@ -335,7 +335,14 @@ def test_workers_that_wait_on_a_ray_of_their_own_take_nothing_from_others(
     assert groups.reserve(WorkerResources(gpus=1))
     train(Output(str(tmp_path / "out")), Threads(marker=marker), config(), 0, resources, monitor, groups)
     assert Path(marker).read_text() == "2"
-    assert groups.waiting(resources)
+    other = WorkerResources(workers=1, cpus=1)
+    assert all(map(groups.waiting, (resources, other)))
+    assert not groups.waiting(WorkerResources(workers=2))
+    groups.made[0].longest[resources.cpus] = 2.1 * groups.made[0].start
+    assert groups.worth(resources, 1)
+    assert not groups.worth(other, 1), "no job of one thread was long"
+    train(Output(str(tmp_path / "other")), Threads(marker=marker), config(), 0, other, monitor, groups)
+    assert (Path(marker).read_text(), len(groups.made)) == ("1", 1), "the same workers, with one thread"
     assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]  # others may want them all
     groups.keep([])
 
