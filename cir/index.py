@@ -58,7 +58,7 @@ class Index(Stage):
             import ray.data
 
             return ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names)).map_batches(
-                partial(timed, make),
+                make,
                 batch_size=1,
                 num_cpus=self.resources.decode_cpus,
                 compute=ray.data.TaskPoolStrategy(size=self.resources.decode_tasks),
@@ -67,6 +67,7 @@ class Index(Stage):
         run_parts(output, gallery.part_rows(), dataset, run.monitor, "image")
 
 
+@timed
 def _make_part(row: dict[str, Any], gallery: Output, output: Output, side: int, quality: int) -> dict[str, Any]:
     name, reader = str(row["part"][0]), BytesReader()
     shown: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from cluster.artifacts import Output
@@ -48,10 +49,16 @@ def run_parts_of(outputs: Sequence[Parts], dataset: Callable[[list[tuple[int, st
             outputs[row.get("output", 0)].monitor.advance(row["rows"], row["seconds"])
 
 
-def timed(make: Callable[[Any], dict[str, Any]], row: Any) -> dict[str, Any]:
-    """What `make` gives for a row of one part, and the "seconds" that it took."""
-    began = time.monotonic()
-    return make(row) | {"seconds": [time.monotonic() - began]}
+def timed(make: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """What makes a part, made to tell the "seconds" that it took."""
+
+    @wraps(make)
+    def measured(*arguments: Any, **named: Any) -> dict[str, Any]:
+        """As `make`."""
+        began = time.monotonic()
+        return make(*arguments, **named) | {"seconds": [time.monotonic() - began]}
+
+    return measured
 
 
 class PartJob(Protocol):
@@ -66,27 +73,18 @@ def run_actors(
     actor: type, job: PartJob, parts: Mapping[str, int], resources: ActorResources, monitor: Monitor, unit: str
 ) -> None:
     """As `run_parts`, on a pool of actors made as `actor(job, cpus)`, each called with one row {"part"} at a time."""
+    pooled = type(actor.__name__, (actor,), {"__call__": timed(actor.__call__)})
 
     def dataset(names: list[str]) -> "ray.data.Dataset":
         """The parts, a row each, through the pool."""
         import ray.data
 
         return ray.data.from_items([{"part": name} for name in names], override_num_blocks=len(names)).map_batches(
-            _Actor,
-            fn_constructor_args=(actor, job, resources.cpus),
+            pooled,
+            fn_constructor_args=(job, resources.cpus),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(resources.actors, len(names))),
             **resources.ray_options(),
         )
 
     run_parts(job.output, parts, dataset, monitor, unit)
-
-
-class _Actor:
-    """Calls another, and tells how long it took."""
-
-    def __init__(self, actor: type, job: PartJob, cpus: float) -> None:
-        self.actor = actor(job, cpus)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return timed(self.actor, row)

@@ -186,11 +186,9 @@ class Embedder:
         for output in outputs:
             record_environment(output, config.precision)
 
+    @timed
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
         """Embed and write one row of `_decode_part`."""
-        return timed(self._write, row)
-
-    def _write(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
         name, ids, reused = str(row["part"][0]), row["image_id"][0], row["reused"][0].astype(bool)
         output = self.outputs[int(row["output"][0])]
         new = self._embed(row["pixels"][0])

@@ -82,7 +82,7 @@ class IngestGallery(Ingest):
 
             blocks = [shards[n].append_column("part", pa.array([n] * len(shards[n]))) for n in names]
             return ray.data.from_arrow(blocks).map_batches(
-                partial(timed, ingest),
+                ingest,
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=self.resources.decode_cpus,
@@ -153,6 +153,7 @@ def _starts(lengths: np.ndarray, most_rows: int, most_bytes: int) -> list[int]:
     return starts
 
 
+@timed
 def _ingest_shard(index: pa.Table, output: Output, gallery: str, copy_images: bool, max_pixels: int) -> dict[str, list[Any]]:
     reader, rows, rejects = BytesReader(), [], []
     part = index["part"][0].as_py()
