@@ -24,7 +24,7 @@ from cluster.redaction import without_user
 from cluster.training.groups import THREAD
 
 # OpenMP's threads spin at a barrier, by default for milliseconds: on a core that the one they wait for needs, where another
-# process has its own. Not to spin at all costs a quarter of an idle machine's speed; five times as long, most of it beside another.
+# process has its own. Not to spin at all costs a quarter of an idle machine's speed; to spin for longer, speed beside another.
 OPENMP = {"GOMP_SPINCOUNT": "5000"}
 # glibc gives every large activation back to the kernel and faults it in again at the next layer: twice as slow on a CPU
 WORKER_ENVIRONMENT = {
