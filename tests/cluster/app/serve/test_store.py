@@ -32,7 +32,7 @@ def test_it_is_searched_explained_and_labelled(stored: Run, finished: Graph) -> 
     start = client.get("/v1/gallery").json()["images"][0]["image_id"]
     body = {"reference": {"image_id": start}, "text": "make it red", "models": ["semi.s0"], "top": 5}
     hits = client.post("/v1/search", json=body).json()["answers"][0]["hits"]
-    expected = Run(finished).search(int(start), "make it red", top=5)
+    expected = Run(finished).search(int(start), "make it red", "semi.s0", top=5)
     assert [hit["key"] for hit in hits] == [hit.key for hit in expected]
     for path in (f"/v1/images/{start}/thumbnail", f"/v1/images/{start}"):
         assert client.get(path).headers["content-type"] == "image/jpeg"
