@@ -58,8 +58,11 @@ def seen(images: ImageSource) -> dict[str, tuple[Stage, ...]]:
 def centred_by_own(embeddings: Output, online: Online | None = None) -> Features:
     """Features that are centred by the mean of their own plain view, which lies beside them."""
     if not embeddings.exists(MEAN):
-        values = np.concatenate([read_part(embeddings, part)[1] for part in plain_parts(embeddings)]).astype(np.float32)
-        embeddings.write_bytes(MEAN, save({"mean": values.mean(axis=(0, 1))}))
+        total, count = np.float64(0.0), 0
+        for part in plain_parts(embeddings):  # one at a time: galleries of benchmarks are large
+            values = read_part(embeddings, part)[1].mean(axis=1, dtype=np.float64)
+            total, count = total + values.sum(axis=0), count + len(values)
+        embeddings.write_bytes(MEAN, save({"mean": (total / count).astype(np.float32)}))
     return Features(embeddings, online, center=embeddings)
 
 
