@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from timing import THREADS, interleaved
+from transformers import GenerationConfig
 
 from cluster.devices import device, uses_bf16
 from cluster.weights import Weights
@@ -34,12 +35,13 @@ def prompts(model: FeatureBackbone, features: torch.Tensor) -> Batch:
 
 def bare(model: FeatureBackbone, features: torch.Tensor) -> Callable[[], object]:
     """transformers' `generate` on embeddings that are already there: ids alone, no score, no text."""
-    inputs = model.model_inputs(prompts(model, features))
+    inputs, end = model.model_inputs(prompts(model, features)), model.tokenizer.eos_token_id
+    sampling = {"do_sample": True, "temperature": OURS.temperature, "top_k": OURS.top_k}
+    settings = GenerationConfig(max_new_tokens=OURS.max_new_tokens, eos_token_id=end, pad_token_id=end, **sampling)
 
     def decode() -> object:
         torch.manual_seed(0)
-        config = model._decoding(OURS)
-        return model.language_model.generate(**inputs, generation_config=config)
+        return model.language_model.generate(**inputs, generation_config=settings)
 
     return decode
 
