@@ -123,7 +123,8 @@ class _Driver:
     def _wait(self, stage: Stage, running: list[Stage]) -> bool:
         """A training waits for workers at another that is soon done: others would take longer to start."""
         resources = resources_of(stage)
-        alike = sum(self.groups.shape(resources_of(each)) == self.groups.shape(resources) for each in running)
+        shape = self.groups.shape(resources)
+        alike = sum(self.groups.shape(resources_of(each)) == shape for each in running)
         return isinstance(resources, WorkerResources) and alike > 0 and not self.groups.worth(resources, alike)
 
     def _let_go(self, room: Room, running: list[Stage], waiting: list[Stage]) -> None:

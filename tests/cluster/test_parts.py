@@ -1,5 +1,6 @@
 """Parts of a stage by a pool of actors."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ class _Model:
 
 def test_a_stage_loads_its_models_once(ray_session: None, tmp_path: Path, monitor: Recorder) -> None:
     output, resources = Output(str(tmp_path / "o")), ActorResources(cpus=0.5)
+    began = time.monotonic()
     run_actors(_Model, _Job(output), PARTS, resources, monitor, "row")
-    assert 0 < monitor.seconds < 10
+    assert 0 < monitor.seconds < time.monotonic() - began  # one actor, a part at a time
     assert output.parts() == sorted(PARTS)
     assert (monitor.total, monitor.advanced, len(output.names("loaded"))) == (300, 300, 1)
     run_actors(_Model, _Job(output), PARTS, resources, monitor, "row")

@@ -1,9 +1,11 @@
-"""The newest finished output of the same instance and settings is found."""
+"""What a stage finds of earlier runs, and what it says of its own."""
 
 import os
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from cluster.artifacts import MANIFEST, REUSED, Output
 from cluster.monitor import Monitor
@@ -54,10 +56,15 @@ def test_the_newest_is_taken_and_an_unfinished_one_is_not(tmp_path: Path) -> Non
     assert found[0] == outputs[1]
 
 
-def test_a_stage_has_started_when_its_first_unit_begins(tmp_path: Path) -> None:
+def test_a_stage_has_started_when_its_first_unit_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=7.0)
+    monkeypatch.setattr("cluster.stage.time", SimpleNamespace(monotonic=lambda: clock.now))
+
     def work(output: Output, monitor: Monitor) -> None:
-        time.sleep(0.5)
+        clock.now += 0.5
         monitor.advance(1, 0.4)
+        clock.now += 0.5
         monitor.advance(1, 0.4)
 
-    assert simple("embed:t.g", 1, {}, work).run(str(tmp_path), Monitor())["startup_seconds"] == 0.1
+    manifest = simple("embed:t.g", 1, {}, work).run(str(tmp_path), Monitor())
+    assert (manifest["startup_seconds"], manifest["seconds"]) == (0.1, 1.0)
