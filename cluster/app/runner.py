@@ -50,6 +50,8 @@ def run(graph: Graph, stages: list[Stage], keep_config: bool = False) -> None:
     """
     config, log = graph.config, log_file(graph.config)
     todo = [stage for stage in stages if graph.output(stage).manifest() is None]
+    if todo:
+        session.prepare(config.resources.ray)
     check(config, todo)
     _check_writable(config.root)
     verify(graph.output(stage) for stage in stages if stage not in todo)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from pydantic import Field
 
 from cluster.config import Section
+from cluster.driver import forkserver
 from cluster.driver.interrupt import end_as_ctrl_c
 from cluster.driver.progress import printable
 from cluster.errors import UserError
@@ -51,6 +52,13 @@ class RayConfig(Section):
     def where(self) -> str:
         """The address, or "local". Ray sets the variable for a job's driver."""
         return self.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def prepare(config: RayConfig) -> None:
+    """Begin to load what workers on this machine will need, while the driver sees to other things."""
+    if config.where == "local":
+        os.environ.update(WORKER_ENVIRONMENT)
+        forkserver.python()
 
 
 def start(config: RayConfig, log_file: Path | None = None) -> None:
@@ -88,14 +96,25 @@ def _connect(config: RayConfig) -> None:
     options: dict[str, Any] = {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
     if where == "local":  # workers inherit it: a runtime environment starts a Python of its own before each
         _check_room()
-        os.environ.update(WORKER_ENVIRONMENT)
+        prepare(config)
         options = {"num_cpus": config.num_cpus, "include_dashboard": False}
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge ours into that of the job which runs this driver
     try:
-        ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **options)
+        with _python(forkserver.python() if where == "local" else sys.executable):
+            ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # of sockets, versions, tokens, time-outs: Ray raises all kinds
         ray.shutdown()
         raise UserError(_refused(where, str(error.__cause__ or error) or type(error).__name__)) from error
+
+
+@contextmanager
+def _python(program: str) -> Iterator[None]:
+    """What Ray takes for Python, for which it has no option of its own."""
+    own, sys.executable = sys.executable, program
+    try:
+        yield
+    finally:
+        sys.executable = own
 
 
 def _check_room() -> None:
