@@ -24,8 +24,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from cluster.driver import fork_client
+from cluster.training.engine import load_deepspeed
 
-LIBRARIES = ("pandas", "pyarrow.dataset", "torchvision", "transformers.generation", "timm", "peft", "open_clip", "deepspeed")
+LIBRARIES = ("pandas", "pyarrow.dataset", "torchvision", "transformers.generation", "timm", "peft", "open_clip")
 RAY = ("ray.data", "ray.train.torch")
 GPUS = ("/dev/nvidiactl", "/dev/kfd")
 _servers: list[subprocess.Popen[bytes]] = []  # to keep the pipe open
@@ -77,6 +78,8 @@ def serve(folder: Path) -> dict[str, Any] | None:
                 break
             with suppress(Exception):  # whatever needs it will say so
                 importlib.import_module(library)
+        else:
+            load_deepspeed()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ends of workers are Ray's
         loaded, distinct = False, False
         while _driver_lives(None, listener):

@@ -13,7 +13,7 @@ from cluster.config import TrainingConfig
 from cluster.devices import uses_bf16
 
 
-def _deepspeed() -> Any:
+def load_deepspeed() -> Any:
     """The library. Its tuner would load MLflow, which takes as long as the rest of it, for nothing."""
     unseen = "mlflow" not in sys.modules
     if unseen:
@@ -31,7 +31,7 @@ def process_group() -> Iterator[None]:
     """A process group of this process alone, for DeepSpeed; taken down so that the next training can open its own."""
     import torch
 
-    deepspeed = _deepspeed()
+    deepspeed = load_deepspeed()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         # gloo would carry a GPU's gradients through the processor's memory
@@ -51,7 +51,7 @@ def build_engine(module: Any, config: TrainingConfig, world: int) -> Any:
     """A DeepSpeed engine around the module, with one parameter group a learning rate."""
     import torch
 
-    deepspeed = _deepspeed()
+    deepspeed = load_deepspeed()
     groups: dict[float, list[Any]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -64,15 +64,7 @@ def test_other_programs_are_no_workers(arguments: list[str]) -> None:
 def test_python_begins_where_no_server_answers(tmp_path: Path) -> None:
     script = tmp_path / "default_worker.py"
     script.write_text("import sys; print(sys.argv[1:], 'transformers' in sys.modules)")
-    client = [
-        sys.executable,
-        "-IS",
-        fork_client.__file__,
-        sys.executable,
-        str(tmp_path / "nobody"),
-        str(script),
-        "--an=argument",
-    ]
+    client = [sys.executable, "-IS", fork_client.__file__, sys.executable, str(tmp_path / "nobody"), str(script), "--one=1"]
     assert subprocess.run(client, capture_output=True, text=True, check=True).stdout == "['--one=1'] False\n"
 
 
