@@ -37,13 +37,12 @@ def as_worker(python: str, arguments: list[str]) -> tuple[list[str], dict[str, s
     """
     variables: dict[str, str] = {}
     if os.path.basename(arguments[0]) == SETUP:
-        for given in arguments:
-            if given.startswith(ENVIRONMENT):
-                context = json.loads(given.removeprefix(ENVIRONMENT))
-                variables = context.pop("env_vars", {})
-                if any(value not in (None, [], {}, python) for value in context.values()):
-                    return None
-        arguments = [given for given in arguments[1:] if not given.startswith((LANGUAGE, ENVIRONMENT))]
+        given = next((each for each in arguments if each.startswith(ENVIRONMENT)), f"{ENVIRONMENT}{{}}")
+        context = json.loads(given.removeprefix(ENVIRONMENT))
+        variables = context.pop("env_vars", {})
+        if any(value not in (None, [], {}, python) for value in context.values()):
+            return None
+        arguments = [each for each in arguments[1:] if not each.startswith((LANGUAGE, ENVIRONMENT))]
     alike = all(name.startswith("RAY_") for name in variables)
     return (arguments, variables) if alike and os.path.basename(arguments[0]) == WORKER else None
 

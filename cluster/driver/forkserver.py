@@ -81,17 +81,17 @@ def serve(folder: Path) -> dict[str, Any] | None:
         else:
             load_deepspeed()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ends of workers are Ray's
-        loaded, distinct = False, False
+        distinct: bool | None = None  # known once Ray is loaded
         while _driver_lives(None, listener):
             connection, _ = listener.accept()
             with connection:
                 request = _receive(connection)
-            if not loaded:
+            if distinct is None:
                 os.environ.update(request["environment"])  # Ray reads its settings there
                 _load_ray()
                 gc.collect()
                 gc.freeze()  # a collection in a fork would copy all that it looks at
-                loaded, distinct = True, _id_of_a_fork() != _id_of_a_fork()
+                distinct = _id_of_a_fork() != _id_of_a_fork()
             if os.fork() == 0:
                 return {**request, "distinct": distinct}
             for stream in request["streams"]:

@@ -54,11 +54,12 @@ class RayConfig(Section):
         return self.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
-def prepare(config: RayConfig) -> None:
-    """Begin to load what workers on this machine will need, while the driver sees to other things."""
-    if config.where == "local":
-        os.environ.update(WORKER_ENVIRONMENT)
-        forkserver.python()
+def prepare(config: RayConfig) -> str:
+    """Begin to load what workers on this machine will need. Returns the program that Ray is to start them with."""
+    if config.where != "local":
+        return sys.executable
+    os.environ.update(WORKER_ENVIRONMENT)
+    return forkserver.python()
 
 
 def start(config: RayConfig, log_file: Path | None = None) -> None:
@@ -96,11 +97,10 @@ def _connect(config: RayConfig) -> None:
     options: dict[str, Any] = {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
     if where == "local":  # workers inherit it: a runtime environment starts a Python of its own before each
         _check_room()
-        prepare(config)
         options = {"num_cpus": config.num_cpus, "include_dashboard": False}
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge ours into that of the job which runs this driver
     try:
-        with _python(forkserver.python() if where == "local" else sys.executable):
+        with _python(prepare(config)):
             ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # of sockets, versions, tokens, time-outs: Ray raises all kinds
         ray.shutdown()
