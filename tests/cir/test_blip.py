@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load
 from transformers import AutoTokenizer, BlipForImageTextRetrieval, BlipImageProcessor
 
@@ -30,6 +29,7 @@ from mining.config import TowerConfig, ViewsConfig
 from mining.features import AugmentedViews, Features
 from tests.cir import world
 from tests.cir.stages import evaluate, train_cir
+from tests.ranks import on_two_ranks
 
 TEXTS = ["make it red", "a much longer delta that asks for a green cone", "in blue", "no label " * 30]
 
@@ -164,17 +164,13 @@ def matching_of(tower: TowerConfig, rank: int) -> torch.Tensor:
         return model(batch)["loss_tdm"]
 
 
-def two_ranks(rank: int, folder: str, tower: TowerConfig) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(matching_of(tower, rank), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
+@pytest.mark.usefixtures("ray_session")
 def test_every_rank_matches_its_own_rows(tiny_blip: TowerConfig, tmp_path: Path) -> None:
-    mp.spawn(two_ranks, args=(str(tmp_path), tiny_blip), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found, matching_of(tiny_blip, rank))
+    def matching(rank: int) -> torch.Tensor:
+        return matching_of(tiny_blip, rank)
+
+    for rank, found in enumerate(on_two_ranks(matching, tmp_path)):
+        torch.testing.assert_close(found, matching(rank))
 
 
 @pytest.fixture(scope="module")

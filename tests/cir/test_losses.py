@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.nn import functional
 
 from cir.config import LossConfig
@@ -24,6 +23,7 @@ from cir.losses import (
     semi_supervised,
     target_delta_matching,
 )
+from tests.ranks import on_two_ranks
 
 INFO_NCE = LossConfig()
 HN_NCE = LossConfig(contrastive="hn_nce", alpha=1.0, beta=0.5)
@@ -243,9 +243,8 @@ def toy_loss(model: Any, rows: dict[str, torch.Tensor], labelled: int, config: L
     return semi_supervised(gathered, count, model.log_scale.exp().squeeze(), config)["loss"]
 
 
-def two_ranks(rank: int, folder: str) -> None:
+def averaged(rank: int) -> dict[str, torch.Tensor]:
     """One rank of two: its rows' loss, and gradients averaged over ranks as DeepSpeed does."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mine = [*range(4 * rank, 4 * rank + 4), *range(8 + 4 * rank, 12 + 4 * rank)]
     rows = {name: value[mine] for name, value in joined_batch().items()}
     results = {}
@@ -258,18 +257,17 @@ def two_ranks(rank: int, folder: str) -> None:
             assert parameter.grad is not None
             torch.distributed.all_reduce(parameter.grad)
             results[f"{config.contrastive}.{name}"] = parameter.grad / 2
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_two_ranks_give_the_loss_and_gradients_of_one_with_the_joined_batch(tmp_path: Path) -> None:
-    mp.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
+    ranks = on_two_ranks(averaged, tmp_path)
     for config in (INFO_NCE, HN_NCE):
         model = toy_model()
         loss = toy_loss(model, joined_batch(), 8, config)
         loss.backward()
-        for rank in range(2):
-            found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for found in ranks:
             torch.testing.assert_close(found[f"{config.contrastive}.loss"], loss.detach())
             for name, parameter in model.named_parameters():
                 torch.testing.assert_close(found[f"{config.contrastive}.{name}"], parameter.grad)

@@ -324,7 +324,7 @@ def test_folders_may_be_nested_deeper_than_calls(tmp_path: Path) -> None:
     (folder := tmp_path.joinpath(*["d"] * 400)).mkdir(parents=True)
     (folder / "a.jpg").write_bytes(b"x")
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(len(inspect.stack()) + 200)
+    sys.setrecursionlimit(len(inspect.stack(0)) + 200)
     try:
         keys, *_ = listed(tmp_path)
     finally:

@@ -37,6 +37,17 @@ def said(n: int, verdict: str = "right", **fields: Any) -> dict[str, Any]:
     return judged(n, verdict, **fields).model_dump() | {"reference_id": 2, "target_id": 3}
 
 
+@pytest.fixture(scope="module")
+def opened(finished: Graph) -> Run:
+    return Run(finished)
+
+
+@pytest.fixture(scope="module")
+def client(opened: Run) -> TestClient:
+    """One service for all, as its processes load for seconds."""
+    return TestClient(make_app(opened, ["semi.s0"], {"testserver"}, author="ann"))
+
+
 @pytest.fixture
 def run(finished: Graph) -> Run:
     """The finished run, without labels."""
@@ -161,8 +172,7 @@ class Memory(Store):
         return self.labels
 
 
-def test_what_people_said_of_pairs(run: Run, labelling: Labelling) -> None:
-    client = TestClient(make_app(run, ["semi.s0"], {"testserver"}, author="ann"))
+def test_what_people_said_of_pairs(run: Run, client: TestClient) -> None:
     pairs = client.get("/v1/queue?n=3").json()["pairs"]
 
     def say(n: int, **fields: Any) -> Any:
@@ -188,29 +198,28 @@ def test_what_people_said_of_pairs(run: Run, labelling: Labelling) -> None:
     assert sorted(row["captions"][0] for row in rows) == sorted([pairs[0]["deltas"][0], "größer <b>"])
 
 
-def test_a_result_that_is_right_is_a_triplet_of_the_gallery_that_trains(run: Run) -> None:
-    client = TestClient(make_app(run, ["semi.s0"], {"testserver"}, author="bob"))
+def test_a_result_that_is_right_is_a_triplet_of_the_gallery_that_trains(run: Run, client: TestClient) -> None:
     start = client.get("/v1/gallery").json()["images"][0]["image_id"]
     body = {"reference": {"image_id": start}, "text": "make it red", "models": ["semi.s0"]}
     hit = client.post("/v1/search", json=body).json()["answers"][0]["hits"][0]
-    taught = {"label_id": "0" * 16, "reference_id": start, "target_id": hit["image_id"], "text": "make it red"}
+    taught = {"label_id": "a" * 16, "reference_id": start, "target_id": hit["image_id"], "text": "make it red"}
 
     def teach(**changes: Any) -> int:
         return client.post("/v1/labels/results", json=taught | changes).status_code
 
     assert [teach(), teach()] == [201, 201]
-    assert teach(label_id="1" * 16, target_id=5) == 404
-    assert teach(label_id="1" * 16, target_id=start) == 422
-    assert teach(label_id="1" * 16, text=" ") == 422
-    assert teach(label_id="1" * 16, verdict="wrong") == 422
+    assert teach(label_id="b" * 16, target_id=5) == 404
+    assert teach(label_id="b" * 16, target_id=start) == 422
+    assert teach(label_id="b" * 16, text=" ") == 422
+    assert teach(label_id="b" * 16, verdict="wrong") == 422
     fields = ("reference_id", "target_id", "text")
     assert client.get("/v1/labels/results").json()["results"] == [{name: taught[name] for name in fields}]
     (frozen,) = freeze(run)
     names = run.searcher.keys(np.array([int(start), int(hit["image_id"])]))
     assert frozen.gallery == "photos"  # whose photos these are too, by their bytes
-    row = {"reference": names[0], "target": names[1], "captions": ["make it red"], "author": "bob"}
+    row = {"reference": names[0], "target": names[1], "captions": ["make it red"], "author": "ann"}
     assert json.loads(Path(frozen.file).read_text()) == [row]
-    assert teach(label_id="2" * 16, verdict="undone") == 201
+    assert teach(label_id="c" * 16, verdict="undone") == 201
     assert client.get("/v1/labels/results").json()["results"] == []
 
 

@@ -23,6 +23,7 @@ from cluster.artifacts import Output
 from cluster.config import ActorResources
 from cluster.driver import lease
 from cluster.driver.failures import explained
+from cluster.driver.mlflow_store import sqlite_uri
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.parts import run_actors
@@ -93,7 +94,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_full_disk_is_named_and_what_is_finished_stays(ray_session: None, small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_what_is_finished_stays(
+    ray_session: None, store: Path, small_disk: Path, tmp_path: Path
+) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
     small = graph(small_disk, tmp_path)
     for work in (here, on_actors(LAST)):
@@ -148,7 +151,7 @@ def in_the_foreground() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_driver_gives_its_lease_back_and_is_followed(
-    ray_session: None, in_the_foreground: None, tmp_path: Path, number: int
+    ray_session: None, in_the_foreground: None, store: Path, tmp_path: Path, number: int
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -163,8 +166,8 @@ def test_a_stopped_driver_gives_its_lease_back_and_is_followed(
         run(graph(tmp_path / "root", tmp_path), stopped)
     output = output_of(graph(tmp_path / "root", tmp_path))
     assert (output.parts(), output.manifest(), lease.read(output)) == ([FIRST], None, None)
-    store = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    assert [run.info.status for run in store.search_runs(["1"])] == ["KILLED", "KILLED"]
+    runs = MlflowClient(sqlite_uri(store)).search_runs(["1"])
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
     assert run(graph(tmp_path / "root", tmp_path), on_actors(None)).parts() == list(PARTS)
 
 
@@ -172,7 +175,7 @@ def named(name: str, work: Callable[[Output, Monitor], None], *parents: Stage) -
     return simple(f"mine:{name}", 1, {}, work, {parent.name: parent for parent in parents})
 
 
-def test_stages_that_need_nothing_of_each_other_work_side_by_side(ray_session: None, tmp_path: Path) -> None:
+def test_stages_that_need_nothing_of_each_other_work_side_by_side(ray_session: None, store: Path, tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=60)
 
     def meet(output: Output, monitor: Monitor) -> None:
@@ -191,7 +194,7 @@ def test_stages_that_need_nothing_of_each_other_work_side_by_side(ray_session: N
     assert made.output(child).manifest() is not None
 
 
-def test_one_failure_lets_the_others_end_and_is_said(ray_session: None, tmp_path: Path) -> None:
+def test_one_failure_lets_the_others_end_and_is_said(ray_session: None, store: Path, tmp_path: Path) -> None:
     failed = threading.Event()
 
     def fail(output: Output, monitor: Monitor) -> None:
@@ -211,7 +214,7 @@ def test_one_failure_lets_the_others_end_and_is_said(ray_session: None, tmp_path
     assert [made.output(stage).manifest() is not None for stage in (wrong, right, never)] == [False, True, False]
 
 
-def test_what_does_not_fit_waits(ray_session: None, tmp_path: Path) -> None:
+def test_what_does_not_fit_waits(ray_session: None, store: Path, tmp_path: Path) -> None:
     alone = threading.Lock()
 
     def work(output: Output, monitor: Monitor) -> None:
@@ -231,7 +234,9 @@ def test_what_does_not_fit_waits(ray_session: None, tmp_path: Path) -> None:
 SECRETS = ["evaluate.images=nosuch://key:s3cr3t@bucket/photos", "sources.train=see https://me:s3cr3t@host/photos"]
 
 
-def test_no_password_of_a_config_is_kept(ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_password_of_a_config_is_kept(
+    ray_session: None, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = Graph(configs.load("grocery", [f"root={tmp_path}/root", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", *SECRETS]))
     runner.run(made, [named("a", here)], keep_config=True)
     kept = runner.run_folder(made.config)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from cluster.app import config as configs
 from cluster.app.cli import app
 from cluster.app.graph import Graph
+from cluster.driver.mlflow_store import sqlite_uri
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.stage import Stage
@@ -124,10 +125,10 @@ def test_a_push_lists_what_it_would_send(root: Path) -> None:
         run("no such/name")
 
 
-def test_an_mlflow_run_names_its_output(root: Path, stages: dict[str, Stage]) -> None:
+def test_an_mlflow_run_names_its_output(root: Path, stages: dict[str, Stage], empty_store: Path) -> None:
     from cluster.driver.tracking import Tracker
 
-    tracker = Tracker(f"sqlite:///{root}/mlflow.db", "vdg", "run", {})
+    tracker = Tracker(sqlite_uri(Path(shutil.copy(empty_store, root))), "vdg", "run", {})
     assert tracker.complete(stages["mine:shop"], str(root))
     run_id = tracker.find("tags.stage = 'mine'")
     assert "mine:shop-" in invoke(run_id, root).stdout
@@ -135,8 +136,8 @@ def test_an_mlflow_run_names_its_output(root: Path, stages: dict[str, Stage]) ->
         invoke(tracker.parent, root)
 
 
-def test_track_writes_what_is_missing_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assignment = f"root={tmp_path / 'root'}"
+def test_track_writes_what_is_missing_once(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assignment = f"root={tmp_path}"
 
     def track() -> str:
         return CliRunner().invoke(app, ["track", "grocery", "--set", assignment], catch_exceptions=False).stderr

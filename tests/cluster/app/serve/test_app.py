@@ -33,13 +33,14 @@ def run(finished: Graph) -> Run:
 
 
 @pytest.fixture(scope="module")
-def client(run: Run) -> TestClient:
-    return TestClient(make_app(run, MODELS, {"testserver"}))
+def guarded(run: Run) -> Any:
+    """One service for all, as its processes load for seconds."""
+    return make_app(run, MODELS, {"testserver"}, TOKEN)
 
 
 @pytest.fixture(scope="module")
-def guarded(run: Run) -> Any:
-    return make_app(run, MODELS[:1], {"testserver"}, TOKEN)
+def client(guarded: Any) -> TestClient:
+    return TestClient(guarded, headers={"authorization": f"Bearer {TOKEN}"})
 
 
 def encoded(form: str = "PNG", size: tuple[int, int] = (80, 60), **how: Any) -> bytes:
@@ -230,12 +231,11 @@ def test_a_result_is_explained_by_the_generator(client: TestClient, run: Run, wo
     assert explained({}).status_code == 422
 
 
-def test_a_generator_that_is_not_here_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generator_that_is_not_here_is_said(client: TestClient, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     description = read_description(run.graph.output(run.graph["instruct:vdg"]))
     missing = Weights(folder="/nowhere")
     elsewhere = description.model_copy(update={"vdg": description.vdg.model_copy(update={"language_model": missing})})
-    fresh = Run(run.graph)
-    client = TestClient(make_app(fresh, MODELS[:1], {"testserver"}))
+    monkeypatch.delitem(run.__dict__, "_explainer", raising=False)  # as before the first question
     pair = {"reference": {"image_id": first(client)}, "candidate": first(client)}
     with monkeypatch.context() as here:
         here.setattr(explain, "read_description", lambda _: elsewhere)
@@ -243,7 +243,7 @@ def test_a_generator_that_is_not_here_is_said(run: Run, monkeypatch: pytest.Monk
     assert answer.status_code == 409
     assert "/nowhere" in answer.json()["detail"]
     assert client.get("/v1/models").json()["explains"] is True
-    fresh.__dict__["pseudo_triplets"] = None  # as where no variant has pseudo: true
+    monkeypatch.setitem(run.__dict__, "pseudo_triplets", None)  # as where no variant has pseudo: true
     answer = client.post("/v1/explain", json=pair)
     assert (answer.status_code, answer.json()["detail"][:25]) == (404, "this run has no generator")
 
