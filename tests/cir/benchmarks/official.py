@@ -85,7 +85,7 @@ def score(folder: Path, benchmark: Benchmark, compose: Compose | None = None) ->
         folder / "vectors.parquet", benchmark, compose(benchmark, queries, gallery) if compose else queries, gallery
     )
     output = Output(str(folder / "evaluation"))
-    evaluate_given(output, benchmark, file, EvaluateConfig(), ActorResources(actors=1), Monitor())
+    evaluate_given(output, benchmark, file, EvaluateConfig(), ActorResources(actors=2), Monitor())
     return output
 
 
