@@ -1,6 +1,7 @@
-"""A session that does not begin is one message, whatever Ray says."""
+"""A session that does not begin is one message, whatever Ray says; what its workers are given keeps their memory."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -109,3 +110,26 @@ def test_a_thread_that_calls_ray_after_its_end_changes_no_status_and_the_termina
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "error: stopped\n")
     assert "execution finished" in log.read_text()
+
+
+AGAIN = """
+import resource, threading
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b'1' * (100 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+thread = threading.Thread(target=lambda: print(faults(), faults()))
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+def test_a_thread_of_a_worker_keeps_the_memory_of_a_large_activation() -> None:
+    environment = {**os.environ, **session.WORKER_ENVIRONMENT}
+    ran = subprocess.run([sys.executable, "-c", AGAIN], env=environment, capture_output=True, text=True, check=True)
+    first, again = map(int, ran.stdout.split())
+    assert first > 10_000
+    assert again < 100
