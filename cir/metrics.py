@@ -95,7 +95,7 @@ class _Ranker:
         self, search: QuerySet, rows: np.ndarray, gallery: np.ndarray | None, target_scores: np.ndarray, top: int
     ) -> None:
         self.rows, self.gallery, self.target_scores, self.top = rows, gallery, target_scores, top
-        self.reference_ids, self.target_ids = search.reference_ids[rows, None], search.target_ids[rows, None]
+        self.reference_ids, self.target_ids = search.reference_ids[rows], search.target_ids[rows]
         self.remove_reference = search.remove_reference
         self.higher, self.alike = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
         self.references = np.full(len(rows), -np.inf, np.float32)
@@ -109,25 +109,28 @@ class _Ranker:
         if not len(inside):
             return
         ids, scores = ids[inside], scores[np.ix_(self.rows, inside)]
-        is_reference = ids[None] == self.reference_ids
-        self.references = np.maximum(self.references, np.where(is_reference, scores, -np.inf).max(1))
-        self.others = np.maximum(self.others, np.where(is_reference, -np.inf, scores).max(1))
-        if self.remove_reference:
-            scores[is_reference] = -np.inf
-        above = np.where(ids[None] == self.target_ids, -np.inf, scores - self.target_scores[:, None])
-        self.higher += (above > ALIKE).sum(1, dtype=np.int32)
-        self.alike += (np.abs(above) <= ALIKE).sum(1, dtype=np.int32)
-        scores = np.concatenate([self.best, scores], axis=1)
-        candidates = np.concatenate([self.best_ids, np.broadcast_to(ids, is_reference.shape)], axis=1)
-        order, own = _best(scores, self.top), np.arange(len(scores))[:, None]
-        self.best, self.best_ids = scores[own, order], candidates[own, order]
+        reference = _places(ids, self.reference_ids)
+        self.references[reference[0]] = scores[reference]
+        scores[reference] = -np.inf
+        self.others = np.maximum(self.others, scores.max(1))
+        if not self.remove_reference:
+            scores[reference] = self.references[reference[0]]
+        above = scores - self.target_scores[:, None]
+        above[_places(ids, self.target_ids)] = -np.inf
+        higher = (above > ALIKE).sum(1, dtype=np.int32)
+        self.higher += higher
+        self.alike += (above >= -ALIKE).sum(1, dtype=np.int32) - higher
+        best = _best(scores, self.top)
+        scores = np.concatenate([self.best, np.take_along_axis(scores, best, axis=1)], axis=1)
+        found = np.concatenate([self.best_ids, ids[best]], axis=1)
+        order = _best(scores, self.top)
+        self.best, self.best_ids = np.take_along_axis(scores, order, axis=1), np.take_along_axis(found, order, axis=1)
 
     def ranked(self) -> Ranked:
         """After the last block."""
-        targets = self.target_ids[:, 0]
-        known = targets != NO_IMAGE
+        known = self.target_ids != NO_IMAGE
         if self.gallery is not None:
-            known &= _contains(self.gallery, targets)
+            known &= _contains(self.gallery, self.target_ids)
         image_ids = np.where(np.isneginf(self.best), NO_IMAGE, self.best_ids)
         ranks = np.where(known, 1 + self.higher + self.alike / 2, UNRANKED).astype(np.float32)
         return Ranked(image_ids, self.best, ranks, self.references > self.others)
@@ -147,14 +150,22 @@ def _contains(known: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return known[np.searchsorted(known, ids).clip(max=len(known) - 1)] == ids
 
 
+def _places(ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(place in `wanted`, place in `ids`) of those that are in both; no id comes twice in `ids`."""
+    order = np.argsort(ids)
+    places = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    found = np.flatnonzero(ids[places] == wanted)
+    return found, places[found]
+
+
 def unit(features: np.ndarray) -> np.ndarray:
     """Vectors [..., dim] divided by their norms; a zero vector stays zero."""
     return features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
 
 
 def _best(scores: np.ndarray, top: int) -> np.ndarray:
-    """Places [queries, top] of the highest scores, best first."""
-    places = np.argpartition(-scores, top - 1, axis=1)[:, :top]
+    """Places [queries, at most top] of the highest scores, best first."""
+    places = np.argpartition(-scores, min(top, scores.shape[1]) - 1, axis=1)[:, :top]
     order = np.argsort(-np.take_along_axis(scores, places, axis=1), axis=1, kind="stable")
     return np.take_along_axis(places, order, axis=1)
 

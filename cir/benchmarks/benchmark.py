@@ -89,8 +89,8 @@ class Benchmark(ABC):
 
     def correct(self, image_ids: np.ndarray) -> np.ndarray:
         """bool, as `image_ids` int64 [queries, top]: whether each is one of its query's right images."""
-        rows = zip(image_ids, self.queries, strict=True)
-        return np.stack([np.isin(row, query.targets) for row, query in rows])
+        rows = zip(image_ids.tolist(), self.queries, strict=True)
+        return np.array([[image in query.targets for image in row] for row, query in rows])
 
     @property
     def classes_of_queries(self) -> np.ndarray:

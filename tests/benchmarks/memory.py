@@ -1,4 +1,4 @@
-"""The private memory of this process and of its Ray workers, sampled while something runs."""
+"""The anonymous memory of this process and of its Ray workers, sampled while something runs."""
 
 import threading
 import time
@@ -22,11 +22,11 @@ HELPERS = ("Stats", "Autoscal", "Location", "Dashboard")
 
 @contextmanager
 def peaks() -> Iterator[dict[str, int]]:
-    """Gives the peak bytes of private memory of one process of each kind (driver, task, actor), whole at the end.
+    """Gives the peak bytes of memory of one process of each kind (driver, task, actor), whole at the end.
 
-    Counted is anonymous memory (`Anonymous` of Linux's smaps_rollup): what no file and no other process holds. It is the
-    unique set size without the object store and without mapped files, whose pages the kernel can drop or share: psutil's
-    `uss` counts those too, as long as one process alone maps them.
+    Counted is anonymous memory (`Anonymous` of Linux's smaps_rollup): what no file holds, nor the object store, whose pages
+    the kernel can drop or share; of a fork also what it shares with the process it is a fork of. psutil's `uss` counts mapped
+    files too, as long as one process alone maps them.
     """
     found: dict[str, int] = {}
     stop = threading.Event()
