@@ -72,12 +72,12 @@ STOPPED = """
 import sys
 import threading
 from pathlib import Path
-import ray
 from cluster.app import cli
 from cluster.driver import session
 from cluster.errors import UserError
 
 def waits_for_workers_and_lets_them_go():
+    import ray
     mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
     try:
         ray.get(mailbox.wait.remote())
@@ -88,8 +88,15 @@ class Mailbox:
     def wait(self):
         threading.Event().wait()
 
+def more_workers_than_ray_expects():
+    import ray
+    mailboxes = [ray.remote(Mailbox).options(num_cpus=0).remote() for _ in range(12)]
+    ray.get([mailbox.__ray_ready__.remote() for mailbox in mailboxes])
+
 def command():
     session.start(session.RayConfig(num_cpus=1), Path(sys.argv[1]))
+    more_workers_than_ray_expects()
+    import ray
     ray.data.range(3).materialize()
     thread = threading.Thread(target=waits_for_workers_and_lets_them_go, daemon=True, name="vdg stage")
     thread.start()
