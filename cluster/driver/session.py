@@ -39,7 +39,7 @@ WORKER_ENVIRONMENT = {
 # Ray lists its folder of logs ten times a second, a fiftieth of a core, to print what is new; twice where this is exceeded
 LOG_LISTING = ("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
 # Ray warns on the terminal of more processes than it expected: those of trainings side by side, which wait
-NOT_SAID = ("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")  # read when Ray is loaded
 
 ROOM = 16 << 20  # bytes of the temporary folder
 _begun = threading.Event()  # whether this process has begun a session
@@ -73,7 +73,6 @@ def start(config: RayConfig, log_file: Path | None = None) -> None:
 
     Raises UserError when no cluster answers at the config's address, or Ray does not start here.
     """
-    os.environ.setdefault(*NOT_SAID)  # read when Ray is loaded
     import ray.data
     import ray.train  # both bring handlers of logs of their own
 
