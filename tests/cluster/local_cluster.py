@@ -45,7 +45,9 @@ def local_cluster(workers: int, cpus: int) -> Iterator[LocalCluster]:
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "PYTHONPATH")
     }
-    environment = {**inherited, **token, "PATH": path, "COLUMNS": "200"}  # the nodes get our packages from the jobs alone
+    often = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # tiny trainings end within MLflow's ten seconds
+    # the nodes get our packages from the jobs alone
+    environment = {**inherited, **token, **often, "PATH": path, "COLUMNS": "200"}
     command = [sys.executable, __file__, str(workers), str(cpus)]
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None

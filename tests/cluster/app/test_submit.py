@@ -85,9 +85,9 @@ def test_both_models_train_with_two_workers_each(cluster: LocalCluster, config: 
 
 
 def check_records(uri: str, job: str) -> None:
-    """MLflow's run of each stage names the job, and the longest has the load of the machine."""
+    """MLflow's run of each stage names the job, and the longest of them have the load of the machine."""
     client = MlflowClient(uri)
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()], "tags.stage != 'none'")
     assert {run.data.tags["code.ray_submission"] for run in runs} == {job}
     watched = {run.data.tags["stage"] for run in runs if "system/cpu_utilization_percentage" in run.data.metrics}
-    assert "instruct" in watched
+    assert {"instruct", "train"} <= watched
