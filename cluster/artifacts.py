@@ -70,31 +70,36 @@ class Output:
         if "://" not in self.uri:  # workers have a current folder of their own
             object.__setattr__(self, "uri", filesystem(self.uri)[1])
 
+    @property
+    def location(self) -> tuple[pafs.FileSystem, str]:
+        """Its filesystem, and its path in there."""
+        return filesystem(self.uri) if "://" in self.uri else (pafs.LocalFileSystem(), self.uri)
+
     def path(self, name: str) -> str:
         """Path of a file of this output inside its filesystem."""
-        return f"{filesystem(self.uri)[1]}/{name}"
+        return f"{self.location[1]}/{name}"
 
     def exists(self, name: str) -> bool:
         """Whether a file or folder of this name is there."""
-        return filesystem(self.uri)[0].get_file_info(self.path(name)).type != pafs.FileType.NotFound
+        return self.location[0].get_file_info(self.path(name)).type != pafs.FileType.NotFound
 
     def has_file(self, name: str) -> bool:
         """Whether a file of this name is there. Raises UserError when it is something else: a pipe would be waited for."""
-        found = filesystem(self.uri)[0].get_file_info(self.path(name)).type
+        found = self.location[0].get_file_info(self.path(name)).type
         if found not in (pafs.FileType.NotFound, pafs.FileType.File):
             raise self.damaged(name, ValueError("it is no file"))
         return bool(found == pafs.FileType.File)
 
     def names(self, folder: str = "") -> list[str]:
         """Sorted names of the files in a folder of this output; those still being written are left out."""
-        system, base = filesystem(self.uri)
+        system, base = self.location
         selector = pafs.FileSelector(f"{base}/{folder}".rstrip("/"), allow_not_found=True)
         infos = system.get_file_info(selector)
         return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and not i.base_name.startswith("."))
 
     def read_bytes(self, name: str) -> bytes:
         """Content of one file."""
-        with filesystem(self.uri)[0].open_input_file(self.path(name)) as stream:
+        with self.location[0].open_input_file(self.path(name)) as stream:
             return stream.read()
 
     def write_bytes(self, name: str, content: bytes) -> None:
@@ -102,7 +107,7 @@ class Output:
 
         An object store has no rename: it copies the object and deletes the first, and the copy appears whole.
         """
-        system, base = filesystem(self.uri)
+        system, base = self.location
         folder, _, leaf = f"{base}/{name}".rpartition("/")
         temporary = f"{folder}/.{leaf}.{uuid.uuid4().hex}"
         system.create_dir(folder, recursive=True)
@@ -123,7 +128,7 @@ class Output:
 
     def sizes(self) -> dict[str, int]:
         """Size in bytes of each of `files`."""
-        base = filesystem(self.uri)[1]
+        base = self.location[1]
         sizes = {info.path[len(base) :].lstrip("/"): info.size or 0 for info in self._every_file()}
         return {path: n for path, n in sizes.items() if not any(name.startswith(".") for name in path.split("/"))}
 
@@ -132,10 +137,10 @@ class Output:
         for info in self._every_file():
             if HALF_WRITTEN.fullmatch(info.base_name):
                 with suppress(FileNotFoundError):  # it was being written, and now has its name
-                    filesystem(self.uri)[0].delete_file(info.path)
+                    self.location[0].delete_file(info.path)
 
     def _every_file(self) -> list[pafs.FileInfo]:
-        system, base = filesystem(self.uri)
+        system, base = self.location
         infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
         return [info for info in infos if info.is_file]
 
@@ -154,7 +159,7 @@ class Output:
     @property
     def remedy(self) -> str:
         """What to do about files that are not as they were made."""
-        return f"bring back what was there, or remove {filesystem(self.uri)[1]}: the same command then makes it anew"
+        return f"bring back what was there, or remove {self.location[1]}: the same command then makes it anew"
 
     def write_json(self, name: str, content: Any) -> None:
         """Write one JSON file, indented."""
@@ -177,7 +182,7 @@ class Output:
     def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
         """A Parquet file whose pages are compared with their checksums. Raises UserError when it is damaged."""
         try:
-            with filesystem(self.uri)[0].open_input_file(self.path(name)) as stream:
+            with self.location[0].open_input_file(self.path(name)) as stream:
                 yield pq.ParquetFile(stream, page_checksum_verification=True)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError) as error:
             self.read_bytes(name)  # a store that fails says so itself
@@ -203,7 +208,7 @@ class Output:
 
     def footers(self, names: list[str]) -> dict[str, str]:
         """Hex SHA-256 of the footer of each of these Parquet files; of a file that is none, of its last bytes."""
-        system, _ = filesystem(self.uri)
+        system, _ = self.location
 
         def footer(name: str) -> str:
             with system.open_input_file(self.path(name)) as stream:
@@ -217,7 +222,7 @@ class Output:
 
     def hashes(self, names: list[str]) -> dict[str, str]:
         """Hex SHA-256 of each of these files. Raises FileNotFoundError when one is missing."""
-        system, _ = filesystem(self.uri)
+        system, _ = self.location
 
         def sha256(name: str) -> str:
             with system.open_input_stream(self.path(name)) as stream:
@@ -242,7 +247,7 @@ class Output:
         content = self.read_json(MANIFEST)
         try:
             manifest = parse(content)
-            if filesystem(self.uri)[1].split("/")[-2:] != _folder_of(manifest["instance"], manifest["digest"]):
+            if self.location[1].split("/")[-2:] != _folder_of(manifest["instance"], manifest["digest"]):
                 raise ValueError(f"it is of {manifest['instance']}-{manifest['digest']}")
         except ValueError as error:
             raise self.damaged(MANIFEST, error) from error

@@ -5,7 +5,7 @@ Without credentials or a network a store's library tries for a quarter of an hou
 
 import threading
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
@@ -18,6 +18,11 @@ def open_store(uri: str) -> tuple[pafs.FileSystem, str]:
     store = urlsplit(uri)
     if store.scheme != "file" and not _answers(store.scheme, store.netloc, store.query):
         raise OSError(f"{store.scheme}://{store.netloc}: no answer in {PATIENCE:.0f} s; correct its credentials or the network")
+    return _opened(uri)
+
+
+@lru_cache(maxsize=128)  # places in use at a time: a client of S3 takes 27 ms to make, and keeps its connections
+def _opened(uri: str) -> tuple[pafs.FileSystem, str]:
     return pafs.FileSystem.from_uri(uri)
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 
-from cluster.artifacts import Output, filesystem, fingerprint
+from cluster.artifacts import Output, fingerprint
 from cluster.errors import UserError
 from cluster.manifest import Manifest, Part
 
@@ -79,7 +79,7 @@ def described(output: Output) -> tuple[dict[str, Part], dict[str, str]]:
 
 def remove_broken(output: Output) -> None:
     """Of an unfinished output remove the tables that do not open, and the part that one stands beside: they are made again."""
-    system, _ = filesystem(output.uri)
+    system, _ = output.location
     for name in (name for name in output.files() if name.endswith(".parquet")):
         try:
             with suppress(FileNotFoundError), output.open_parquet(name):  # it may have gone with one that it stands beside

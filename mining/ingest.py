@@ -111,7 +111,8 @@ class IngestTriplets(Ingest):
             rows = [read_rows(source.path) for source in self.files]
         except UserError:  # it says so when it is ingested
             return files
-        names = {normal(without_suffix(name)) for name in strings(rows)} | {normal(name) for name in strings(rows)}
+        names = {normal(name) for name in set(strings(rows))}
+        names |= {without_suffix(name) for name in names}
         return files | {field: _named(source.fingerprint(), names) for field, source in gallery.items()}
 
     def work(self, output: Output, run: RunContext) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.artifacts import Output, filesystem
+from cluster.artifacts import Output
 from mining import tables
 from mining.embeddings import read_part, view_part
 
@@ -26,7 +26,7 @@ class Earlier:
     @property
     def name(self) -> str:
         """Instance and digest, as the output's folder is named."""
-        return filesystem(self.embeddings.uri)[1].rpartition("/")[2]
+        return self.embeddings.location[1].rpartition("/")[2]
 
     def find(self, images: pa.Table, view: int) -> dict[int, np.ndarray]:
         """Values float16 [tokens, dim] of those rows of a gallery table whose bytes are the same, by id in their order."""

@@ -38,7 +38,7 @@ def outputs(root: str) -> Iterator[OutputFolder]:
     """Every output folder below a root."""
     system, _ = filesystem(root)
     for output in (output for kind in MADE for output in outputs_of(root, kind)):
-        files = system.get_file_info(pafs.FileSelector(filesystem(output.uri)[1], recursive=True))
+        files = system.get_file_info(pafs.FileSelector(output.location[1], recursive=True))
         yield OutputFolder(output.uri, sum(file.size or 0 for file in files), output.exists(MANIFEST))
 
 

@@ -100,7 +100,7 @@ def _check_writable(root: str) -> None:
     probe = Output(below(root, f"runs/.{uuid.uuid4().hex}"))
     try:
         probe.write_bytes("probe", b"")
-        filesystem(probe.uri)[0].delete_dir(filesystem(probe.uri)[1])
+        probe.location[0].delete_dir(probe.location[1])
     except OSError as error:
         where, why = filesystem(root)[1], without_user(str(error))
         raise UserError(f"root: {where} cannot be written ({why}); see to its disk and its rights, or give another") from error

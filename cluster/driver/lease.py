@@ -33,7 +33,7 @@ from filelock import FileLock
 from pyarrow import fs as pafs
 from pydantic import Field, FiniteFloat
 
-from cluster.artifacts import Output, filesystem
+from cluster.artifacts import Output
 from cluster.driver.interrupt import interrupt
 from cluster.errors import UserError
 
@@ -140,7 +140,7 @@ def hold(output: Output) -> Iterator[None]:
 
 
 def _take(output: Output, owner: str) -> None:
-    system, base = filesystem(output.uri)
+    system, base = output.location
     local = isinstance(system, pafs.LocalFileSystem)
     system.create_dir(base, recursive=True)
     output.has_file(LOCK)
@@ -189,4 +189,4 @@ class _Renewal(threading.Thread):
         self.join()
         with suppress(OSError):
             if self._other() is None:
-                filesystem(self.output.uri)[0].delete_file(self.output.path(LEASE))
+                self.output.location[0].delete_file(self.output.path(LEASE))

@@ -12,7 +12,7 @@ from typing import Any, NotRequired
 from pyarrow import fs as pafs
 from typing_extensions import TypedDict
 
-from cluster.artifacts import Output, filesystem
+from cluster.artifacts import Output
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 
@@ -37,7 +37,7 @@ class State(TypedDict):
 
 def latest(output: Output) -> str | None:
     """The folder of the last whole checkpoint of a training: its state is written last."""
-    system, base = filesystem(output.uri)
+    system, base = output.location
     found = system.get_file_info(pafs.FileSelector(f"{base}/{CHECKPOINTS}", allow_not_found=True))
     names = sorted((f"{CHECKPOINTS}/{folder.base_name}" for folder in found if not folder.is_file), reverse=True)
     return next((name for name in names if output.exists(f"{name}/{STATE}")), None)
@@ -65,7 +65,7 @@ def _whole(output: Output, folder: str) -> State | None:
 
 
 def _remove_others(output: Output, kept: str | None) -> None:
-    system, base = filesystem(output.uri)
+    system, base = output.location
     for folder in system.get_file_info(pafs.FileSelector(f"{base}/{CHECKPOINTS}", allow_not_found=True)):
         if not folder.is_file and f"{CHECKPOINTS}/{folder.base_name}" != kept:
             system.delete_dir(folder.path)
@@ -98,7 +98,7 @@ def resume(output: Output, module: Any, build: Callable[[], Any], world: int) ->
     if state["workers"] == world:
         engine = build()
         with _on_disk(output) as folder:
-            system, place = filesystem(output.uri)[0], output.path(last)
+            system, place = output.location[0], output.path(last)
             if folder is not None:
                 pafs.copy_files(place, folder, system, pafs.LocalFileSystem())
             engine.load_checkpoint(folder or place, tag="zero", load_module_strict=False)
@@ -123,7 +123,7 @@ def save_checkpoint(engine: Any, output: Output, best_metric: str | None, state:
     import torch
 
     last, place = latest(output), f"{CHECKPOINTS}/checkpoint_{state['step']:09}"
-    system = filesystem(output.uri)[0]
+    system = output.location[0]
     system.create_dir(output.path(place), recursive=True)
     with _on_disk(output) as beside:
         folder = Path(beside or output.path(place))
@@ -146,7 +146,7 @@ def _on_disk(output: Output) -> Iterator[str | None]:
 
     DeepSpeed reads and writes files alone.
     """
-    if isinstance(filesystem(output.uri)[0], pafs.LocalFileSystem):
+    if isinstance(output.location[0], pafs.LocalFileSystem):
         yield None
     else:
         with tempfile.TemporaryDirectory() as folder:

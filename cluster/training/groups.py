@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.artifacts import Output, below, filesystem
+from cluster.artifacts import Output, below
 from cluster.config import WorkerResources
 from cluster.errors import UserError
 
@@ -84,7 +84,7 @@ class Group:
         import ray.train
         from ray.train.torch import TorchTrainer
 
-        system, base = filesystem(self.place.uri)
+        system, base = self.place.location
         system.create_dir(base, recursive=True)
         trainer = TorchTrainer(
             _serve,

@@ -1,10 +1,9 @@
-"""The anonymous memory of this process and of its Ray workers, sampled while something runs."""
+"""The private memory of this process and of its Ray workers, sampled while something runs."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 
@@ -24,9 +23,9 @@ HELPERS = ("Stats", "Autoscal", "Location", "Dashboard")
 def peaks() -> Iterator[dict[str, int]]:
     """Gives the peak bytes of memory of one process of each kind (driver, task, actor), whole at the end.
 
-    Counted is anonymous memory (`Anonymous` of Linux's smaps_rollup): what no file holds, nor the object store, whose pages
-    the kernel can drop or share; of a fork also what it shares with the process it is a fork of. psutil's `uss` counts mapped
-    files too, as long as one process alone maps them.
+    Counted is what is a process's own: private anonymous memory. Not what a file or the object store holds, whose pages the
+    kernel can drop or share, nor what a fork shares with the process it is a fork of. psutil's `uss` counts mapped files too,
+    as long as one process alone maps them.
     """
     found: dict[str, int] = {}
     stop = threading.Event()
@@ -46,7 +45,7 @@ def _sample(found: dict[str, int], stopped: Callable[[], bool]) -> None:
             try:
                 kind = "driver" if process == own else _kind(process)
                 if kind:
-                    found[kind] = max(found.get(kind, 0), _anonymous(process.pid))
+                    found[kind] = max(found.get(kind, 0), _private(process))
             except (psutil.Error, OSError):  # it ended meanwhile
                 continue
         time.sleep(INTERVAL_S)
@@ -59,6 +58,7 @@ def _kind(process: psutil.Process) -> str | None:
     return next((kind for start, kind in WORKERS.items() if title.startswith(start)), None)
 
 
-def _anonymous(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+def _private(process: psutil.Process) -> int:
+    """Bytes. A page of a map is the process's own or anonymous; both is at most the smaller count."""
+    maps = process.memory_maps(grouped=False)
+    return sum(min(each.anonymous, each.private_clean + each.private_dirty) for each in maps)

@@ -19,7 +19,7 @@ from cluster.app.report import examples
 from cluster.app.report.examples import FinishedRun
 from cluster.app.report.precision import DeltaPrecision, collect_precision
 from cluster.app.report.results import Results, advice, collect_results
-from cluster.artifacts import MANIFEST, Output, below, filesystem
+from cluster.artifacts import MANIFEST, Output, below
 from cluster.redaction import hidden, without_user
 from cluster.training import loop
 from mining.gallery import read_images
@@ -73,7 +73,7 @@ def collect(graph: Graph) -> Report:
     mined, generated = examples.collect_mined(run), examples.collect_generated(run, results)
     retrieval = examples.collect_retrieval(run, results)
     recommended, evaluation = recommend(graph), graph.output(graph.evaluation)
-    system, _ = filesystem(evaluation.uri)
+    system, _ = evaluation.location
     shown = [image for section in (mined, generated, retrieval) if section for image in section.image_ids()]
     galleries = {f"ingest:{run.config.mine.gallery}", "ingest:evaluate"} & set(run.stages)
     images = read_images([run.output(name) for name in sorted(galleries)], shown) if shown else {}

@@ -17,12 +17,12 @@ def arguments(*assignments: str) -> list[str]:
     return [part for assignment in (*TRIPLETS_OFF, *assignments) for part in ("--set", assignment)]
 
 
-def test_random_embeddings_give_cirrs_closed_form(tmp_path: Path, ray_session: None) -> None:
+def test_random_embeddings_give_cirrs_closed_form(tmp_path: Path, store: Path, ray_session: None) -> None:
     folder = official.annotations("cirr")
     benchmark = cirr.load(folder, "val")
     file = official.write_vectors(tmp_path / "random.parquet", benchmark, *official.random_vectors(benchmark, dim=64))
     given = [
-        f"root={tmp_path / 'root'}",
+        f"root={store.parent}",
         "evaluate.benchmark=cirr",
         f"evaluate.annotations={folder}",
         f"evaluate.embeddings={file}",

@@ -14,7 +14,7 @@ from cluster.app.api import Run
 from cluster.app.graph import Graph
 from cluster.app.labels import Store
 from cluster.app.outputs import CONFIG, MODELS, run_configs, users
-from cluster.artifacts import MANIFEST, Output, filesystem
+from cluster.artifacts import MANIFEST, Output
 from cluster.driver.lease import LEASE, hold, read
 from cluster.errors import UserError
 from cluster.verify import verify
@@ -148,7 +148,7 @@ def test_labels_that_are_none(finished: Graph) -> None:
         store.folder.write_bytes(f"{'1' * 32}.json", content)
         with pytest.raises(UserError, match=r"1\.json: is no label .*; mend it, or remove this file"):
             list(Store(Run(finished)))
-    filesystem(store.folder.uri)[0].delete_dir(filesystem(store.folder.uri)[1])
+    store.folder.location[0].delete_dir(store.folder.location[1])
 
 
 def test_metrics_of_a_run_are_written_again(finished: Graph, config: str) -> None:

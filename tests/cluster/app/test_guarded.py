@@ -14,7 +14,7 @@ from tests.cir.benchmarks import official
 
 
 def test_images_named_as_cirrs_are_not_mined(
-    ray_session: None, tmp_path: Path, photos: list[tuple[str, bytes]], tower: Any
+    ray_session: None, store: Path, tmp_path: Path, photos: list[tuple[str, bytes]], tower: Any
 ) -> None:
     held_out = ["dev-244-0-img0", "test1-147-1-img1", "dev-99999-9-img9"]  # of val, of test, of NLVR2's dev alone
     names = [*held_out, *(f"train-{i}-0-img0" for i in range(45))]
@@ -23,7 +23,7 @@ def test_images_named_as_cirrs_are_not_mined(
         (tmp_path / "photos" / "0" / f"{name}.jpg").write_bytes(content)
     content: dict[str, Any] = {
         "extends": "grocery",
-        "root": str(tmp_path / "root"),
+        "root": str(store.parent),
         "ingest": {"galleries": {"photos": {"images": str(tmp_path / "photos")}}},
         "embed": {"towers": {"tiny": tower.model_dump(mode="json")}, "views": {"count": 1}},
         "mine": {"tower": "tiny", "method": "random", "triplets": None, "random": {"pairs": 500}},

@@ -1,5 +1,6 @@
 """Workers are forks that stand for themselves, and plain processes wherever they cannot be."""
 
+import atexit
 import json
 import os
 import subprocess
@@ -38,6 +39,42 @@ def test_actors_are_forks_and_draw_ids_of_their_own() -> None:
     assert {each["parent"] for each in told} == {forkserver._servers[0].pid}
     assert all(each["loaded"] and each["group"] for each in told)
     assert len({each["drawn"] for each in told}) == 3
+
+
+class Finalized:
+    """Writes a file when Python ends."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __del__(self) -> None:
+        self.file.touch()
+
+
+class Leaver:
+    """An actor that ends by itself."""
+
+    def leave(self, folder: Path) -> None:
+        from ray.actor import exit_actor
+
+        sys.modules["kept"] = Finalized(folder / "finalized")  # type: ignore[assignment]
+        atexit.register((folder / "ended").touch)
+        exit_actor()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_fork_ends_without_a_look_at_all_that_was_loaded(tmp_path: Path) -> None:
+    import ray
+
+    actor: Any = ray.remote(Leaver)
+    leaver = actor.options(num_cpus=0).remote()
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(leaver.leave.remote(tmp_path))
+    until = time.monotonic() + PATIENCE
+    while not (tmp_path / "ended").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)
+    assert [file.name for file in tmp_path.iterdir()] == ["ended"]
 
 
 @pytest.mark.parametrize(
