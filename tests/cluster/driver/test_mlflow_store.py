@@ -1,14 +1,14 @@
 """MLflow's SQLite file: made whole or not at all, one message when it fails."""
 
+import multiprocessing
 import os
 import shutil
-import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,18 @@ from cluster.driver.mlflow_store import reason, said, set_aside, sqlite_file, sq
 from cluster.driver.tracking import Tracker
 from cluster.errors import UserError
 
-TRACK = "import sys; from cluster.driver.tracking import Tracker; from cluster.errors import UserError\n"
-TRACK += "print('imported', flush=True)\n"
-TRACK += "Tracker(sys.argv[1], 'vdg', 'run', {}).finish('FINISHED', {})"
+DRIVERS = multiprocessing.get_context("forkserver")
+DRIVERS.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", __name__])  # seconds for each otherwise
 
 
-def driver(path: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", TRACK, sqlite_uri(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def track(path: Path) -> None:
+    Tracker(sqlite_uri(path), "vdg", "run", {}).finish("FINISHED", {})
+
+
+def driver(path: Path) -> ForkServerProcess:
+    process = DRIVERS.Process(target=track, args=(path,))
+    process.start()
+    return process
 
 
 def runs(path: Path) -> list[str]:
@@ -40,13 +44,11 @@ def test_a_driver_killed_in_the_birth_leaves_nothing_half(tmp_path: Path, pause:
     """Nothing, or on a fast machine a whole one, as the file gets its name last."""
     path = tmp_path / "mlflow.db"
     killed = driver(path)
-    assert killed.stdout is not None
-    killed.stdout.readline()
     while not list(tmp_path.glob(".mlflow.db.new/*.db")):
         time.sleep(0.005)
     time.sleep(pause)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.kill()
+    killed.join()
     whole = path.exists()
     Tracker(sqlite_uri(path), "vdg", "run", {})
     assert {name for name in os.listdir(tmp_path) if "new" in name} == set()
@@ -56,8 +58,9 @@ def test_a_driver_killed_in_the_birth_leaves_nothing_half(tmp_path: Path, pause:
 def test_of_two_drivers_on_a_fresh_root_one_makes_it(tmp_path: Path) -> None:
     path = tmp_path / "root" / "mlflow.db"
     both = [driver(path) for _ in range(2)]
-    ends = [one.communicate()[1].decode() for one in both]
-    assert [one.returncode for one in both] == [0, 0], ends
+    for one in both:
+        one.join()
+    assert [one.exitcode for one in both] == [0, 0]
     assert runs(path) == ["FINISHED", "FINISHED"]
 
 
