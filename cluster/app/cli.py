@@ -7,6 +7,7 @@ from cluster.driver import session
 from cluster.driver.failures import explained
 from cluster.driver.interrupt import end_as_ctrl_c
 from cluster.driver.progress import console
+from cluster.ending import end_at_once
 from cluster.errors import UserError
 
 LONGEST = 20_000  # characters of a message: a file's text may be in it
@@ -19,6 +20,10 @@ for part in (run, config, search, outputs, sweep, lineage, jobs, weights, doctor
 def main() -> None:
     """Entry point: a user's mistake, or a disk or store that fails, is one message on standard error and exit status 2."""
     end_as_ctrl_c()
+    end_at_once(_command)
+
+
+def _command() -> None:
     try:
         explained(app.__call__)()
     except UserError as error:

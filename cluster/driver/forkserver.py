@@ -4,7 +4,6 @@ Ray starts workers with the Python of the process that starts it. `python` names
 the server for a fork (fork_client.py). A worker differs in nothing but the time that it takes to begin.
 """
 
-import atexit
 import gc
 import importlib
 import json
@@ -22,9 +21,10 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 from cluster.driver import fork_client
+from cluster.ending import end_at_once
 from cluster.training.engine import load_deepspeed
 
 LIBRARIES = ("pandas", "pyarrow.dataset", "torchvision", "transformers.generation", "timm", "peft", "open_clip")
@@ -71,7 +71,6 @@ def _socket(folder: Path) -> Path:
 
 def serve(folder: Path) -> dict[str, Any] | None:
     """Load the libraries and fork for every client, until the driver has gone. Returns in each fork, with its request."""
-    atexit.register(_end)  # the first to be registered is the last to be called
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(_socket(folder)))
         listener.listen(64)  # workers wait here while libraries load
@@ -100,13 +99,6 @@ def serve(folder: Path) -> dict[str, Any] | None:
                 os.close(stream)
     shutil.rmtree(folder, ignore_errors=True)
     return None
-
-
-def _end() -> NoReturn:
-    """Without Python's own end, which looks at every object that was loaded: a fork would copy 250 MB to be gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _driver_lives(patience: float | None, *listeners: socket.socket) -> bool:
@@ -166,6 +158,11 @@ def work(request: dict[str, Any]) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The server, or a worker."""
     if (request := serve(Path(sys.argv[1]))) is not None:
         work(request)
+
+
+if __name__ == "__main__":
+    end_at_once(main)  # a fork would copy 250 MB to be gone

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 from threading import Lock
 from typing import Generic, TypeVar
 
+from cluster.ending import end_at_once
+
 Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 PATIENCE = 1.0  # seconds
@@ -100,6 +102,11 @@ def _travels(error: Exception) -> Exception:
     return error
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """What the first argument's pipe asks for."""
     with suppress(EOFError, OSError):
         _serve(Connection(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    end_at_once(main)
