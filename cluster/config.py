@@ -176,8 +176,9 @@ class DecodeResources(Resources):
 
 
 class EmbedResources(ActorResources, DecodeResources):
-    """What embed may use: CPU tasks that decode feed a pool of actors that hold the tower."""
+    """What embed may use: CPU tasks that decode feed a pool of actors that hold the tower, or these decode for themselves."""
 
+    decode_tasks: int = Field(1, ge=0, description="decode tasks at a time, over the whole cluster; 0: the actors decode")
     batch_size: int = Field(64, gt=0, description="images a forward pass")
 
     def processes(self) -> list[Process]:
@@ -185,7 +186,7 @@ class EmbedResources(ActorResources, DecodeResources):
         return ActorResources.processes(self) + DecodeResources.processes(self)
 
     def least(self) -> list[Process]:
-        """All actors, which never let go of their CPUs, and a task that feeds them."""
+        """All actors, which never let go of their CPUs, and a task that feeds them, if any."""
         return self.processes()[: self.actors + 1]
 
 

@@ -1,10 +1,11 @@
 """Embed: every image of a gallery, plain and in augmented views, through one frozen tower, once.
 
-CPU tasks decode to uint8, a pool of actors runs the tower, CPU tasks write: one part a (gallery part, view).
+CPU tasks decode to uint8, a pool of actors runs the tower and writes: one part a (gallery part, view). Where the tower runs on
+CPUs the actors may decode too: the pixels then need not travel.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _reject = partial(reject_row, "embed")
+_Decode = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,22 +110,19 @@ def _embed(looks: list[Look], resources: EmbedResources, parts: list[tuple[int, 
     """Decoding tasks for these parts, each of one of the looks, then the actors that hold the tower."""
     import ray.data
 
-    outputs, tower = [look.output for look in looks], looks[0].tower
-    return (
-        ray.data.from_items([{"output": place, "part": name} for place, name in parts], override_num_blocks=len(parts))
-        .map_batches(
-            partial(_decode_part, looks=looks),
-            batch_size=1,
-            num_cpus=resources.decode_cpus,
-            compute=ray.data.TaskPoolStrategy(size=resources.decode_tasks),
-        )
-        .map_batches(
-            Embedder,
-            fn_constructor_args=(tower, resources.batch_size, outputs, resources.cpus),
-            batch_size=1,
-            compute=_pool(resources),
-            **resources.ray_options(),
-        )
+    outputs, tower, tasks = [look.output for look in looks], looks[0].tower, resources.decode_tasks
+    names = [{"output": place, "part": name} for place, name in parts]
+    rows: ray.data.Dataset = ray.data.from_items(names, override_num_blocks=len(parts))
+    decode = partial(_decode_part, looks=looks)
+    if tasks:
+        pool = ray.data.TaskPoolStrategy(size=tasks)
+        rows = rows.map_batches(decode, batch_size=1, num_cpus=resources.decode_cpus, compute=pool)
+    return rows.map_batches(
+        Embedder,
+        fn_constructor_args=(tower, resources.batch_size, outputs, resources.cpus, None if tasks else decode),
+        batch_size=1,
+        compute=_pool(resources),
+        **resources.ray_options(),
     )
 
 
@@ -173,22 +172,25 @@ def _pool(resources: EmbedResources) -> "ray.data.ActorPoolStrategy":
 
 
 class Embedder:
-    """An actor that holds the tower and turns decoded parts into written parts; threads may call it."""
+    """An actor that holds the tower and turns decoded parts, or such as it decodes, into written parts; threads may call it."""
 
-    def __init__(self, config: TowerConfig, batch_size: int, outputs: Sequence[Output], cpus: float) -> None:
+    def __init__(
+        self, config: TowerConfig, batch_size: int, outputs: Sequence[Output], cpus: float, decode: _Decode | None
+    ) -> None:
         from cluster.devices import limit_threads
         from cluster.provenance import record_environment
         from mining.towers import ImageTower
 
         limit_threads(cpus)
-        self.tower, self.batch_size, self.outputs = ImageTower(config), batch_size, outputs
+        self.tower, self.batch_size, self.outputs, self.decode = ImageTower(config), batch_size, outputs, decode
         self.local = threading.local()
         for output in outputs:
             record_environment(output, config.precision)
 
     @timed
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Embed and write one row of `_decode_part`."""
+        """Embed and write one row of `_decode_part`, or for it."""
+        row = self.decode(row) if self.decode else row
         name, ids, reused = str(row["part"][0]), row["image_id"][0], row["reused"][0].astype(bool)
         output = self.outputs[int(row["output"][0])]
         new = self._embed(row["pixels"][0])

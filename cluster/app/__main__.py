@@ -1,5 +1,5 @@
 """`python -m cluster.app`: the command `vdg` where only our packages travel, as in a Ray job."""
 
-from cluster.app.cli import main
+from cluster.app.cli import program
 
-main()
+program()

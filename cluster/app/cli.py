@@ -18,14 +18,15 @@ for part in (run, config, search, outputs, sweep, lineage, jobs, weights, doctor
 
 
 def main() -> None:
-    """Entry point: a user's mistake, or a disk or store that fails, is one message on standard error and exit status 2."""
+    """A user's mistake, or a disk or store that fails, is one message on standard error and exit status 2."""
     end_as_ctrl_c()
-    end_at_once(_command)
-
-
-def _command() -> None:
     try:
         explained(app.__call__)()
     except UserError as error:
         console.print(f"error: {error}"[:LONGEST], style="red")
         session.end(2)
+
+
+def program() -> None:
+    """Entry point."""
+    end_at_once(main)

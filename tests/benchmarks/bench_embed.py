@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster.app.config import load
 from cluster.artifacts import Output
-from cluster.config import EmbedResources
+from cluster.config import DecodeResources, EmbedResources
 from cluster.devices import limit_threads
 from cluster.driver import session
 from cluster.monitor import Monitor
@@ -22,7 +22,7 @@ from tests.mining.stages import embed_gallery, ingest_gallery
 
 PHOTOS = Path(__file__).parents[1] / "data" / "grocery" / "train"
 PROCESSES, SHARD, VIEWS = 2, 128, 2
-RESOURCES = EmbedResources(actors=PROCESSES, cpus=0.75, decode_cpus=0.25, decode_tasks=2)
+RESOURCES, DECODE = EmbedResources(actors=PROCESSES, cpus=1, decode_tasks=0), DecodeResources(decode_tasks=PROCESSES)
 
 
 class Clock(Monitor):
@@ -47,7 +47,7 @@ def stage_rate(tower: TowerConfig, folder: str) -> float:
     session.start(session.RayConfig(num_cpus=2), Path(folder) / "log.txt")
     gallery, clock = Output(f"{folder}/gallery"), Clock()
     options = IngestConfig(galleries={}, triplets={}, shard_rows=SHARD)
-    ingest_gallery(gallery, "bench", GalleryConfig(images=str(PHOTOS)), options, RESOURCES, Monitor())
+    ingest_gallery(gallery, "bench", GalleryConfig(images=str(PHOTOS)), options, DECODE, Monitor())
     embed_gallery(Output(f"{folder}/embed"), gallery, tower, ViewsConfig(count=VIEWS), RESOURCES, clock)
     return clock.rate()
 

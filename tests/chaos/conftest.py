@@ -66,7 +66,7 @@ def config(
 
 def start(config: str, root: str, log: Path, *assignments: str) -> subprocess.Popen[bytes]:
     """Begin `vdg run` until its deltas are generated; what it says goes to the end of `log`."""
-    command = [sys.executable, "-c", "from cluster.app.cli import main; main()", "run", config]
+    command = [sys.executable, "-c", "from cluster.app.cli import program; program()", "run", config]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     options = [word for assignment in (f"root={root}", *assignments) for word in ("--set", assignment)]
     return subprocess.Popen(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cluster.artifacts import Output
-from cluster.config import EmbedResources
+from cluster.config import ActorResources, EmbedResources
 from cluster.errors import UserError
 from cluster.monitor import Monitor
 from cluster.stage import run_together
@@ -55,6 +55,17 @@ def test_every_view_of_every_image_once(gallery: Output, tower: TowerConfig, tmp
     first, augmented = (read_part(output, f"part-00000.v{view}.parquet")[1] for view in (0, 1))
     assert not np.allclose(first, augmented)
     assert monitor.advanced == 24 + 3 * 24
+
+
+def test_actors_that_decode_for_themselves_make_the_same(
+    gallery: Output, tower: TowerConfig, tmp_path: Path, monitor: Monitor
+) -> None:
+    fed, alone = embed(gallery, tower, tmp_path / "fed", monitor), Output(str(tmp_path / "alone"))
+    resources = RESOURCES.model_copy(update={"decode_tasks": 0})
+    embed_gallery(alone, gallery, tower, VIEWS, resources, monitor)
+    assert resources.processes() == ActorResources(cpus=1).processes()
+    names = fed.parts()
+    assert fed.hashes(names) == alone.hashes(names)
 
 
 def test_resume_makes_only_what_is_missing_and_makes_it_alike(
@@ -165,6 +176,7 @@ def test_tokens_are_kept_apart(gallery: Output, tower: TowerConfig, tmp_path: Pa
 def test_a_value_that_is_not_finite_rejects_its_image(tmp_path: Path) -> None:
     output = Output(str(tmp_path / "out"))
     actor = object.__new__(Embedder)
+    actor.decode = None
     values = np.ones((3, 1, 4), np.float16)
     values[1, 0, 2], values[2] = np.nan, 1
     actor.outputs, actor._embed = [output], lambda pixels: values  # type: ignore[method-assign]

@@ -104,7 +104,7 @@ def command():
     raise UserError("stopped")
 
 cli.app = command
-cli.main()
+cli.program()
 """
 
 
