@@ -1,5 +1,6 @@
 """Of a grown gallery only what is new is embedded."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,11 @@ class Counting(Embedder):
 def embed(images: Output, folder: Path, tower: TowerConfig, earlier: Earlier | None = None) -> tuple[Output, int]:
     """The embeddings of both views, and how many images went through the tower for them."""
     output = Output(str(folder))
-    embedder, look = Counting(tower, 4, [output], 1), Look(images, output, tower, VIEWS, earlier)
+    look = Look(images, output, tower, VIEWS, earlier)
+    embedder = Counting(tower, 4, [output], 1, partial(_decode_part, looks=[look]))
     for part in images.parts():
         for view in range(VIEWS.count):
-            embedder(_decode_part({"output": np.zeros(1, int), "part": [view_part(part, view)]}, [look]))
+            embedder({"output": np.zeros(1, int), "part": [view_part(part, view)]})
     _summarise(output, VIEWS)
     return output, embedder.images
 
