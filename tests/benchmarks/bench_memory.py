@@ -1,4 +1,4 @@
-"""Peak anonymous memory of driver and workers by stage, at several sizes of a gallery (`large_gallery.py`).
+"""Peak private memory of driver and workers by stage, at several sizes of a gallery (`large_gallery.py`).
 
     PYTHONPATH=. python tests/benchmarks/bench_memory.py --images 10000 100000
 
@@ -134,7 +134,7 @@ def _generator(embeddings: Output, work: Path) -> Output:
 def show(found: dict[int, dict[str, dict[str, float]]]) -> None:
     """Print the table, and mining's bytes an image."""
     sizes = sorted(found)
-    table = Table("stage", "process", *(f"{size:,} images" for size in sizes), "ratio", title="peak anonymous memory, MiB")
+    table = Table("stage", "process", *(f"{size:,} images" for size in sizes), "ratio", title="peak private memory, MiB")
     for stage in STAGES:
         for kind in sorted(set.intersection(*(set(found[size][stage]) for size in sizes)) - {"seconds"}):
             values = [found[size][stage][kind] / 2**20 for size in sizes]
