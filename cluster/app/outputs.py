@@ -21,17 +21,16 @@ MODELS = "models.json"  # in a run's folder: every model that a run of that name
 
 
 @dataclass(frozen=True)
-class OutputFolder:
+class OutputFolder(Output):
     """One output folder below a root; size in bytes."""
 
-    uri: str
     size: int
     finished: bool
 
     @property
     def name(self) -> str:
         """`instance-digest`, as every command takes it."""
-        return ":".join(filesystem(self.uri)[1].split("/")[-2:])
+        return ":".join(self.location[1].split("/")[-2:])
 
 
 def outputs(root: str) -> Iterator[OutputFolder]:
@@ -94,7 +93,7 @@ def users(graph: Graph) -> dict[str, list[str]]:
 
 def remove(found: list[OutputFolder]) -> None:
     """Delete output folders. Raises UserError, and deletes nothing, when a driver is at work on one of them."""
-    lease.check(*(Output(output.uri) for output in found))
+    lease.check(*found)
     for output in found:
-        system, path = filesystem(output.uri)
+        system, path = output.location
         system.delete_dir(path)
